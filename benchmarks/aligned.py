@@ -1,10 +1,10 @@
-"""Perceptually aligned gradients: one classifier ascended to each label, from noise and from data.
+"""Perceptually aligned gradients: ascent of classifiers to each label, from noise and from data.
 
     uv run python benchmarks/aligned.py plain=RUN joint=RUN jem=RUN --judge RUN --out aligned
 
-Each run's log p(c|x) is climbed by l2-normalised steps (RCG sections 3.1-3.2), 60 of 0.1, from the
-same uniform noise and from the same test image. A classifier trained separately says how many of
-the ends it takes for the label asked for; the climbed classifier itself is sure of nearly all.
+For each run, log p(c|x) is maximised by 60 l2-normalised steps of 0.1 (RCG sections 3.1-3.2) from
+the same uniform noise and from the same test image. A separately trained classifier counts the
+results that it classifies as the target label; the guiding classifier itself accepts nearly all.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ EACH, STEPS, STEP = 20, 60, 0.1
 
 
 def climbed(model: ebmkit.EnergyModel, x: Tensor, labels: Tensor) -> Tensor:
-    """Where the ascent of log p(c|x) from ``x`` ends."""
+    """Images at the end of the ascent of log p(c|x) from ``x``."""
     sampler = Ascent(label_density_of(model, labels), STEP)
     return Chains(sampler, sampler.init(x)).run(STEPS, torch.Generator()).x
 
 
 def starts(images: AnyImages, labels: Tensor, seed: int) -> dict[str, Tensor]:
-    """Uniform noise, and one test image for all labels of a round."""
+    """Start images: uniform noise, and test images; the same for every label."""
     first, _ = next(iter(images.batches(EACH)))
     generator = torch.Generator().manual_seed(seed)
     noise = torch.rand((EACH, *first.shape[1:]), generator=generator)
@@ -45,7 +45,7 @@ def starts(images: AnyImages, labels: Tensor, seed: int) -> dict[str, Tensor]:
 
 
 def main() -> None:
-    """Climb, judge, draw."""
+    """Run the ascents, evaluate the results, and plot them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", metavar="NAME=RUN")
     parser.add_argument("--judge", type=Path, required=True, help="run of another classifier")

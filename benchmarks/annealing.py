@@ -1,11 +1,11 @@
-"""Naive against annealed Langevin dynamics on a mixture with a rare mode (RCG figure 2.6).
+"""Naive and annealed Langevin dynamics on a mixture with a rare mode (RCG figure 2.6).
 
     uv run python benchmarks/annealing.py
 
-Two Gaussians far apart, of weights 0.8 and 0.2, in closed form, and chains that start spread evenly
-over the square. Naive dynamics go to whichever mode is nearer and stay, so the shares of the modes
-are those of the start; down the noise levels they become those of the mixture. Both take the same
-number of evaluations of the score. Writes ``benchmarks/results/annealing.json`` and
+The target is two distant Gaussians of weights 0.8 and 0.2, in closed form; chains start uniformly
+in a square. Naive chains go to the nearer mode and stay there, so the shares of the modes are
+those of the start. Annealed chains reach the weights of the mixture. Both use the same number of
+score evaluations. Writes ``benchmarks/results/annealing.json`` and
 ``docs/images/naive-annealed.png``.
 """
 
@@ -40,13 +40,13 @@ LEVELS, INNER = 100, 30
 
 
 def rare_mode() -> GaussianMixture:
-    """A frequent mode at (5, 5) and a rare one at (-5, -5), of deviation 1 (Song & Ermon 2019)."""
+    """Frequent mode at (5, 5), rare mode at (-5, -5), standard deviation 1 (Song & Ermon 2019)."""
     means = torch.tensor([[5.0, 5.0], [-5.0, -5.0]])
     return GaussianMixture(means, 1.0, weights=SHARES)
 
 
 def shares_of_modes(model: GaussianMixture, x: Tensor) -> list[float]:
-    """Mean posterior of each mode over the samples: its expectation is the mode's weight."""
+    """Mean posterior of each mode over the samples; its expectation is the weight of the mode."""
     shares: list[float] = model.logits(x).softmax(1).mean(0).tolist()
     return shares
 
@@ -54,9 +54,9 @@ def shares_of_modes(model: GaussianMixture, x: Tensor) -> list[float]:
 def measure(
     chains: int, seed: int, levels: int = LEVELS, inner: int = INNER
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Shares of the modes after equally many steps, and where the chains end."""
+    """Shares of the modes after equally many steps, and the final samples."""
     model = rare_mode()
-    # at the highest level the modes are one; the last adds a tenth to their variance of 1
+    # the highest level merges the modes; the last adds about a tenth to their variance of 1
     sigmas = geometric_sigmas(20.0, 0.3, levels)
     config = AnnealedConfig(steps=levels * inner, inner=inner, rate=0.2)
     annealed = AnnealedLangevin(score_of(model), sigmas, config)
@@ -83,7 +83,7 @@ def measure(
 
 
 def draw(document: dict[str, Any], ends: dict[str, Tensor], path: Path) -> None:
-    """Where chains end, and the shares of the two modes."""
+    """Plot the final samples, with the share of the rare mode."""
     figure = new_figure(9.6, 4.3, layout="constrained")
     titles = {
         "exact": "the mixture",
@@ -109,7 +109,7 @@ def draw(document: dict[str, Any], ends: dict[str, Tensor], path: Path) -> None:
 
 
 def main() -> None:
-    """Measure, write the numbers and the picture."""
+    """Measure, and write the results and the plot."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--chains", type=int, default=5_000)
     parser.add_argument("--seed", type=int, default=0)

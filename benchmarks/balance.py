@@ -1,10 +1,10 @@
-"""The balance of the two losses and the norm, studied on digits and CIFAR-10.
+"""Study of the balance of the two losses and of the norm, on digits and CIFAR-10.
 
     uv run python benchmarks/balance.py --data-dir DIR --out runs/balance
 
-Each row is a run of its own in OUT, trained and evaluated as the command line does it; finished
-rows are not repeated and an interrupted one goes on where it was. The result is
-``benchmarks/results/balance.json``, from which the docs' page is made.
+Each row is a run in OUT, trained and evaluated as by the command line. Finished rows are not
+repeated, and an interrupted row resumes. The result ``benchmarks/results/balance.json`` is the
+source of the documentation page.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ ROWS: dict[str, tuple[str, str, str]] = {
     "cifar10 balanced, MixUp/CutMix and crops": ("cifar10-adamw", "ce+dsm", AUGMENTED),
     "cifar10 mean": ("cifar10-adamw", "ce+dsm-mean", ""),
     "cifar10 sum": ("cifar10-adamw", "ce+dsm-sum", ""),
-    # at the recipe's rate of 3e-3 the scale-keeping norm diverges: cross-entropy 31 at step 390
+    # the scale-keeping norm diverges at the recipe's rate of 3e-3: cross-entropy 31 at step 390
     "cifar10 balanced, scale-keeping norm, rate 1e-3": ("cifar10-adamw", "ce+dsm", SLOW),
     "cifar10 mean, scale-keeping norm, rate 1e-3": ("cifar10-adamw", "ce+dsm-mean", SLOW),
     "cifar10 sum, scale-keeping norm, rate 1e-3": ("cifar10-adamw", "ce+dsm-sum", SLOW),
@@ -56,7 +56,7 @@ ROWS: dict[str, tuple[str, str, str]] = {
 
 
 def train(name: str, data_dir: Path, out: Path) -> RunFolder:
-    """The run of a row: opened where it is finished, gone on with where it is not."""
+    """Open the run of a row, and start or resume its training if it is not finished."""
     recipe, objective, settings = ROWS[name]
     named: dict[str, Any] = {"dataset": {"name": name.split()[0]}, "objective": objective}
     if named["dataset"]["name"] == "cifar10":
@@ -70,7 +70,7 @@ def train(name: str, data_dir: Path, out: Path) -> RunFolder:
 
 
 def evaluate(name: str, run: RunFolder) -> dict[str, Any]:
-    """Accuracy on all test images, PSNR on the first 1000."""
+    """Evaluate accuracy on all test images, and PSNR on the first 1000."""
     from ebmkit.evaluation import evaluate as run_suites
 
     config = resolve(run.config())
@@ -102,12 +102,12 @@ def evaluate(name: str, run: RunFolder) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run the rows asked for and write their results."""
+    """Run the selected rows and write their results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-dir", type=Path, required=True, help="holds CIFAR-10")
     parser.add_argument("--out", type=Path, default=Path("runs/balance"))
     parser.add_argument("--only", nargs="*", choices=list(ROWS), default=list(ROWS))
-    parser.add_argument("--train-only", action="store_true", help="leave the evaluation for later")
+    parser.add_argument("--train-only", action="store_true", help="skip the evaluation")
     options = parser.parse_args()
     console = Console()
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}

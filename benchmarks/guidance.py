@@ -1,12 +1,12 @@
-"""Every way of guiding, beyond what `ebmkit reproduce guidance` does in its time.
+"""All guidance methods, at larger scales than `ebmkit reproduce guidance`.
 
     uv run python benchmarks/guidance.py digits --out runs/guidance-digits
     uv run python benchmarks/guidance.py gpu --data-dir DIR --out runs/guidance-gpu --seconds 540
 
-``digits``: all networks and ways on digits, trained for minutes; under an hour on two CPU cores.
-``gpu``: CIFAR-10 at width 64 on one GPU, about half an hour, in as many calls of ``--seconds`` as
-it takes: what is finished is kept, and an interrupted network goes on. ``--rehearse`` runs it on
-digits. Both give guidance.md, guidance.json and the pictures.
+``digits``: all networks and methods on digits, trained for minutes; under an hour on two CPU cores.
+``gpu``: CIFAR-10 at width 64 on one GPU, about half an hour in total, in calls of ``--seconds``:
+finished parts are kept, and the training of an interrupted network resumes. ``--rehearse`` runs it
+on digits. Both write guidance.md, guidance.json and plots.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ebmkit.training.config import merge
 
 
 def attacked(batch: int, steps: int, of_attack: int) -> dict[str, Any]:
-    """Settings of networks that are trained under attack."""
+    """Settings of adversarial training."""
     attack = {"terms": {"adv": {"steps": of_attack, "warmup_steps": steps // 2}}}
     return {**attack, "streams": {"classify": {"batch_size": batch}}, "steps": steps}
 
@@ -71,7 +71,7 @@ GPU: dict[str, dict[str, Any]] = {
 
 
 def scale(name: str, under: str) -> Scale:
-    """The scale ``under`` with other networks and lengths."""
+    """The scale ``under`` with other networks and numbers of steps."""
     base, own = SCALES[under], DIGITS if name == "digits" else GPU
     tasks = {task: merge(base.by_task.get(task, {}), layer) for task, layer in own.items()}
     return replace(
@@ -84,7 +84,7 @@ def scale(name: str, under: str) -> Scale:
 
 
 def amount(name: str, under: str) -> Amount:
-    """All networks and ways."""
+    """Amounts for all networks and methods."""
     more = {"per_class": 30, "steps": 50} if name == "digits" else {"per_class": 50, "steps": 100}
     return replace(
         AMOUNTS[under],
@@ -100,16 +100,16 @@ def amount(name: str, under: str) -> Amount:
 
 
 def main() -> None:
-    """Train, draw, measure, report."""
+    """Train, sample, evaluate, and write the report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("setting", choices=("digits", "gpu"))
     parser.add_argument("--out", type=Path, required=True, help="folder of rows and reports")
     parser.add_argument("--data-dir", type=Path, help="CIFAR-10, as `ebmkit train` takes it")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="*", default=[], help="networks to train")
-    parser.add_argument("--threads", type=int, help="of the CPU [default: all]")
-    parser.add_argument("--seconds", type=int, help="stop, to go on by the same command")
-    parser.add_argument("--rehearse", action="store_true", help="on digits")
+    parser.add_argument("--threads", type=int, help="CPU threads [default: all]")
+    parser.add_argument("--seconds", type=int, help="time limit; the same command resumes")
+    parser.add_argument("--rehearse", action="store_true", help="run on digits")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -130,7 +130,7 @@ def main() -> None:
         for path in write("guidance", report, options.out):
             print(path)
     except Interrupted as stopped:
-        print(f"{stopped}: give the same command again to go on")
+        print(f"{stopped}: run the same command again to resume")
 
 
 if __name__ == "__main__":

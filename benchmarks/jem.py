@@ -1,11 +1,11 @@
-"""JEM beside ce+dsm at equal compute: accuracy, calibration, robustness, strangers, hours.
+"""JEM and ce+dsm at equal compute: accuracy, calibration, robustness, OOD detection, time.
 
     uv run python benchmarks/jem.py --data-dir DIR --out runs/jem
 
-Each row is a run of its own in OUT, trained and evaluated as the command line does it; finished
-rows are not repeated and an interrupted one goes on where it was. Equal compute is equal FLOPs of
-the training steps, Langevin steps included, counted before (`ebmkit cost`); seconds are measured,
-too. The result is ``benchmarks/results/jem.json``, from which the docs' page is made.
+Each row is a run in OUT, trained and evaluated as by the command line. Finished rows are not
+repeated, and an interrupted row resumes. Equal compute means equal FLOPs of the training steps,
+including Langevin steps, as counted by `ebmkit cost`; seconds are also measured. The result
+``benchmarks/results/jem.json`` is the source of the documentation page.
 """
 
 from __future__ import annotations
@@ -61,11 +61,11 @@ STRANGERS = {
 }
 
 OOD_IMAGES = 1000
-"""Test images that the suite ood sets against as many strangers."""
+"""Number of test images, and of out-of-distribution images, in the suite ood."""
 
 
 def configuration(name: str, data_dir: Path) -> Any:
-    """The row's configuration, with the steps that its share of compute allows."""
+    """Configuration of a row, with the number of steps that its share of compute allows."""
     recipe, settings, share = ROWS[name]
     where = {} if name.startswith("digits") else {"dataset": {"data_dir": data_dir.absolute()}}
     config = resolve(where, settings, recipe=recipe)
@@ -83,7 +83,7 @@ def step_cost(config: Any) -> int:
 
 
 def train(name: str, data_dir: Path, out: Path) -> RunFolder:
-    """The run of a row: opened where it is finished, gone on with where it is not."""
+    """Open the run of a row, and start or resume its training if it is not finished."""
     config = configuration(name, data_dir)
     path = out / name.replace(", ", "_").replace(" ", "-").replace("'", "")
     run = RunFolder.open(path) if path.exists() else RunFolder.create(path, config)
@@ -95,7 +95,7 @@ def train(name: str, data_dir: Path, out: Path) -> RunFolder:
 
 
 def evaluate(name: str, run: RunFolder, data_dir: Path) -> dict[str, Any]:
-    """What the suites find, and what the run took."""
+    """Results of the suites, and cost of the run."""
     config = resolve(run.config())
     test = images_of(config.dataset, "test")
     model = ebmkit.load(run.path)
@@ -154,12 +154,12 @@ def evaluate(name: str, run: RunFolder, data_dir: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run the rows asked for and write their results."""
+    """Run the selected rows and write their results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-dir", type=Path, required=True, help="holds CIFAR-10 and CIFAR-100")
     parser.add_argument("--out", type=Path, default=Path("runs/jem"))
     parser.add_argument("--only", nargs="*", choices=list(ROWS), default=list(ROWS))
-    parser.add_argument("--train-only", action="store_true", help="leave the evaluation for later")
+    parser.add_argument("--train-only", action="store_true", help="skip the evaluation")
     options = parser.parse_args()
     console = Console()
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}

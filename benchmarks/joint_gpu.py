@@ -1,22 +1,22 @@
-"""A joint CIFAR-10 recipe on one GPU: is it right, how fast is it, where does time go?
+"""A joint CIFAR-10 recipe on one GPU: correctness, speed and profile of the training step.
 
     uv run python benchmarks/joint_gpu.py --data-dir DIR --work WORK --out OUT --seconds 540
 
-Stages, each a JSON file under OUT; one that is there already is not repeated, so that the command
-can be given again until all are done:
+Each stage writes a JSON file to OUT; finished stages are skipped, so repeat the command until all
+are done:
 
-1. ``check``: parameter gradients of every way to compute the step against eager float32.
+1. ``check``: parameter gradients of each compute setting against eager float32.
 2. ``speed``: the joint step against the plain eager one, float32 and TF32 (`ebmkit.bench`).
-3. ``profile``: time on the device by kind of kernel over some steps, and what the device idles.
-4. ``train``: the recipe, in WORK/run; interrupted after --seconds, the next call goes on with it.
+3. ``profile``: device time by kind of kernel over some steps, and idle time of the device.
+4. ``train``: the recipe, in WORK/run; interrupted after --seconds and resumed by the next call.
 5. ``evaluate``: accuracy and PSNR of the result.
 
-The recipe is ours, `cifar10`; ``--recipe cdn-cifar10`` is the paper's.
+The default recipe is our `cifar10`; the paper's is ``--recipe cdn-cifar10``.
 
-``step``, which only ``--stages step`` runs, needs no data: the joint step of width 64 and of width
-16 eager in TF32, eager in bf16 and compiled, each against the plain eager step in the same minute.
+``step`` runs only with ``--stages step`` and needs no data: the joint steps of widths 64 and 16,
+eager in TF32, eager in bf16 and compiled, each against the plain eager step in the same minute.
 
-``--rehearse`` does all of it at a tiny size on whatever device there is.
+``--rehearse`` runs everything at a tiny size on any device.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ WAYS = {
 
 
 def main() -> None:
-    """Run the stages that are left, within the time given."""
+    """Run the remaining stages within the time limit."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-dir", type=Path, help="CIFAR-10, as `ebmkit train` takes it")
     parser.add_argument("--work", type=Path, required=True, help="folder of the run")
@@ -115,7 +115,7 @@ def main() -> None:
 
 
 def configuration(options: argparse.Namespace) -> TrainConfig:
-    """The recipe, or a tiny version of it on embedded data."""
+    """Configuration of the recipe, or of a tiny run on digits."""
     layer: dict[str, Any] = {"device": options.device}
     if options.rehearse:
         layer |= {"model": {"backbone": {"width": 8}}, "steps": 40, "checkpoint_every": 10}
@@ -130,7 +130,7 @@ def configuration(options: argparse.Namespace) -> TrainConfig:
 
 
 def check(config: TrainConfig, rehearse: bool) -> dict[str, Any]:
-    """Relative differences of the joint loss's parameter gradient between ways to compute it."""
+    """Relative differences of the parameter gradient of the joint loss to eager float32."""
     trainer = assemble(config)
     drawn = next(first_batches(trainer, 1))
     ways = {
@@ -149,7 +149,7 @@ def check(config: TrainConfig, rehearse: bool) -> dict[str, Any]:
 
 
 def first_batches(trainer: Trainer, steps: int) -> Iterator[dict[str, Batch]]:
-    """The batches of the first ``steps`` steps, as training draws them."""
+    """Training batches of the first ``steps`` steps."""
     streams = {name: stream.batches(0, steps) for name, stream in trainer.streams.items()}
     return prefetched(streams, trainer.device)
 
@@ -165,7 +165,7 @@ def gradient(trainer: Trainer, way: ComputeConfig, drawn: dict[str, Any]) -> tor
 
 
 def speed(config: TrainConfig, rehearse: bool) -> dict[str, Any]:
-    """Rows of `ebmkit.bench` for the joint step."""
+    """Results of `ebmkit.bench` for the joint step and its two parts."""
     width, size, batch = (8, 8, 4) if rehearse else (64, 32, 64)
     device = pick_device(config.device)
     rows = []
@@ -177,7 +177,7 @@ def speed(config: TrainConfig, rehearse: bool) -> dict[str, Any]:
 
 
 def steps_by_way(options: argparse.Namespace, end: float) -> None:
-    """The joint step by each of `WAYS`; ``step.json`` grows, so that what is cut short is kept."""
+    """Time the joint step with each of `WAYS`; updates ``step.json`` after each result."""
     rows: list[Any] = []
     device = pick_device(options.device)
     sizes = [(8, 8, 4)] if options.rehearse else [(64, 32, 64), (16, 32, 64)]
@@ -198,7 +198,7 @@ def steps_by_way(options: argparse.Namespace, end: float) -> None:
 
 
 def kernels(config: TrainConfig, rehearse: bool) -> dict[str, Any]:
-    """Device time by kind of kernel, per step, and the share of the time that nothing runs."""
+    """Device time per step by kind of kernel, and the idle share."""
     trainer = assemble(config)
     trainer.try_steps(10)
     cuda = trainer.device.type == "cuda"
@@ -239,7 +239,7 @@ def kernels(config: TrainConfig, rehearse: bool) -> dict[str, Any]:
 
 
 def timed(trainer: Trainer, fixed: dict[str, Batch] | None, steps: int = 50) -> float:
-    """Seconds of a step, on fresh batches or always on the same."""
+    """Seconds per step, on new batches or always on ``fixed``."""
     batches = first_batches(trainer, steps)
     trainer.update.read()
     begun = time.perf_counter()
@@ -250,7 +250,7 @@ def timed(trainer: Trainer, fixed: dict[str, Batch] | None, steps: int = 50) -> 
 
 
 def train(config: TrainConfig, run: Path, options: argparse.Namespace, seconds: float) -> None:
-    """Train, or go on, until done or out of time; ``train.json`` is written when done."""
+    """Start or resume training within ``seconds``; write ``train.json`` when it is finished."""
     command = [sys.executable, "-m", "ebmkit", "train", "--no-evaluate"]
     if (run / "config.yaml").exists():
         command += ["--resume", str(run)]
@@ -264,11 +264,11 @@ def train(config: TrainConfig, run: Path, options: argparse.Namespace, seconds: 
     try:
         process.wait(timeout=max(5.0, seconds - 25))
     except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGINT)  # it saves and ends
+        process.send_signal(signal.SIGINT)  # it saves and exits
         try:
             process.wait(timeout=15)
         except subprocess.TimeoutExpired:
-            process.kill()  # its last checkpoint stands
+            process.kill()  # its last checkpoint remains
             process.wait()
     with (options.work / "calls.jsonl").open("a") as file:
         file.write(json.dumps({"seconds": time.perf_counter() - begun}) + "\n")
@@ -287,7 +287,7 @@ def train(config: TrainConfig, run: Path, options: argparse.Namespace, seconds: 
 
 
 def summary(folder: Path) -> None:
-    """A short table of what is known so far."""
+    """Print a table of the results so far."""
     table = Table("stage", "result")
     known = {p.stem: json.loads(p.read_text()) for p in folder.glob("*.json")}
     if "check" in known:

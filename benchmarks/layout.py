@@ -1,11 +1,11 @@
-"""What layout in memory and the allocator do to a step on a CPU.
+"""Effect of memory layout and allocator on a step on a CPU.
 
     uv run python benchmarks/layout.py --out benchmarks/results/layout.json
 
-Training steps and a score of GradResNet18, contiguous and channels last, with the mean over
-positions that keeps the layout (`ebmkit.models.base`) and with PyTorch's own, taking turns. Then
-the training step in processes of their own, with and without
-`ebmkit.compute.keep_freed_memory`, also in turns.
+Times training steps and a score of GradResNet18, contiguous and channels last, with the
+layout-preserving mean over positions (`ebmkit.models.base`) and with PyTorch's mean, interleaved.
+Then times the training step in separate processes, with and without
+`ebmkit.compute.keep_freed_memory`, also interleaved.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ LAYOUTS = {"contiguous": torch.contiguous_format, "channels last": torch.channel
 
 
 def main() -> None:
-    """Measure and write."""
+    """Measure and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="JSON file, which must not exist")
     parser.add_argument("--rounds", type=int, default=7)
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def candidates(width: int) -> dict[str, Callable[[], object]]:
-    """Name -> what is timed."""
+    """Name -> function to time."""
     found: dict[str, Callable[[], object]] = {}
     for pooling in ("own mean", "PyTorch's mean"):
         for layout, memory_format in LAYOUTS.items():
@@ -102,7 +102,7 @@ def ce_step(model: EnergyModel, y: Tensor) -> None:
 
 
 def with_plain_mean(call: Callable[[], Any]) -> None:
-    """``call``, the mean over positions PyTorch's own."""
+    """Run ``call`` with PyTorch's mean over positions."""
     with mock.patch("ebmkit.models.base.mean_over_positions", new=plain_mean):
         call()
 

@@ -1,11 +1,11 @@
-"""A labelled mixture in the plane, learned by each objective, against the exact one.
+"""Each objective on a labelled 2-D mixture with known density.
 
     uv run python benchmarks/mixture.py --out runs/mixture
 
-The mixture and the loop are those of ``examples/mixture_2d.py``. Each row is trained once for each
+The mixture and the training loop are from ``examples/mixture_2d.py``. Each row is trained once per
 seed, and its errors are measured on a grid against the closed form. Finished rows are kept in OUT
-and not repeated. The results are ``benchmarks/results/mixture.json``, from which the docs' page is
-made, and a picture of the first seed's models.
+and not repeated. Writes ``benchmarks/results/mixture.json``, the source of the documentation page,
+and a plot of the models of the first seed.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ GRID = {"count": 151, "reach": 1.5}
 
 
 class Row(NamedTuple):
-    """What is learned how: an objective, a law of sigma (None: one sigma), told sigma or blind."""
+    """A row: objective, noise law (None: one sigma), and whether the model is given sigma."""
 
     objective: str
     law: NoiseLaw | None = None
     told: bool = False
     by_class: bool = False  # whether log p(y|c) has a free constant for each class
-    temperature: float = 1.0  # of the chains that negatives are drawn by
+    temperature: float = 1.0  # of the chains that sample negatives
 
     @property
     def remedy(self) -> str | None:
-        """How the model is set right before it is compared."""
+        """Correction of the model before the comparison."""
         if self.by_class:
             return "its two constants set"
         return "its log p over T" if self.temperature != 1 else None
@@ -79,10 +79,10 @@ def load_example() -> ModuleType:
 
 
 def blind_log_joint(mixture: ebmkit.GaussianMixture, law: NoiseLaw, y: Tensor) -> Tensor:
-    r"""What a blind network learns of labels and density under a log-uniform ``law``, (N, C).
+    r"""Log joint density (N, C) that a blind network learns under a log-uniform ``law``.
 
-    Its score is that of one density, :math:`q(y) \propto \int \pi(\sigma)\,\sigma^2 p_\sigma(y)`
-    (the gradient of log q is `GaussianMixture.blind_score`), and its labels are those of
+    Its score is that of the density :math:`q(y) \propto \int \pi(\sigma)\,\sigma^2 p_\sigma(y)`
+    (the gradient of log q is `GaussianMixture.blind_score`), and its label posterior is that of
     :math:`\int \pi(\sigma)\, p_\sigma(y, c)`.
     """
     low, high = law.range
@@ -93,16 +93,17 @@ def blind_log_joint(mixture: ebmkit.GaussianMixture, law: NoiseLaw, y: Tensor) -
 
 
 def warmed(log_joint: Tensor, temperature: float) -> Tensor:
-    r"""``log_joint`` (N, C) with the density that chains of a ``temperature`` T drew from.
+    r"""``log_joint`` (N, C) with the density that chains of ``temperature`` T sample.
 
-    Maximum likelihood rests where its negatives, of density :math:`q^{1/T}`, look like the images,
-    of density :math:`p_\sigma`. So what is learned is :math:`q = p_\sigma^T`, beside the labels.
+    Maximum likelihood converges when its negatives, of density :math:`q^{1/T}`, match the images,
+    of density :math:`p_\sigma`. So the learned density is :math:`q = p_\sigma^T`; the label
+    posterior does not change.
     """
     return log_joint.logsumexp(1)[:, None] / temperature + log_joint.log_softmax(1)
 
 
 def train(example: ModuleType, row: Row, seed: int, steps: int) -> ebmkit.JointModel:
-    """The model of ``row``."""
+    """Train the model of ``row``."""
     law = row.law or example.AT_ONE_SIGMA
     model: ebmkit.JointModel = example.learn(
         example.truth(), steps, row.objective, law, row.told, seed, BATCH, row.temperature
@@ -113,10 +114,10 @@ def train(example: ModuleType, row: Row, seed: int, steps: int) -> ebmkit.JointM
 def compare(
     example: ModuleType, row: Row, model: ebmkit.JointModel, sigma: float, points: Tensor
 ) -> tuple[Any, Any, Any]:
-    """Fields of what is to be found, of the model set right, and of the model as it is.
+    """Fields of the exact mixture, of the corrected model, and of the uncorrected model.
 
-    What is set right is what the objective cannot know: the constant of each class, or that its
-    chains are cold. One constant is set in both.
+    The correction adjusts what the objective cannot determine: the constant of each class, or the
+    temperature of the chains. Both models are aligned by one constant.
     """
     mixture = example.truth()
     if row.law is not None and not row.told:
@@ -135,7 +136,7 @@ def compare(
 
 
 def measure(example: ModuleType, row: Row, model: ebmkit.JointModel) -> dict[str, Any]:
-    """Errors of ``model``: by level, the worst of them, and before it is set right."""
+    """Errors of ``model``: per noise level, their maxima, and those before the correction."""
     points = example.plane(**GRID)
     levels: dict[str, dict[str, float]] = {}
     result: dict[str, Any] = {}
@@ -150,7 +151,7 @@ def measure(example: ModuleType, row: Row, model: ebmkit.JointModel) -> dict[str
 
 
 def main() -> None:
-    """Train and measure the rows asked for; write their results and the picture."""
+    """Train and measure the selected rows; write results and plot."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/mixture"), help="keeps the rows")
     parser.add_argument("--only", nargs="*", choices=list(ROWS), default=list(ROWS))

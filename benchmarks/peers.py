@@ -1,11 +1,11 @@
-"""The same work done by other libraries, on our network and batch.
+"""Denoising score matching and denoising by other libraries, on our network and batch.
 
-No peer is a dependency: each is imported where it is used. What is timed is the peer's own loss
-class, and where it has one its own training loop. All of them minimise, with one noise level sigma,
+No other library is a dependency: each is imported where it is used. The timing covers its loss
+class, and its training loop if it has one. With one noise level sigma, all of them minimise
 
     1/2 mean_images ||grad log p(x + sigma eps) + eps / sigma||^2 = d / (2 sigma^2) * (dsm-mean),
 
-which `check_same` makes sure of: loss and gradient must be ours times that factor.
+which `check_same` verifies: loss and gradient must be ours times that factor.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ Loss = Callable[[Tensor], Tensor]
 
 
 def installed(name: str) -> bool:
-    """Whether the package of import name ``name`` is there."""
+    """Whether the package with import name ``name`` is installed."""
     return importlib.util.find_spec(name) is not None
 
 
 class Energy(nn.Module):
-    """A model as the scalar energy that peers train, (B, C, H, W) -> (B,)."""
+    """A model as the scalar energy that other libraries train, (B, C, H, W) -> (B,)."""
 
     def __init__(self, model: EnergyModel) -> None:
         super().__init__()
@@ -62,8 +62,8 @@ class Energy(nn.Module):
 
 
 def torchebm_loss(model: EnergyModel) -> Loss:
-    """`torchebm.losses.DenoisingScoreMatching`: it calls "score" what is grad E = -grad log p, and
-    regresses it on +noise / sigma^2, so the two signs cancel."""
+    """`torchebm.losses.DenoisingScoreMatching`. Its "score" is grad E = -grad log p, and its target
+    is +noise / sigma^2, so the two signs cancel."""
     from torchebm.core import BaseModel
     from torchebm.losses import DenoisingScoreMatching
 
@@ -113,24 +113,26 @@ def registry_step(model: EnergyModel, x: Tensor) -> Step:
 
     def step() -> None:
         set_tf32(x.device, "fp32")
-        trainer.fit(itertools.repeat(x), steps=1, verbose=False)  # x, not a draw from its rows
+        trainer.fit(itertools.repeat(x), steps=1, verbose=False)  # x itself, not random rows of it
 
     return step
 
 
 def check_same(make: Callable[[EnergyModel], Loss], model: EnergyModel, x: Tensor) -> str:
-    """Whether a peer's loss and gradient are ours times d / (2 sigma^2), on the same noise.
+    """Check that another library's loss and gradient are ours times d / (2 sigma^2).
+
+    Both use the same noise.
 
     Args:
-        make: the peer's loss of a model.
-        model: the network.
-        x: clean images.
+        make: function from a model to the loss of the other library.
+        model: network.
+        x: clean images (B, C, H, W).
 
     Returns:
-        A line about how well they agree.
+        One line of text with the relative differences.
 
     Raises:
-        RuntimeError: if they do not, for then the timings would compare different things.
+        RuntimeError: if they differ, because the timings would not be comparable.
     """
     found = []
     factor = x[0].numel() / (2 * SIGMA**2)
@@ -157,7 +159,7 @@ def check_same(make: Callable[[EnergyModel], Loss], model: EnergyModel, x: Tenso
 
 
 def with_noise(x: Tensor) -> Batch:
-    """Clean images with fresh noise of level `SIGMA`, drawn as the peers draw it."""
+    """Batch of clean images with new noise of level `SIGMA`, as the other libraries draw it."""
     eps = torch.randn_like(x)
     sigma = x.new_full((len(x),), SIGMA)
     return Batch(x, x + SIGMA * eps, sigma, eps, None, None)
@@ -166,7 +168,7 @@ def with_noise(x: Tensor) -> Batch:
 def score_matching(
     setting: Setting, device: torch.device, compute: ComputeConfig | None = None
 ) -> Comparison:
-    """The DSM step of (b): every candidate gets clean images and draws its noise at one level."""
+    """DSM step, comparison (b): each candidate gets clean images and draws noise of one level."""
     model = network(setting, 3, device)
     generator = torch.Generator().manual_seed(0)
     x = make_batch(setting.batch, 3, setting.image_size, device, generator).x
@@ -210,14 +212,14 @@ def denoising(
     compute: ComputeConfig | None = None,
     trained_at: int = 32,
 ) -> Comparison:
-    """Denoising at a given sigma, (c): our network against DRUNet on the same images.
+    """Denoising at a given sigma for comparison (c): our network and DRUNet on the same images.
 
     Args:
         setting: network and sizes.
-        device: where.
-        compute: precision of our pass.
-        trained_at: the reference size of our model; larger images take its extent "tiles", its
-            default, which sees every pixel four times, and beside it "factor", which does once.
+        device: device of the computation.
+        compute: precision of our network.
+        trained_at: reference size of our model, pixels. Larger images are measured with the size
+            scalings "tiles" (the default; processes every pixel four times) and "factor" (once).
     """
     generator = torch.Generator().manual_seed(0)
     y = make_batch(setting.batch, 3, setting.image_size, device, generator).y

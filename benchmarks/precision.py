@@ -1,11 +1,11 @@
-"""What precision does to the result: one run each in fp32, bf16, and bf16 without exceptions.
+"""Effect of the precision on results: one run each in fp32, bf16, and bf16 without exceptions.
 
     uv run python benchmarks/precision.py --out benchmarks/results/precision.json
     uv run python benchmarks/precision.py --recipe cifar10-adamw --data-dir DIR --out ...
 
-In bf16 the network runs under autocast, and the statistics of norms, the means over positions and
-the head stay in float32. *bf16, no exceptions* leaves these to autocast too; it shows what the
-exceptions are worth. The evaluation is in fp32 for all three, and also in bf16 for the first.
+In bf16 the network runs under autocast, except that norm statistics, means over positions and the
+head stay in float32. *bf16, no exceptions* leaves these to autocast as well, to measure the effect
+of the exceptions. Accuracy is evaluated in fp32, and PSNR in fp32 and bf16.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ IMAGES = 1000
 
 
 def main() -> None:
-    """Train, evaluate and write; rows that the file has already are kept."""
+    """Train, evaluate and write; rows that are already in the file are skipped."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="JSON file, added to")
     parser.add_argument("--recipe", default="digits-adamw")
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def measure(layer: dict[str, Any], recipe: str) -> dict[str, Any]:
-    """One run of ``recipe`` and what its model does on test images."""
+    """Train by ``recipe`` and evaluate the model on test images."""
     config = resolve(layer, recipe=recipe)
     trainer = assemble(config)
     with Progress(transient=True) as bar:
@@ -98,14 +98,14 @@ def measure(layer: dict[str, Any], recipe: str) -> dict[str, Any]:
 
 @torch.no_grad()
 def accuracy(model: EnergyModel, images: ImageSet) -> float:
-    """Share of the clean images that are classified right, in fp32."""
+    """Accuracy on clean images, in fp32."""
     right = [(model.logits(x).argmax(1) == labels) for x, labels in images.batches(250)]
     return float(torch.cat(right).float().mean())
 
 
 @torch.no_grad()
 def psnrs(model: EnergyModel, images: ImageSet, precision: Precision) -> dict[str, float]:
-    """Mean PSNR of the unconditional denoiser by noise level in 255ths, dB."""
+    """Mean PSNR in dB of the unconditional denoiser, by noise level in units of 1/255."""
     found = {}
     for level in SIGMAS:
         sigma, values = level / 255, []
@@ -118,7 +118,7 @@ def psnrs(model: EnergyModel, images: ImageSet, precision: Precision) -> dict[st
 
 @contextmanager
 def everything_under_autocast() -> Iterator[None]:
-    """Within, nothing of the network is kept in float32 against autocast."""
+    """Context in which no part of the network is excluded from autocast."""
     places = ("norms", "gradresnet", "joint")
     patches = [mock.patch(f"ebmkit.models.{place}.upcast", new=_itself) for place in places]
     patches += [

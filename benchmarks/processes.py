@@ -1,11 +1,11 @@
-"""How well two processes share one machine: step time by one and by two, interleaved.
+"""Scaling from one to two processes on one machine: step times, interleaved.
 
     uv run python benchmarks/processes.py --out benchmarks/results/processes.json
 
-Each run is `ebmkit train` under torchrun with one thread per process (dsm on the embedded photo
-patches, 32x32, so that no files are needed), and reports the median step of its ``cost.json``. With
-the same batch, two processes should take half the time (efficiency t1 / 2 t2); with the double
-batch, the same time (t1 / t2).
+Each run is `ebmkit train` under torchrun with one thread per process (dsm on the built-in data set
+patches, 32x32, so no files are needed); the step time is the median in its ``cost.json``. With the
+same batch, two processes should take half the time (efficiency t1 / 2 t2); with twice the batch,
+the same time (t1 / t2).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ BATCH = 64
 
 
 def main() -> None:
-    """Measure and write."""
+    """Measure and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="JSON file, which must not exist")
     parser.add_argument("--rounds", type=int, default=3)
@@ -64,12 +64,12 @@ def main() -> None:
 
 
 def both(seconds: dict[str, list[float]], which: str) -> tuple[list[float], list[float]]:
-    """Times of one process, and of two with the batch called ``which``."""
+    """Times of one process, and of two processes with batch ``which`` ("same" or "double")."""
     return seconds["one"], seconds[f"two, {which} batch"]
 
 
 def step_seconds(processes: int, scale: int, steps: int, width: int) -> float:
-    """Median seconds of a step by ``processes`` processes on ``scale`` times the batch."""
+    """Median seconds per step of ``processes`` processes with ``scale`` times the batch."""
     with tempfile.TemporaryDirectory() as folder:
         command = [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),

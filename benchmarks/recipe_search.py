@@ -1,16 +1,16 @@
-r"""Search for the training recipe: many short joint runs on CIFAR-10, on one GPU.
+r"""Search for training recipes: many short joint runs on CIFAR-10, on one GPU.
 
     python benchmarks/recipe_search.py TRIALS.json --images DIR --out OUT --seconds 300
 
-One step minimises :math:`L_{ce} + \lambda \log \bar L_{dsm}` of a GradResNet. The script needs
-PyTorch, NumPy and Pillow alone, and writes the network again in its shortest form, so that a trial
-can change anything in it; `tests/benchmarks` holds it against the library's. On CUDA a whole
-step (drawing, augmentation, noise, loss, both derivatives, update, averaging) is one captured
-graph, and ``--streams`` trials run at the same time in each of ``--workers`` processes.
+Training minimises :math:`L_{ce} + \lambda \log \bar L_{dsm}` of a GradResNet. The script needs only
+PyTorch, NumPy and Pillow, and contains a minimal implementation of the network, in which a trial
+can change anything; `tests/benchmarks` compares it with the library. On CUDA a whole step
+(sampling, augmentation, noise, loss, both derivatives, update, averaging) is one captured graph,
+and ``--streams`` trials run concurrently in each of ``--workers`` processes.
 
-TRIALS.json is a list of mappings of `Trial` fields. DIR holds ``train_*.webp``, ``test_*.webp``
+TRIALS.json is a list of mappings of `Trial` fields. DIR contains ``train_*.webp``, ``test_*.webp``
 (strips of 32x32 images) and their ``*_labels.npz``. Each finished trial is a line of
-OUT/trials.jsonl: its fields, FLOPs, seconds, accuracy, PSNR and the losses along the way.
+OUT/trials.jsonl: its fields, FLOPs, seconds, accuracy, PSNR and loss curves.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 @dataclass(frozen=True)
 class Trial:
-    """One run. What is not said is the library's recipe `cifar10-short` under Muon."""
+    """Settings of one run; the defaults are like the library's recipe `cifar10-short` with Muon."""
 
     name: str = "base"
     seed: int = 0
@@ -50,10 +50,10 @@ class Trial:
     multipliers: tuple[int, ...] = (1, 2, 4, 8)
     norm: str = "group"  # group, scale
     shortcut_norm: bool = True
-    rms_classifier: bool = False  # the classifier sees features of unit root mean square
-    zero_init: bool = False  # the last convolution of each block starts at 0
+    rms_classifier: bool = False  # the classifier gets rms-normalised features
+    zero_init: bool = False  # initialise the last convolution of each block to 0
     orthogonal_init: bool = False
-    whiten: bool = False  # the stem starts as the eigenvectors of image patches
+    whiten: bool = False  # initialise the stem to whitening filters of image patches
     logit_scale: float = 1.0
     channels_per_group: int = 8
     # streams
@@ -67,15 +67,15 @@ class Trial:
     mix_kind: str = "mixup"  # mixup, cutmix, both
     ce_sigma: float = 20.0
     dsm_sigma: tuple[float, float] = (1.0, 100.0)
-    dsm_law: float = 2.0  # sigma = uniform ** law between the ends
+    dsm_law: float = 2.0  # sigma = uniform ** dsm_law, within dsm_sigma
     dsm_crop: int = 0
     dsm_until: float = 0.0  # share of the steps with dsm_crop; then full images
     dsm_crop_batch: int = 0
-    dsm_after: float = 0.0  # share of the steps before the denoising stream joins
+    dsm_after: float = 0.0  # share of the steps before the denoising stream starts
     ce_small: int = 0  # side of classified images in the first share of the steps
     ce_small_until: float = 0.0
     ce_on_denoise: float = 0.0  # weight of cross-entropy on the denoising stream
-    stem_by_ce: bool = False  # the denoising loss has no gradient by the stem's weight
+    stem_by_ce: bool = False  # no gradient of the denoising loss for the stem
     # loss
     balance: float = 2.0
     label_smoothing: float = 0.0
@@ -92,13 +92,13 @@ class Trial:
     nesterov: bool = True
     scaling: str = "max"  # max: 0.2 sqrt(max); ratio: sqrt(max(1, rows/columns))
     ns_steps: int = 5
-    per_objective: bool = False  # each objective's momentum is orthogonalised, then their sum taken
+    per_objective: bool = False  # sum of each objective's orthogonalised momentum
     schedule: str = "cosine"
     decay_share: float = 1.0
     warmup: int = 0
     final: float = 0.0
     ema: float = 0.99
-    lookahead: int = 0  # every so many steps the weights go half the way back to where they were
+    lookahead: int = 0  # interval in steps of averaging with the slow weights; 0: off
     # measurement
     train: int = 0  # images to train on; 0: all
     test: int = 4000
@@ -110,7 +110,7 @@ class Trial:
 
 
 class _InputGradient(torch.autograd.Function):
-    """conv^T(g, w) (the gradient by the input), whose own weight gradient is one kernel."""
+    """conv^T(g, w), the gradient for the input, with a single-kernel weight gradient."""
 
     @staticmethod
     def forward(ctx: Any, g: Tensor, w: Tensor, x: Tensor, stride: int, padding: int) -> Tensor:
@@ -145,7 +145,7 @@ class _Conv(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         x, w = ctx.saved_tensors
         by_x = by_w = None
-        if torch.is_grad_enabled():  # the score: only the input's gradient is wanted
+        if torch.is_grad_enabled():  # for the score, only the gradient of the input is needed
             by_x = _InputGradient.apply(g, w, x.detach(), ctx.stride, ctx.padding)
         else:
             mask = (ctx.needs_input_grad[0], True)
@@ -249,7 +249,7 @@ class Net(nn.Module):
 
 
 def flops_per_image(net: Net, side: int) -> float:
-    """Multiply-adds times two of a forward pass."""
+    """FLOPs of a forward pass (two per multiply-add)."""
     total = 0.0
     with torch.no_grad():
         hooks = []
@@ -273,7 +273,7 @@ def flops_per_image(net: Net, side: int) -> float:
 
 
 def orthogonalize(stack: Tensor, steps: int) -> Tensor:
-    """Newton-Schulz of matrices (N, rows, columns), to singular values about 1."""
+    """Newton-Schulz iteration on matrices (N, rows, columns), to singular values near 1."""
     a, b, c = COEFFICIENTS
     x = stack.bfloat16() if stack.is_cuda else stack
     tall = x.shape[1] > x.shape[2]
@@ -286,7 +286,7 @@ def orthogonalize(stack: Tensor, steps: int) -> Tensor:
 
 
 class Updater:
-    """Muon for matrices, Adam for the rest; the rate is a table read by a counter on the device."""
+    """Muon for matrices, Adam for the rest; learning rates from a table on the device."""
 
     def __init__(self, net: Net, t: Trial, rates: Tensor) -> None:
         self.t, self.rates = t, rates
@@ -331,7 +331,7 @@ class Updater:
 
     @torch.no_grad()
     def __call__(self, gradients: list[Tensor], apart: list[list[Tensor]] | None = None) -> None:
-        """One update by ``gradients``; ``apart`` has each objective's own, whose sum they are."""
+        """Update by ``gradients``, the sum of each objective's gradients ``apart``, if given."""
         t = self.t
         rate = self.rates.index_select(0, self.step_number[None])[0]
         number = (self.step_number + 1).float()
@@ -427,7 +427,7 @@ class Data:
 
 
 def order(count: int, batch: int, steps: int, generator: torch.Generator) -> Tensor:
-    """Rows of each step, by epochs without replacement, and the epoch of each: (steps, batch)."""
+    """Image indices of each step (steps, batch), drawn without replacement in each epoch."""
     wanted = steps * batch
     epochs = math.ceil(wanted / count)
     rows = torch.cat([torch.randperm(count, generator=generator) for _ in range(epochs)])
@@ -438,7 +438,7 @@ def order(count: int, batch: int, steps: int, generator: torch.Generator) -> Ten
 
 
 class Run:
-    """A trial in work: ``advance`` takes a step without waiting for the device."""
+    """A running trial; ``advance`` launches a step without synchronising with the device."""
 
     def __init__(self, t: Trial, data: Data, device: torch.device) -> None:
         self.t, self.data, self.device = t, data, device
@@ -509,7 +509,7 @@ class Run:
     # drawing
 
     def _row(self, table: Tensor) -> Tensor:
-        return table.index_select(0, self.update.step_number[None])[0]  # an index would wait
+        return table.index_select(0, self.update.step_number[None])[0]  # indexing would synchronise
 
     def _rand(self, *shape: int) -> Tensor:
         return torch.rand(*shape, generator=self.generator, device=self.device)
@@ -519,7 +519,7 @@ class Run:
         return torch.randn(shape, generator=self.generator, device=self.device)
 
     def _window(self, x: Tensor, side: int) -> Tensor:
-        """A random window of each image (B, 3, H, W)."""
+        """A random crop of each image (B, 3, H, W)."""
         b, c, h, w = x.shape
         top = (self._rand(b) * (h - side + 1)).long()
         left = (self._rand(b) * (w - side + 1)).long()
@@ -571,7 +571,7 @@ class Run:
         return x.contiguous(memory_format=self.layout), soft
 
     def _outside_box(self) -> Tensor:
-        """CutMix's weight (32, 32): 0 inside the box."""
+        """CutMix weights (32, 32): 0 inside the box, 1 outside."""
         half = 16 * (1 - self._rand(1)).sqrt()
         centre = self._rand(2) * 32
         span = torch.arange(32, device=self.device) + 0.5
@@ -632,7 +632,7 @@ class Run:
         return [*self.update.state(), self.running, self.curve]
 
     def capture(self, own: dict[str, Any]) -> Any:
-        """The step as a CUDA graph; the state is left as it was."""
+        """Capture the step as a CUDA graph; restores the state afterwards."""
         begun = time.time()
         assert self.stream is not None
         torch.cuda.synchronize()
@@ -749,7 +749,7 @@ def _laid(x: Tensor) -> Tensor:
 
 
 def take(out: Path, count: int, total: int) -> list[int]:
-    """Numbers of the next trials, each given to one process."""
+    """Reserve the next trials for this process; return their indices."""
     import fcntl
 
     with open(out / "next", "a+") as file:

@@ -1,11 +1,11 @@
-"""Restoring test images by each task: PSNR beside simple methods.
+"""Restoration of test images for each task: PSNR compared with simple methods.
 
     uv run python benchmarks/restore.py RUN --data-dir DIR --images 20
 
-RUN is a blind denoiser. Its own test images are measured, restored by stochastic ascent
-(`ebmkit.sampling.jobs.restore`), and compared. Writes ``RUN-restore.json`` and a picture beside it
-into ``--out``: PSNR in dB, the mean over images of each image's own, clipped to [0, 1], with 95 %
-intervals (Student's) that cover the choice of images.
+RUN is a blind denoiser. Test images of its data set are measured, restored by stochastic ascent
+(`ebmkit.sampling.jobs.restore`), and compared with the originals. Writes ``RUN-restore.json`` and a
+plot to ``--out``: mean over images of the PSNR in dB, clipped to [0, 1], with Student's 95 %
+intervals that cover the choice of images.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ TASKS = {
 def measure(
     model: ebmkit.ScoreModel, clean: Tensor, name: str, options: argparse.Namespace, bar: Progress
 ) -> tuple[dict[str, Any], dict[str, tuple[Tensor, str]]]:
-    """One task on all images: the row of the JSON file, and the first image's pictures."""
+    """Run one task on all images: row of the JSON file, and panels of the first image."""
     task = find_task(name)
     measurement = task.measurement(tuple(clean.shape[1:]), TASKS[name])
     measured = measurement.measure(clean)
@@ -91,16 +91,16 @@ def measure(
 
 
 def _estimate(values: Tensor) -> dict[str, Any]:
-    """The mean and its interval; images that are exact have no finite PSNR and are counted."""
+    """Mean with interval; exact images, which have infinite PSNR, are excluded and counted."""
     finite = values[values.isfinite()]
     return mean(finite).document() | {"exact": len(values) - len(finite)}
 
 
 def main() -> None:
-    """Restore, print, and write."""
+    """Restore, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path)
-    parser.add_argument("--data-dir", type=Path, help="where the run's data set is")
+    parser.add_argument("--data-dir", type=Path, help="folder of the run's data set")
     parser.add_argument("--images", type=int, default=20)
     parser.add_argument("--samples", type=int, default=1)
     parser.add_argument("--steps", type=int, default=StochasticAscentConfig().steps)

@@ -1,10 +1,10 @@
-"""How often samples of a trained model are recognised as the label asked for, by sampler and start.
+"""Share of samples that are classified as their target label, by sampler and start.
 
     uv run ebmkit train --out RUN
     uv run python benchmarks/samplers.py RUN
 
-The judge is the model itself, so the shares are optimistic; they compare samplers and starts, not
-models. Writes ``benchmarks/results/samplers.json``.
+The model itself classifies the samples, so the shares are optimistic: use them to compare samplers
+and starts, not models. Writes ``benchmarks/results/samplers.json``.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ STARTS = ("noise", "class_gaussian")
 
 
 def main() -> None:
-    """Sample every row from every start."""
+    """Sample with every row of `ROWS` from every start."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=Path, help="run folder of a model with labels")
-    parser.add_argument("--each", type=int, default=4, help="chains of each label")
+    parser.add_argument("run", type=Path, help="run folder of a classifier")
+    parser.add_argument("--each", type=int, default=4, help="chains per label")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     model = ebmkit.load(options.run)

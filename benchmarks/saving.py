@@ -1,16 +1,14 @@
-"""What safe saving costs: checksums, writing beside and moving, bringing to the disk.
+"""Cost of crash-safe saving: checksums, atomic writes, fsync.
 
     uv run python benchmarks/saving.py --out benchmarks/results/promises-saving.json
 
-Some six minutes on a CPU. The state of several runs is saved as the trainer does it, and plainly:
-`torch.save` and safetensors over the old files, no digest, no fsync, nothing kept. The difference,
-as a share of the sixty seconds between saves, is the cost; all of a save is told too. Before each
-save the disk is idle: what the plain one leaves to the kernel costs the plain one nothing, and is
-not charged to the safe one that follows. New best weights are saved every time, which is the most
-that there can be.
+Takes about six minutes on a CPU. The state of several runs is saved by the trainer, and plainly:
+`torch.save` and safetensors over the old files, without digest, fsync or old versions. The cost is
+the difference, as a share of the sixty seconds between saves; the share of the whole save is also
+reported. The disk is idle before each save, so data that a plain save leaves to the kernel is
+counted for neither save. New best weights are saved every time, which is the worst case.
 
-Then training itself: one run for some minutes that saves every minute, and the seconds that it
-spends in saving.
+Then one run trains for some minutes and saves every minute; the time spent in saving is measured.
 """
 
 from __future__ import annotations
@@ -42,7 +40,7 @@ EVERY = 60.0
 """Seconds between saves."""
 
 LIMIT = 0.03
-"""What checksums and atomic writes may add to training that saves every minute."""
+"""Maximum share that checksums and atomic writes add to training with a save per minute."""
 
 MAIN = {"device": "cpu", "validation_images": 0}
 
@@ -71,17 +69,17 @@ RUNS: dict[str, dict[str, Any]] = {
         "head": "linear-quadratic",
     },
 }
-"""A small network; the paper's for CIFAR-10; this one with a replay buffer, which is saved too, and
-so are three earlier states and their chains, to go back to. That is 1.4 GB a save: 2.9 % on two
-cores at a load of 3.8, but 6 % at 5.5 and 17 % (three rounds) at 7.4."""
+"""A small network; the paper's network for CIFAR-10; the same with a replay buffer. The last one
+also saves its buffer and three rollback snapshots with their chains, 1.4 GB per save. That costs
+2.9 % on two cores at a load of 3.8, but 6 % at 5.5 and 17 % (three rounds) at 7.4."""
 
 
 def main() -> None:
-    """Measure, show and keep."""
+    """Measure, and print and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="JSON file")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--minutes", type=float, default=4.0, help="of training; 0 for none")
+    parser.add_argument("--minutes", type=float, default=4.0, help="minutes of training; 0: none")
     asked = parser.parse_args()
     console, rows = Console(), []
     with tempfile.TemporaryDirectory(dir=Path.cwd(), prefix=".saving-") as place:
@@ -118,7 +116,7 @@ def main() -> None:
 
 
 def as_table(rows: list[dict[str, Any]]) -> Table:
-    """What was measured, for people."""
+    """Table of the results."""
     table = Table(title="seconds of a save, medians", show_edge=False)
     for title in ("run", "MB", "plain", "safe", "added, of 60 s", "all, of 60 s"):
         table.add_column(title)
@@ -130,7 +128,7 @@ def as_table(rows: list[dict[str, Any]]) -> Table:
 
 
 def measure(layer: dict[str, Any], place: Path, rounds: int) -> dict[str, Any]:
-    """Save both ways, in turn; the first of each does not count."""
+    """Time both kinds of saving, alternating; the first of each is discarded."""
     config = resolve({**layer, "seed": 0, "steps": 2 * rounds + 2})
     run = RunFolder.create(place, config)
     trainer = assemble(config, run)
@@ -139,8 +137,8 @@ def measure(layer: dict[str, Any], place: Path, rounds: int) -> dict[str, Any]:
     ways = [(plain, lambda: save_plainly(trainer, place / "plain")), (safe, trainer.save)]
     with run.held():
         for turn in range(rounds + 1):
-            trainer._advance(batches, False)  # another state each time
-            if trainer.rollback is not None:  # which keeps three to go back to
+            trainer._advance(batches, False)  # a new state for each save
+            if trainer.rollback is not None:  # adds rollback snapshots
                 trainer.rollback.check(trainer.update.read())
             trainer.state.best.weights = weights_file(trainer.trained)
             for seconds, save in ways if turn % 2 else reversed(ways):
@@ -163,7 +161,7 @@ def measure(layer: dict[str, Any], place: Path, rounds: int) -> dict[str, Any]:
 
 
 def save_plainly(trainer: Trainer, folder: Path) -> None:
-    """The same files without any care."""
+    """Write the same files without checksums, atomic writes and fsync."""
     folder.mkdir(exist_ok=True)
     torch.save(trainer.state_dict(), folder / "last.pt")
     state = {k: v.contiguous() for k, v in trainer.trained.state_dict().items()}
@@ -175,13 +173,13 @@ def save_plainly(trainer: Trainer, folder: Path) -> None:
 
 
 def trained(layer: dict[str, Any], place: Path, minutes: float, plain: float) -> dict[str, Any]:
-    """Train for some minutes, saving about every minute: the share of time spent in saving.
+    """Share of the time spent in saving, in a training run that saves about every minute.
 
     Args:
-        layer: of the configuration.
-        place: of the run.
-        minutes: of training.
-        plain: seconds of a plain save, which would be spent in any case.
+        layer: settings of the run.
+        place: run folder.
+        minutes: duration of the training.
+        plain: seconds of a plain save, which is subtracted from the added share.
     """
     if not minutes:
         return {}
@@ -213,7 +211,7 @@ def trained(layer: dict[str, Any], place: Path, minutes: float, plain: float) ->
 
 
 def step_seconds(layer: dict[str, Any], steps: int = 40) -> float:
-    """Mean seconds of a step, the first few left out."""
+    """Mean seconds per step, without the first quarter of the steps."""
     trainer = assemble(resolve({**layer, "seed": 0, "steps": steps}), None)
     batches = trainer.batches(0, steps)
     for number in range(steps):
@@ -225,7 +223,7 @@ def step_seconds(layer: dict[str, Any], steps: int = 40) -> float:
 
 
 def disk_rate(path: Path, megabytes: int = 256) -> float:
-    """MB that reach the disk in a second."""
+    """Write rate of the disk with fsync, MB/s."""
     content = os.urandom(2**20) * megabytes
     os.sync()
     begun = time.perf_counter()
@@ -239,7 +237,7 @@ def disk_rate(path: Path, megabytes: int = 256) -> float:
 
 
 def processor() -> str:
-    """Its name."""
+    """Name of the processor."""
     description = Path("/proc/cpuinfo")
     lines = description.read_text().splitlines() if description.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

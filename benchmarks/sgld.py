@@ -1,13 +1,14 @@
-"""SGLD steps per second: our chains against JEM's loop written plainly, on any device.
+"""SGLD steps per second: our chains and a plain version of JEM's loop, on any device.
 
     uv run python benchmarks/sgld.py --out benchmarks/results/sgld-cpu.json
     uv run python benchmarks/sgld.py --device cuda --backbone wideresnet28-10-jem --out ...
 
-Candidates take turns in every round (`ebmkit.bench.interleave`) on one network and one batch:
+Candidates are interleaved (`ebmkit.bench.interleave`) on one network and one batch:
 
-- plain: what JEM's authors do, a leaf that requires a gradient, logits, logsumexp, summed, backward
-  to the image by autograd, float32, and the move in place;
-- ours: `ebmkit.objectives.likelihood`, eager; and compiled, and in bf16, where the device has them.
+- plain: the loop of JEM's authors: sum of the logsumexp of the logits, gradient by autograd to an
+  image that requires a gradient, float32, in-place update;
+- ours: the steps of `ebmkit.objectives.likelihood`, eager, and on CUDA also compiled, in float32
+  and bf16.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ STEPS = 5
 
 
 def plain(model: EnergyModel, x: Tensor) -> Callable[[], Tensor]:
-    """`STEPS` steps of JEM's loop, in its own units: images in [-1, 1], step 1, noise 0.01."""
+    """Function that runs `STEPS` steps of JEM's loop: images in [-1, 1], step 1, noise 0.01."""
 
     def run() -> Tensor:
         u = (2 * x - 1).requires_grad_()
@@ -51,7 +52,7 @@ def plain(model: EnergyModel, x: Tensor) -> Callable[[], Tensor]:
 
 
 def ours(model: EnergyModel, x: Tensor, precision: str, compile: str) -> Callable[[], Tensor]:
-    """The same steps as training takes them."""
+    """Function that runs the same steps as in our training."""
     computed = make_inference(x.device, precision, compile).wrap(model)
     generator = torch.Generator(x.device).manual_seed(0)
 
@@ -71,7 +72,7 @@ def ours(model: EnergyModel, x: Tensor, precision: str, compile: str) -> Callabl
 
 
 def main() -> None:
-    """Measure and write."""
+    """Measure and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="JSON file, which must not exist")
     parser.add_argument("--device", default="auto")

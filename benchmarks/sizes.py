@@ -1,11 +1,11 @@
-"""How a log-density should grow with the image: factor, windows and tiles on CBSD68.
+"""Scaling of the log-density with the image size: factor, windows and tiles on CBSD68.
 
     uv run python benchmarks/sizes.py RUN --images DIR/CBSD68
 
 RUN is a colour model trained on 32x32 images (`benchmarks/balance.py` makes one). Each photograph
-is denoised by Tweedie's formula under each size scaling of `JointModel`, and by blending the scores
-of overlapping crops, as `ebmkit denoise` does. Two more columns: the PSNR where the score is
-multiplied by the best single factor, and that factor (1 means that the scale is right). Writes
+is denoised by Tweedie's formula with each size scaling of `JointModel`, and with blended scores of
+overlapping crops, as in `ebmkit denoise`. Two more columns: the PSNR with the score multiplied by
+the best single factor, and that factor (1: the scale is right). Writes
 ``benchmarks/results/sizes.json``.
 """
 
@@ -34,7 +34,7 @@ WAYS = ("plain formula", "windows", "factor", "tiles", "blended 32", "blended 64
 
 
 def score(model: ebmkit.JointModel, y: Tensor, way: str) -> Tensor:
-    """The score of a whole picture y (C, H, W) under one way."""
+    """Score of a whole image y (C, H, W) with method ``way``."""
     reference = model.reference_size
     assert reference is not None
     try:
@@ -50,7 +50,7 @@ def score(model: ebmkit.JointModel, y: Tensor, way: str) -> Tensor:
 
 
 def measure(model: ebmkit.JointModel, clean: Tensor, sigma: float, way: str, seed: int) -> Tensor:
-    """PSNR, PSNR at the best scale, that scale, estimated over true sigma, seconds."""
+    """PSNR, PSNR at the best scale, that scale, estimated / true sigma, and seconds: (5,)."""
     noise = torch.randn(clean.shape, generator=noise_generator(seed, sigma))
     y = clean + sigma * noise
     start = time.perf_counter()
@@ -63,7 +63,7 @@ def measure(model: ebmkit.JointModel, clean: Tensor, sigma: float, way: str, see
 
 
 def main() -> None:
-    """Measure and write."""
+    """Measure and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path)
     parser.add_argument("--images", type=Path, required=True)

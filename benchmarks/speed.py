@@ -1,13 +1,13 @@
-"""Speed and memory on this device, against the plain eager way and against peers.
+"""Speed and memory on this device, compared with plain eager PyTorch and other libraries.
 
     uv run --with torchebm --with deepinv --with 'ebmkit==0.16.0' \\
         python benchmarks/speed.py --out benchmarks/results/speed-cpu.json
 
-(The registry's ``ebmkit`` is another library, whose import name is ``ebm``; it does not get into
-the way of this one.) Training steps by objective and backbone against (a), the plain eager step;
-denoising score matching against (b), torchebm and the registry's ebmkit; denoising against (c),
-deepinv's DRUNet; step time and memory against width, image size and batch. ``--full`` adds the
-training steps of GradResNet18 at width 64, ``--rehearse`` does everything at a tiny size.
+(``ebmkit`` on the package index is another library with import name ``ebm``; it does not conflict
+with this one.) Comparisons: training steps by objective and backbone with (a) the plain eager step;
+denoising score matching with (b) torchebm and the other ebmkit; denoising with (c) deepinv's
+DRUNet; step time and memory as functions of width, image size and batch. ``--full`` adds training
+steps of GradResNet18 at width 64; ``--rehearse`` runs everything at a tiny size.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ OBJECTIVES = ("ce", "dsm", "cdsm", "ce+dsm")
 
 
 def main() -> None:
-    """Measure and write."""
+    """Measure and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="JSON file, which must not exist")
     parser.add_argument("--plot", type=Path, help="PNG file of the scaling curve")
@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--compile", default="auto")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--full", action="store_true", help="GradResNet18 at width 64 too")
-    parser.add_argument("--rehearse", action="store_true", help="tiny sizes, to see that it runs")
+    parser.add_argument("--rehearse", action="store_true", help="tiny sizes, as a test")
     options = parser.parse_args()
     if options.out.exists() or not options.out.parent.is_dir():
         parser.error(f"--out {options.out} must be a new file in a folder that exists")
@@ -66,7 +66,7 @@ def main() -> None:
     )
     for name in ("torchebm", "ebm", "deepinv"):
         if not peers.installed(name):
-            print(f"{name} is not installed: its rows are left out")
+            print(f"{name} is not installed: its rows are skipped")
     base = Setting("", width=8, image_size=8, batch=4) if options.rehearse else Setting("")
     wide = base._replace(width=8 if options.rehearse else 64)
 
@@ -106,14 +106,14 @@ def main() -> None:
 
 
 def scaling_plot(rows: Sequence[Row], path: Path) -> None:
-    """Step time and memory against width, image size and batch, as a PNG file.
+    """Plot step time and memory against width, image size and batch.
 
     Args:
-        rows: of `scaling`, the base point first; rows of other work are passed over.
-        path: the PNG file.
+        rows: results of `scaling`, the base point first; other rows are ignored.
+        path: PNG file to write.
 
     Raises:
-        UserError: if there is nothing to draw.
+        UserError: if there are no rows of `scaling`.
     """
     found = [(setting, row) for row in rows if (setting := Setting.read(row.name))]
     found = [(setting, row) for setting, row in found if setting.what == SCALING]
@@ -151,7 +151,7 @@ def scaling_plot(rows: Sequence[Row], path: Path) -> None:
 
 
 def report(rows: list[Row]) -> None:
-    """Print rows as they come, so that a run cut short has told something."""
+    """Print rows immediately, so that an interrupted run shows its results."""
     for row in rows:
         against = ", ".join(
             f"{ratio.median:.2f} ({ratio.low:.2f}-{ratio.high:.2f}) to {who}"

@@ -1,10 +1,10 @@
-"""The paper's tables at their own scale on one GPU, row by row, the most important first.
+"""The paper's tables at the paper's scale on one GPU, row by row, the most important first.
 
     uv run python benchmarks/tables_gpu.py --data-dir DIR --work WORK --out OUT --seconds 540
 
-Each row is ``ebmkit reproduce TABLE --scale full --only ROW``, stopped by SIGTERM when the time is
-over: it saves, and the same command goes on with it, so the script can be given again until all
-rows are done. What is finished is copied to OUT after every row: TABLE.md, TABLE.json, TABLE.png.
+Each row runs ``ebmkit reproduce TABLE --scale full --only ROW``. At the time limit the script sends
+SIGTERM: the row saves, and the next call of the script resumes it; repeat the command until all
+rows are done. After each row TABLE.md, TABLE.json and TABLE.png are copied to OUT.
 ``--scale smoke`` rehearses it on digits.
 """
 
@@ -36,11 +36,11 @@ ROWS = (
     ("table1", "joint-sum"),
 )
 SAVING = 30
-"""Seconds that a stopped row is given to save and end."""
+"""Seconds for a stopped row to save and exit."""
 
 
 def main() -> None:
-    """Run the rows that are left, within the time given."""
+    """Run the remaining rows within the time limit."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-dir", type=Path, help="CIFAR-10, as `ebmkit train` takes it")
     parser.add_argument("--work", type=Path, required=True, help="folder of the runs")
@@ -66,7 +66,7 @@ def main() -> None:
             if source.exists():
                 shutil.copyfile(source, options.out / source.name)
         if code is None:
-            print("stopped: give the same command again to go on", flush=True)
+            print("stopped: run the same command again to resume", flush=True)
             break
         if code:
             failed.append(f"{table} {row}")
@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def run(command: list[str], seconds: float) -> int | None:
-    """Run ``command`` for ``seconds`` at most; its exit code, None if it was stopped."""
+    """Run ``command`` for at most ``seconds``; return its exit code, None if it was stopped."""
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:
         return process.wait(seconds)

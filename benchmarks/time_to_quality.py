@@ -1,14 +1,14 @@
-"""Time to quality: seconds, steps and FLOPs until a run is as good as stated, two recipes beside.
+"""Time to quality: seconds, steps and FLOPs until two recipes reach target qualities.
 
     uv run python benchmarks/time_to_quality.py --data digits --out OUT
     uv run python benchmarks/time_to_quality.py --data cifar10 --data-dir DIR --out OUT --marks 2
 
-A *mark* is an accuracy and three PSNRs (at sigma 15, 25, 50 of 255; for digits gains over the noisy
-image). A recipe's rate falls to 0 at the end of a run, so what is asked of each recipe is the
-shortest *length* (in steps) whose run, trained to its end, reaches the mark on test images (mean
-over seeds). The lengths of `LENGTHS` are tried from short to long; all runs stay in OUT, finished
-ones are not repeated, and an interrupted one is resumed. Training time is counted, evaluation is
-not. OUT/time-to-quality-DATA.json and .png (quality against FLOPs) hold every run, reached or not.
+A *mark* is a target accuracy and three target PSNRs (at sigma 15, 25, 50 of 255; for digits, gains
+over the noisy image). The learning rate falls to 0 at the end of a run, so the result of a recipe
+is the shortest *length* (in steps) whose complete runs reach the mark on test images (mean over
+seeds). The script tries the lengths of `LENGTHS` from short to long. All runs stay in OUT; finished
+runs are not repeated, and interrupted runs resume. The time includes training, not evaluation.
+OUT/time-to-quality-DATA.json and .png (quality against FLOPs) contain all runs.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ MARKS: dict[str, list[tuple[float, tuple[float, ...]]]] = {
         (0.90, (31.3, 28.4, 24.5)),
     ],
 }
-"""Accuracy and PSNR, dB; of digits the gains."""
+"""Accuracy and PSNR, dB; for digits, PSNR gains."""
 
 LENGTHS = {
     "digits": {"AdamW": (400, 800, 1600), "ours": (200, 300, 400, 600)},
@@ -52,12 +52,12 @@ LENGTHS = {
 
 
 def main() -> None:
-    """Train until each recipe has reached each mark, or its lengths are used up."""
+    """Train with increasing lengths until each recipe has reached each mark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", choices=[*RECIPES], default="digits")
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--marks", type=int, help="how many marks, from the easiest; default: all")
+    parser.add_argument("--marks", type=int, help="number of marks, from the easiest; default: all")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--lengths", type=int, nargs="+", help="steps, instead of LENGTHS")
     parser.add_argument("--longest", type=int, default=10**9, help="steps of the longest run")
@@ -80,7 +80,7 @@ def main() -> None:
 
 
 def measured(options: argparse.Namespace, who: str, steps: int, seed: int) -> dict[str, Any]:
-    """Train and evaluate one run, or what is left of it."""
+    """Train and evaluate one run; finished parts are skipped."""
     recipe = RECIPES[options.data][who]
     run = options.out / f"{recipe}-{steps}-{seed}"
     if not (run / "cost.json").exists():
@@ -114,19 +114,19 @@ def measured(options: argparse.Namespace, who: str, steps: int, seed: int) -> di
 
 
 def where(options: argparse.Namespace) -> list[str]:
-    """Options that name the data."""
+    """Command-line options of the data set."""
     return ["--data-dir", str(options.data_dir)] if options.data_dir else []
 
 
 def call(line: list[str]) -> None:
-    """Run one command of ebmkit; its own message is what is shown if it fails."""
+    """Run an ebmkit command; exit with its code if it fails."""
     ended = subprocess.run([sys.executable, "-m", "ebmkit", *line])
     if ended.returncode:
         sys.exit(ended.returncode)
 
 
 def reaches(runs: list[dict[str, Any]], mark: tuple[float, tuple[float, ...]]) -> bool:
-    """Whether the mean over ``runs`` is at the mark in all four qualities."""
+    """Whether the mean over ``runs`` reaches the mark in all four metrics."""
     accuracy, psnr = mark
     found = [statistics.mean(run["psnr"][i] for run in runs) for i in range(3)]
     good = statistics.mean(run["accuracy"] for run in runs) >= accuracy
@@ -136,7 +136,7 @@ def reaches(runs: list[dict[str, Any]], mark: tuple[float, tuple[float, ...]]) -
 def summary(
     runs: list[dict[str, Any]], marks: list[tuple[float, tuple[float, ...]]]
 ) -> list[dict[str, Any]]:
-    """For each mark and recipe, the shortest length that reached it; None where none did."""
+    """Rows for each mark and recipe, with the results of the shortest length that reaches it."""
     rows = []
     for mark in marks:
         for who in dict.fromkeys(run["who"] for run in runs):
@@ -158,7 +158,7 @@ def write(
     runs: list[dict[str, Any]],
     marks: list[tuple[float, tuple[float, ...]]],
 ) -> None:
-    """The JSON file, the plot, and a table on the terminal."""
+    """Write the JSON file and the plot, and print a table."""
     rows = summary(runs, marks)
     found = {
         "command": " ".join(["python", *sys.argv]),
@@ -183,24 +183,30 @@ def write(
 
 
 def plot(runs: list[dict[str, Any]], data: str, path: Path) -> None:
-    """Accuracy and PSNR at 25/255 against FLOPs, a point for each run."""
+    """Plot accuracy and PSNR at 25/255 against FLOPs: runs, and means over seeds."""
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    for who, colour in (("AdamW", "tab:gray"), ("ours", "tab:blue")):
-        own = sorted((r for r in runs if r["who"] == who), key=lambda r: r["tflop"])
-        cost = [run["tflop"] for run in own]
-        axes[0].plot(cost, [100 * run["accuracy"] for run in own], "o", color=colour, label=who)
-        axes[1].plot(cost, [run["psnr"][1] for run in own], "o", color=colour, label=who)
     gain = "gain" if data == "digits" else "PSNR"
     for axis, name in zip(axes, ("accuracy, %", f"{gain} at 25/255, dB"), strict=True):
         axis.set(xscale="log", xlabel="training, TFLOP", ylabel=name)
+        for ticks in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
+            ticks(ticker.LogFormatter(labelOnlyBase=False, minor_thresholds=(1, 0.7)))
         axis.grid(alpha=0.3)
+    for who, colour in (("AdamW", "tab:gray"), ("ours", "tab:blue")):
+        own = [run for run in runs if run["who"] == who]
+        costs = sorted({run["tflop"] for run in own})
+        for axis, quality in zip(
+            axes, (lambda run: 100 * run["accuracy"], lambda run: run["psnr"][1]), strict=True
+        ):
+            axis.plot([run["tflop"] for run in own], [*map(quality, own)], "o", color=colour)
+            means = [statistics.mean(quality(r) for r in own if r["tflop"] == c) for c in costs]
+            axis.plot(costs, means, color=colour, label=who)
     axes[0].legend()
-    figure.suptitle(f"{data}: one point a run")
+    figure.suptitle(f"{data}: runs, and their mean over seeds")
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
 

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from ebmkit.compute import (
     Precision,
     autocast,
+    flush_denormals,
     keep_freed_memory,
     pick_compile,
     pick_precision,
@@ -263,6 +264,7 @@ def optimize(model: M, precision: str = "fp32", compile: str = "off") -> M:
 
 def laid_out(model: M, inference: Inference) -> M:
     """Return ``inference.wrap(model)``, with parameters in channels-last layout."""
+    flush_denormals(device_of(model))
     keep_freed_memory(device_of(model))
     subsample_before_1x1(model)
     return inference.wrap(model.to(memory_format=torch.channels_last))

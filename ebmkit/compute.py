@@ -183,6 +183,21 @@ def memory_format(device: torch.device, differentiate: bool) -> torch.memory_for
     return torch.channels_last
 
 
+def flush_denormals(device: torch.device | None = None) -> None:
+    """On a CPU, round results between 0 and the smallest normal number (1.2e-38 in float32) to 0.
+
+    Processors compute up to a hundred times slower with these denormal numbers, which become
+    frequent as training proceeds: without them a step takes about half the time (docs: "Denormal
+    numbers"). This affects the current thread and threads that it starts later. PyTorch starts its
+    threads in its first parallel operation, so call this before; the command line does.
+
+    Args:
+        device: device of the model; no effect if it is not a CPU. None: the CPU.
+    """
+    if device is None or device.type == "cpu":
+        torch.set_flush_denormal(True)
+
+
 def keep_freed_memory(device: torch.device) -> None:
     """On Linux, keep the memory of freed CPU tensors in this process.
 

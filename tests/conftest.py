@@ -29,6 +29,14 @@ def pytest_xdist_auto_num_workers(config):
     return min(4, len(available(0)))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _flush_denormals():
+    """As the first command of a test would do, so that the order of tests changes no bit."""
+    from ebmkit.compute import flush_denormals
+
+    flush_denormals()
+
+
 def pytest_configure(config):
     """Workers of a data loader are forked, from Python 3.12 on with a warning beside a thread.
 

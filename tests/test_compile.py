@@ -231,6 +231,7 @@ def test_a_trainable_model_is_compiled_under_no_grad(small, counting, y):
 # --- precision -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_bf16_rounds_the_network_and_nothing_else(small, counting, y):
     expected = {name: quantity(small, y) for name, quantity in QUANTITIES.items()}
     wrapped = Inference("bf16", "on", counting).wrap(small)

@@ -1,6 +1,8 @@
 """Devices, precisions, and what a device has: memory and the rate of matrix products."""
 
 import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -34,6 +36,23 @@ def test_a_precision_or_mode_that_the_device_lacks_is_refused(monkeypatch):
         pick_compile("on", CPU)
     assert not pick_compile("auto", CPU)
     assert pick_precision("auto", CPU) == "fp32"
+
+
+@pytest.mark.skipif(not torch.set_flush_denormal(True), reason="this processor has no such setting")
+def test_commands_flush_denormal_numbers_in_all_threads():
+    """A command sets it before PyTorch starts its second thread, which takes half of the tensor."""
+    code = """
+import torch
+from ebmkit import UserError
+from ebmkit.cli import app
+try:
+    app(["classify", "no-such-run", "image.png"], standalone_mode=False)
+except UserError:
+    torch.set_num_threads(2)
+    print(torch.full((1 << 20,), 1e-30).mul(1e-10).count_nonzero().item())
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout == "0\n"
 
 
 def test_free_memory_is_that_of_the_tightest_control_group(tmp_path, monkeypatch):

@@ -164,6 +164,7 @@ def test_a_fixed_batch_and_code_that_needs_one(tmp_path):
     assert_equal(run_alone(made.path, y, sigma), [model.denoise(y, sigma)])
 
 
+@pytest.mark.slow
 def test_the_file_says_what_it_is_and_the_model_stays_as_it_was(tmp_path):
     model = small().double().train()
     model.card = ModelCard(dataset="digits", image_size=(5, 7), channels=1, sigma_range=(0.1, 0.2))
@@ -255,6 +256,7 @@ def test_sizes_and_batches(tmp_path):
 # --- the command ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path, monkeypatch, capsys):
     """A network of the library, exported as users do, gives the denoised images of its model."""
     backbone = GradResNetConfig(depth=10, width=8)

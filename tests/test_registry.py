@@ -77,17 +77,20 @@ def test_each_example_is_shorter_than_40_lines():
     assert all(text.count("\n") < 40 for text in EXAMPLES)
 
 
+@pytest.mark.slow
 def test_a_run_records_its_plugins(trained):
     document = json.loads((trained / "run" / "model.json").read_text())
     assert [plugin["name"] for plugin in document["card"]["plugins"]] == PLUGINS
     assert document["model"]["backbone"] == {"kind": "two-layers", "width": 8}
 
 
+@pytest.mark.slow
 def test_with_them_a_run_is_evaluated_and_sampled_from(trained):
     assert (trained / "run" / "evaluation" / "score-norm.png").is_file()
     assert (trained / "guided" / "sampling.json").is_file()
 
 
+@pytest.mark.slow
 def test_without_its_plugins_a_run_is_refused_in_one_sentence(trained):
     with pytest.raises(UserError, match=r"needs the plugins 'example_0' .*, which are not loaded"):
         ebmkit.load(trained / "run")

@@ -46,6 +46,9 @@ COMMANDS: dict[str, Callable[..., None]] = {
 }
 """Commands in the order of `ebmkit --help`; `data` follows them."""
 
+NOT_COMPUTING = (import_, verify, list_, pack)
+"""Commands that never run a network."""
+
 
 def _load_plugins(named: list[str]) -> list[str]:
     if named:  # the module imports pydantic, which would slow down help
@@ -76,6 +79,10 @@ def _with_plugins(function: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(function)
     def command(*, plugin: list[str], **options: Any) -> None:
+        if function not in NOT_COMPUTING:
+            from ebmkit.compute import flush_denormals
+
+            flush_denormals()  # before PyTorch starts its threads
         function(**options)
 
     command.__doc__, own = options_of(function)

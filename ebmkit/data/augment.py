@@ -1,33 +1,35 @@
-r"""Augmentation of a batch, on its own device.
+r"""Batched augmentation on the device of the images.
 
-Each operation draws what torchvision would draw for every image alone, for the whole batch at once.
-Flips and crops take images of any dtype (uint8 before conversion is cheapest).
+Each operation follows the distribution of its torchvision counterpart, but draws the parameters of
+all images of a batch at once. Flips and crops accept any dtype; uint8 images are the cheapest.
 
-MixUp and CutMix are torchvision's (``transforms.v2``, alpha = 1): one :math:`\lambda \sim U[0, 1]`
-per batch, each image mixed with the one before it (the batch rolled by one),
+**MixUp and CutMix** as in torchvision (``transforms.v2``, alpha = 1): one
+:math:`\lambda \sim U[0, 1]` per batch; each image is mixed with the previous one,
 
 .. math:: x'_i = w \odot x_i + (1 - w) \odot x_{i-1},
 
-where the weight w is :math:`\lambda` everywhere for MixUp, and for CutMix 0 inside a box of area
+where w is :math:`\lambda` everywhere for MixUp. For CutMix, w is 0 inside a box of area
 :math:`(1 - \lambda) H W` around a uniform pixel, clipped to the image, and 1 outside. Soft labels
 are mixed with the mean of w, which corrects :math:`\lambda` for the clipping.
 
-Cutout (DeVries & Taylor 2017) paints a square over each image; its centre is uniform, so that the
-square may be clipped. *Alternating* flips (Jordan 2024, arXiv 2404.00498) mirror a random half of
-the images in the first epoch, the other half in the second, and so on: two epochs show each image
-both ways, where independent flips show a quarter of them one way twice.
+**Cutout** (DeVries & Taylor 2017) fills a square with a uniform centre, so it may be clipped.
 
-A process that holds only some images of a global batch says so by `Rows`: the draw is always that
-of the global batch, so that the number of processes does not change it.
+**Alternating flips** (Jordan 2024, arXiv 2404.00498) mirror a random half of the images in the
+first epoch, the other half in the second, and so on. Two epochs show each image in both
+orientations; independent flips show half of the images twice in the same one.
 
-**Crops whose boxes are drawn on the host** (`Cut`): a box is resolved from numbers
-:math:`u_0, \dots, u_{21} \sim U[0, 1)` and the size of the image, which only the process that reads
-it may know. The law is that of `torchvision.transforms.v2.RandomResizedCrop`: ten attempts at a
-share of the area, uniform in ``scale``, and an aspect ratio, log-uniform in ``ratio``; the first
-that fits is placed uniformly; if none does, the largest box in the middle whose ratio is allowed is
-taken. Attempt k uses :math:`u_{2k}, u_{2k+1}`, the place :math:`u_{20}, u_{21}`. Images of one size
-are cut and resized all at once: the antialiased bilinear filter is separable, so each image is
-multiplied by one matrix from the left and one from the right.
+A process that holds a part of a global batch passes `Rows`: random numbers are always drawn for
+the whole global batch, so the number of processes does not change them.
+
+**Crops with boxes drawn on the CPU** (`Cut`): a box is computed from numbers
+:math:`u_0, \dots, u_{21} \sim U[0, 1)` and the image size, which only the process that reads the
+image may know. The distribution is that of `torchvision.transforms.v2.RandomResizedCrop`: ten
+attempts draw a share of the area, uniform in ``scale``, and an aspect ratio, log-uniform in
+``ratio``. The first box that fits is placed uniformly; if none fits, the largest centred box with
+an allowed ratio is used. Attempt k uses :math:`u_{2k}, u_{2k+1}`, the position
+:math:`u_{20}, u_{21}`. Images of one size are cropped and resized together: the antialiased
+bilinear filter is separable, so one matrix multiplies each image from the left and one from the
+right.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ from torch.nn.functional import pad
 from ebmkit.errors import UserError
 
 DRAWS = 22
-"""Numbers that a box is resolved from: two for each of ten attempts, and two for its place."""
+"""Random numbers per box: two for each of ten attempts, and two for the position."""
 
 Mix = Literal["none", "mixup", "cutmix", "both"]
 Flip = bool | Literal["alternating"]
@@ -51,11 +53,11 @@ Interval = tuple[float, float]
 
 
 class Augmentation(BaseModel):
-    """What is done to a batch, in this order: flip, crop, cutout, mix.
+    """Settings of the augmentation, applied in this order: flip, crop, cutout, mix.
 
     Raises:
-        UserError: if a resized crop is padded, its ranges are no ranges, or an option says how to
-            do what is not done.
+        UserError: if a resized crop is padded, a range is invalid, or an option applies to an
+            operation that is off.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -98,27 +100,27 @@ class Augmentation(BaseModel):
     def _check(self) -> Augmentation:
         scale, ratio = self.crop_scale, self.crop_ratio
         if scale is not None and self.crop_padding:
-            raise UserError("crop_scale resizes and crop_padding pads: take one of them")
+            raise UserError("crop_scale and crop_padding exclude each other: set only one of them")
         if scale is not None and not 0 < scale[0] <= scale[1] <= 1:
-            raise UserError(f"crop_scale {list(scale)} must rise within 0 to 1, as [0.08, 1]")
+            raise UserError(f"crop_scale {list(scale)} must rise within 0 to 1, like [0.08, 1]")
         if not 0 < ratio[0] <= ratio[1]:
-            raise UserError(f"crop_ratio {list(ratio)} must rise from above 0, as [0.75, 1.333]")
+            raise UserError(f"crop_ratio {list(ratio)} must rise from above 0, like [0.75, 1.333]")
         if self.crop_fill == "reflect" and not self.crop_padding:
-            raise UserError("crop_fill=reflect fills a padding: set crop_padding, as 4")
+            raise UserError("crop_fill=reflect needs a padding: set crop_padding, for example to 4")
         if self.mix_probability < 1 and self.mix == "none":
             raise UserError(
-                f"mix_probability {self.mix_probability:g} is of mixed batches: set mix to mixup, "
+                f"mix_probability {self.mix_probability:g} needs mixed batches: set mix to mixup, "
                 "cutmix or both"
             )
         return self
 
 
 class Rows(NamedTuple):
-    """Which images of a global batch a tensor holds.
+    """Positions of the images of a tensor in the global batch.
 
     Attributes:
         total: size of the global batch.
-        positions: (B,) int64, the position of each image in it, on the images' device.
+        positions: (B,) int64, position of each image in it, on the device of the images.
     """
 
     total: int
@@ -131,20 +133,20 @@ def flip(x: Tensor, generator: torch.Generator, rows: Rows | None = None) -> Ten
 
 
 def mirror(x: Tensor, which: Tensor) -> Tensor:
-    """Mirror the images (B, C, H, W) left-right that ``which`` (B,) bool says."""
+    """Mirror left-right the images (B, C, H, W) where ``which`` (B,) bool is true."""
     return torch.where(which[:, None, None, None], x.flip(-1), x)
 
 
 def padded(x: Tensor, padding: int, fill: str = "black") -> Tensor:
-    """Add ``padding`` pixels on each side of ``x`` (B, C, H, W): black, or the image reflected."""
+    """Pad ``x`` (B, C, H, W) by ``padding`` pixels on each side, with black or by reflection."""
     if fill == "black":
         return pad(x, (padding,) * 4)
-    wide = x if x.is_floating_point() else x.float()  # PyTorch reflects no whole numbers
+    wide = x if x.is_floating_point() else x.float()  # PyTorch does not reflect integers
     return pad(wide, (padding,) * 4, "reflect").to(x.dtype)
 
 
 def cutout(x: Tensor, side: int, generator: torch.Generator, rows: Rows | None = None) -> Tensor:
-    """Paint a square of ``side`` pixels over each image (B, C, H, W) in its mean colour."""
+    """Fill a square of ``side`` pixels in each image (B, C, H, W) with its mean colour."""
     height, width = x.shape[-2:]
     top = _draw(x, height, generator, rows) - side // 2
     left = _draw(x, width, generator, rows) - side // 2
@@ -158,7 +160,7 @@ def cutout(x: Tensor, side: int, generator: torch.Generator, rows: Rows | None =
 def random_crop(
     x: Tensor, size: int | tuple[int, ...], generator: torch.Generator, rows: Rows | None = None
 ) -> Tensor:
-    """Cut a uniformly placed window of ``size`` (side, or height and width) from each image."""
+    """Crop each image at a uniform position to ``size`` (side, or height and width)."""
     height, width = (size, size) if isinstance(size, int) else size
     top = _draw(x, x.shape[2] - height + 1, generator, rows)
     left = _draw(x, x.shape[3] - width + 1, generator, rows)
@@ -175,8 +177,8 @@ def mix(x: Tensor, soft: Tensor, kind: str, generator: torch.Generator) -> tuple
     Args:
         x: images (B, C, H, W).
         soft: label probabilities (B, K).
-        kind: mixup, cutmix, or both: one of them for the whole batch, each with probability 1/2.
-        generator: on the images' device.
+        kind: mixup, cutmix, or both (one of the two per batch, with equal probability).
+        generator: random generator on the device of the images.
     """
     if kind == "both":
         cut = torch.rand((), generator=generator, device=x.device) < 0.5
@@ -190,7 +192,7 @@ def mix(x: Tensor, soft: Tensor, kind: str, generator: torch.Generator) -> tuple
 
 
 def _draw(x: Tensor, below: int, generator: torch.Generator, rows: Rows | None) -> Tensor:
-    """Uniform whole numbers 0 .. below - 1, one per image, (B,)."""
+    """Uniform integers 0 .. below - 1, one per image, (B,)."""
     total = len(x) if rows is None else rows.total
     drawn = torch.randint(below, (total,), generator=generator, device=x.device)
     return drawn if rows is None else drawn[rows.positions]
@@ -202,7 +204,7 @@ def _mixup_weight(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _cutmix_weight(x: Tensor, generator: torch.Generator) -> Tensor:
-    """1 outside the box that CutMix pastes, 0 inside, (H, W); no device synchronisation."""
+    """CutMix weights (H, W), 0 inside the pasted box and 1 outside; no device synchronisation."""
     height, width = x.shape[-2:]
     lam = torch.rand((), generator=generator, device=x.device)
     centre_x = torch.randint(width, (), generator=generator, device=x.device)
@@ -217,13 +219,14 @@ def _cutmix_weight(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 class Cut(NamedTuple):
-    """The crops of a batch: the numbers that were drawn, and their law.
+    """The random crops of a batch: drawn numbers and the distribution of the boxes.
 
     Attributes:
-        draws: (B, DRAWS) float64.
-        size: height and width of what comes out, pixels.
-        scale: smallest and largest share of the image's area; None: a window of ``size``.
-        ratio: smallest and largest width by height.
+        draws: (B, DRAWS) float64, uniform in [0, 1).
+        size: height and width of the output, pixels.
+        scale: smallest and largest share of the image area; None: crop to ``size`` without
+            resizing.
+        ratio: smallest and largest width / height.
     """
 
     draws: Tensor
@@ -232,7 +235,7 @@ class Cut(NamedTuple):
     ratio: Interval = (3 / 4, 4 / 3)
 
     def of(self, number: int) -> Cut:
-        """That of one image of the batch."""
+        """The crop of image ``number``, as a batch of one."""
         return self._replace(draws=self.draws[number : number + 1])
 
 
@@ -240,8 +243,8 @@ def crop_boxes(height: int, width: int, cut: Cut) -> Tensor:
     """Boxes (top, left, height, width) in images of one size, (B, 4) int64.
 
     Args:
-        height, width: of the images, pixels; at least the crop's for a window.
-        cut: law and numbers drawn.
+        height, width: size of the images, pixels; at least ``cut.size`` if ``cut.scale`` is None.
+        cut: drawn numbers and distribution.
     """
     u, size, scale, ratio = cut
     if scale is None:
@@ -251,17 +254,17 @@ def crop_boxes(height: int, width: int, cut: Cut) -> Tensor:
     place = u[:, -2:] * torch.stack([height - h + 1, width - w + 1], 1)
     top, left = place.long().unbind(1)
     if scale is not None:
-        none = (h == 0).nonzero()[:, 0]  # no attempt fitted
+        none = (h == 0).nonzero()[:, 0]  # no attempt fits
         h[none], w[none] = _largest(height, width, ratio)
         top[none], left[none] = (height - h[none]) // 2, (width - w[none]) // 2
     return torch.stack([top, left, h, w], 1)
 
 
 def resize_boxes(images: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """Cut ``boxes`` (B, 4) out of uint8 images (B, C, H, W) and bring them to ``size``.
+    """Crop uint8 images (B, C, H, W) to ``boxes`` (B, 4) and resize the crops to ``size``.
 
-    As `torchvision.transforms.v2.functional.resized_crop` with antialiasing does one by one, up to
-    one grey level of rounding. On the images' device.
+    Batched `torchvision.transforms.v2.functional.resized_crop` with antialiasing, equal up to one
+    grey level of rounding. Runs on the device of the images.
     """
     top, left, h, w = boxes.to(images.device).unbind(1)
     down = _filter(top, h, images.shape[2], size[0])
@@ -273,7 +276,7 @@ def resize_boxes(images: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor
 def _shapes(
     height: int, width: int, u: Tensor, scale: Interval, ratio: Interval
 ) -> tuple[Tensor, Tensor]:
-    """Height and width of the first attempt that fits, (B,) each; 0 where none does."""
+    """Height and width of the first attempt that fits, (B,) each; 0 if none fits."""
     shares, ratios = u[:, :-2:2], u[:, 1:-2:2]
     area = height * width * (scale[0] + (scale[1] - scale[0]) * shares)
     low, high = math.log(ratio[0]), math.log(ratio[1])
@@ -286,7 +289,7 @@ def _shapes(
 
 
 def _largest(height: int, width: int, ratio: Interval) -> tuple[int, int]:
-    """Height and width of the largest box whose ratio is allowed."""
+    """Height and width of the largest box with an allowed ratio."""
     if width / height < ratio[0]:
         return round(width / ratio[0]), width
     if width / height > ratio[1]:
@@ -295,7 +298,7 @@ def _largest(height: int, width: int, ratio: Interval) -> tuple[int, int]:
 
 
 def _filter(start: Tensor, length: Tensor, side: int, out: int) -> Tensor:
-    """Matrices (B, out, side) that resize intervals of a line of ``side`` pixels to ``out``."""
+    """Matrices (B, out, side) that resize an interval of ``side`` pixels to ``out`` pixels."""
     scale = (length / out)[:, None, None]
     centre = (torch.arange(out, device=start.device)[:, None] + 0.5) * scale
     pixel = torch.arange(side, device=start.device) - start[:, None, None]

@@ -1,21 +1,22 @@
-"""Data sets that are folders of image files, which somebody else may have packed.
+"""Data sets from folders of image files, which may be untrusted.
 
-``train/CLASS/*.png`` and ``test/CLASS/*.png`` (or ``val/``, as ImageNet calls it); or
-``CLASS/*.png`` alone, of which a fixed tenth, chosen by a hash of each file's path, is the test
-set. Files that lie loose, without class folders, make a set without labels. Class folders sorted by
-name give the labels; folders inside them count as part of them.
+Layouts: ``train/CLASS/*.png`` and ``test/CLASS/*.png`` (or ``val/``, as in ImageNet); or
+``CLASS/*.png`` alone, where a fixed tenth, chosen by a hash of each file's path, is the test set.
+Without class folders the set has no labels. Labels number the class folders sorted by name;
+subfolders of a class folder belong to its class.
 
 ========  ==================================================================================
-folder    one size: the shorter side is resized to it (bicubic), the middle cut out
-imagenet  torchvision's protocol for ImageNet: antialiased bilinear resizing, the shorter side
-          to 256 and the middle 224 for evaluation, `RandomResizedCrop` of the file's own
-          pixels for training
-pictures  each image at its own size, one to a batch, as in Set12 and BSD68: to evaluate on
+folder    one size: the shorter side is resized to it (bicubic), then the centre is cropped
+imagenet  torchvision's protocol for ImageNet, antialiased bilinear resizing: for evaluation
+          the shorter side is resized to 256 and the central 224 pixels are cropped; for
+          training `RandomResizedCrop` of the original pixels
+pictures  each image at its own size in a batch of one, as in Set12 and BSD68; only for
+          evaluation
 ========  ==================================================================================
 
-An archive of images can hold links: to files that the one who unpacks it would not show to others
-(a model trained on them, or a plot of the results, may), and to folders in a circle. So links are
-followed inside the folder alone, unless the user says otherwise; the folder itself may be one.
+An archive can contain symbolic links to private files of the user who unpacks it (a model trained
+on them, or a plot, may expose them), and cyclic links to folders. So links are followed only inside
+the folder, unless the user allows all; the folder itself may be a link.
 """
 
 from __future__ import annotations
@@ -51,21 +52,21 @@ from ebmkit.terminal import progress_bar
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".ppm", ".pgm")
 
 MAX_DEPTH = 64
-"""Folders in folders that are looked into."""
+"""Maximum depth of nested folders."""
 
 REMEDY = "copy it into the folder, or set dataset.links=follow"
 
 
 class FolderReader:
-    """Reads image files by number, at one number of channels.
+    """Reads image files by index and converts them to one number of channels.
 
     Args:
-        root: what the names are relative to.
-        names: of the files.
+        root: folder that the names are relative to.
+        names: file names.
         channels: 1 or 3; gray files are repeated to 3.
-        size: height and width to bring images to; None: each at its own size.
-        side: what to bring the shorter side of images to before anything is cut out (antialiased
-            bilinear, as torchvision); None: just what ``size`` needs (bicubic).
+        size: height and width to resize to; None: each image at its own size.
+        side: length that the shorter side is resized to before cropping (antialiased bilinear, as
+            in torchvision); None: resize only to fit ``size`` (bicubic).
     """
 
     def __init__(
@@ -78,24 +79,24 @@ class FolderReader:
     ) -> None:
         self.root, self.channels, self.size = root, channels, size
         self.whole, self.side = side is not None, side or 0
-        # One buffer instead of many objects, whose reference counts would make workers copy them.
+        # One buffer: reference counts of many objects would make worker processes copy them.
         self._names = np.array([os.fsencode(name) for name in names])
 
     def __len__(self) -> int:
         return len(self._names)
 
     def name(self, row: int) -> str:
-        """The file of ``row``, relative to the root."""
+        """File name of ``row``, relative to the root."""
         return os.fsdecode(self._names[row])
 
     def read(self, rows: Sequence[int], cut: Cut | None = None) -> Tensor:
         """Images (B, C, H, W) uint8, or crops (B, C, *cut.size) of the whole images.
 
-        A window is cut from the image with its shorter side brought to ``side``, a resized crop
-        from the image as it is in the file.
+        A crop without resizing comes from the image with its shorter side resized to ``side``, a
+        resized crop from the original pixels.
 
         Raises:
-            UserError: naming the file that cannot be read.
+            UserError: if a file cannot be read; the message names it.
         """
         cuts = [None if cut is None else cut.of(i) for i in range(len(rows))]
         return torch.stack([self._one(row, own) for row, own in zip(rows, cuts, strict=True)])
@@ -133,12 +134,12 @@ class FolderReader:
 
 
 def to_pixels(image: Image.Image, channels: int, size: tuple[int, int] | None = None) -> Tensor:
-    """A Pillow image as uint8 (channels, H, W).
+    """Convert a Pillow image to uint8 (channels, H, W).
 
     Args:
-        image: of any mode and size.
+        image: image of any mode and size.
         channels: 1 or 3.
-        size: height and width; the shorter side is resized (bicubic), the middle cut out.
+        size: height and width; the shorter side is resized (bicubic), then the centre is cropped.
     """
     image = image.convert("L" if channels == 1 else "RGB")
     if size is not None and image.size != size[::-1]:
@@ -148,17 +149,16 @@ def to_pixels(image: Image.Image, channels: int, size: tuple[int, int] | None = 
 
 
 def load_folder(request: DatasetRequest, side: int | None = None) -> AnyImages:
-    """One split of a folder; streamed if decoded it takes more than `imagesets.MEMORY_LIMIT` bytes.
+    """Load one split of a folder; above `imagesets.MEMORY_LIMIT` decoded bytes it is streamed.
 
     Args:
-        request: the folder, the split, and the side to bring images to; by default the files' own
-            size, if they agree.
-        side: make it a set of whole images, whose shorter side is brought to this; its training
-            images are always streamed.
+        request: folder, split and image size; by default the common size of the files.
+        side: keep whole images and resize their shorter side to this; training images are then
+            always streamed.
 
     Raises:
-        UserError: if the folder is missing or empty, the split is missing, sizes differ without an
-            image size, or a file cannot be read.
+        UserError: if the folder is missing or empty, the split is missing, sizes differ and no
+            image size is given, or a file cannot be read.
     """
     root, split, skip = request.path("a folder of images"), request.split, request.faults.skip
     images = list_folder(request, "test" if split == "test" else "train", side)
@@ -180,26 +180,26 @@ def load_folder(request: DatasetRequest, side: int | None = None) -> AnyImages:
 
 
 def load_imagenet(request: DatasetRequest) -> AnyImages:
-    """`load_folder` of whole images, evaluated on the middle 7/8 of the shorter side."""
+    """`load_folder` with whole images; evaluation uses the central 7/8 of the shorter side."""
     request.path("the folder with train/ and val/")
     size = request.image_size or 224
     return load_folder(request._replace(image_size=size), side=round(size * 256 / 224))
 
 
 def load_pictures(request: DatasetRequest) -> StreamedSet:
-    """The images in a folder, sorted by name, each at its own size; without labels.
+    """Load the images of a folder, sorted by name, each at its own size, without labels.
 
     Raises:
-        UserError: if it is no folder or holds no images, gray and colour ones are mixed, one cannot
-            be read, or they are asked for to train on.
+        UserError: if the path is not a folder or has no images, gray and colour images are mixed,
+            an image cannot be read, or the split is not "test".
     """
     root, faults = request.path("a folder of images"), request.faults
     if request.image_size is not None:
-        raise UserError("data set 'pictures' keeps each image's size: leave the image size out")
+        raise UserError("data set 'pictures' keeps each image's size: remove the image size")
     if request.split != "test":
         raise UserError(
-            "data set 'pictures' is to evaluate on: train on data set 'folder', with --image-size "
-            "or streams.denoise.augmentation.crop_size"
+            "data set 'pictures' is only for evaluation: train on data set 'folder', with "
+            "--image-size or streams.denoise.augmentation.crop_size"
         )
     if not root.is_dir():
         raise UserError(f"{str(root)!r} is not a folder: name a folder of images by --data-dir")
@@ -228,14 +228,14 @@ def load_pictures(request: DatasetRequest) -> StreamedSet:
 
 
 def list_folder(request: DatasetRequest, part: str, side: int | None = None) -> StreamedSet:
-    """All files of ``part`` of a folder, in the order in which they are found.
+    """All files of ``part`` of a folder, in the order of `find_images`.
 
     Args:
-        request, side: as `load_folder`.
+        request, side: as in `load_folder`.
         part: "train", "test", or "all" for a folder that is one set.
 
     Raises:
-        UserError: as `load_folder`, short of reading the images.
+        UserError: as in `load_folder`; pixels are not decoded.
     """
     root, faults = request.path("a folder of images"), request.faults
     if not root.is_dir():
@@ -258,7 +258,7 @@ def list_folder(request: DatasetRequest, part: str, side: int | None = None) -> 
         )
     channels, size, names, lost = _look(base, names, request)
     numbers = {name: i for i, name in enumerate(classes)}
-    # bytes of a folder's name that are no UTF-8 as \xff, so that any file can hold it
+    # bytes of a folder name that are not UTF-8 are written as \xff, so any file can store it
     texts = (os.fsencode(name).decode("utf-8", "backslashreplace") for name in classes)
     reader = FolderReader(base, names, channels, size, side)
     return StreamedSet(
@@ -276,12 +276,12 @@ def list_folder(request: DatasetRequest, part: str, side: int | None = None) -> 
 
 
 def has_parts(root: Path) -> bool:
-    """Whether a folder has its training and test images in folders of their own."""
+    """Whether a folder has a subfolder train/ or test/."""
     return (root / "train").is_dir() or (root / "test").is_dir()
 
 
 def _part_folder(root: Path, part: str) -> Path:
-    """The folder of ``part``: val/ where test/ is missing, or val/ alone has class folders."""
+    """Folder of ``part``; for "test", val/ if test/ is missing or only val/ has class folders."""
     base, val = root / part, root / "val"
     if part == "test" and val.is_dir():
         labelled = _has_folders(val) and not _has_folders(base)
@@ -296,12 +296,12 @@ def _has_folders(base: Path) -> bool:
 
 
 def _class_of(name: str) -> str:
-    """The class folder that the relative path ``name`` begins with."""
+    """Class folder of the relative path ``name``: its first component."""
     return name.partition(os.sep)[0]
 
 
 def _classes(base: Path, names: list[str]) -> tuple[str, ...]:
-    """The class folders that ``names`` are in; none where all lie loose."""
+    """Class folders of ``names``, sorted; empty if no file is in one."""
     loose = [name for name in names if os.sep not in name]
     if loose and len(loose) < len(names):
         raise UserError(
@@ -312,7 +312,7 @@ def _classes(base: Path, names: list[str]) -> tuple[str, ...]:
 
 
 def _training_classes(root: Path, base: Path, classes: tuple[str, ...]) -> tuple[str, ...]:
-    """The classes of the training images, which number those of the test images too."""
+    """Classes of the training images, which also define the labels of the test images."""
     train = root / "train"
     if base == train or not train.is_dir():
         return classes
@@ -332,8 +332,8 @@ def _training_classes(root: Path, base: Path, classes: tuple[str, ...]) -> tuple
 
 
 def _is_test(name: str) -> bool:
-    """Whether a file is of the test tenth: decided by its path alone, so that adding files moves
-    none."""
+    """Whether a file belongs to the test tenth; depends only on its path, so that new files do not
+    move others."""
     digest = hashlib.blake2b(os.fsencode(Path(name).as_posix()), digest_size=8).digest()
     return int.from_bytes(digest, "big") % 10 == 0
 
@@ -341,7 +341,10 @@ def _is_test(name: str) -> bool:
 def _look(
     base: Path, names: list[str], request: DatasetRequest
 ) -> tuple[int, tuple[int, int], list[str], list[str]]:
-    """Channels, size, names that can be read, and why not the others; of 100 if there is a size."""
+    """Channels, size, readable names and error messages of the others.
+
+    With an image size only about 100 headers are read, and all names are returned.
+    """
     side, headers = request.image_size, dict[str, tuple[int, tuple[int, int]]]()
     step = 1 if side is None else max(1, len(names) // 100)
 
@@ -375,19 +378,19 @@ def _look(
 def find_images(
     root: Path, base: Path, follow: bool = False, deep: bool = True, ask: str = REMEDY
 ) -> list[str]:
-    """Names of the image files under ``base``, relative to it: those of a folder before those of
-    the folders in it, each sorted. Hidden ones are left out.
+    """Names of the image files under ``base``, relative to it, without hidden files.
+
+    The files of a folder come before those of its subfolders, each sorted.
 
     Args:
-        root: what links may not lead out of.
-        base: a folder in it.
-        follow: links may lead anywhere.
-        deep: look into folders in it.
-        ask: what to do about a link that leads out.
+        root: folder that links may not lead out of, unless ``follow`` is set.
+        base: ``root`` or a folder in it.
+        follow: allow links to any place.
+        deep: search subfolders.
+        ask: advice of the error message for a link that leads out.
 
     Raises:
-        UserError: naming a link that leads out or in a circle, or a folder that cannot be read or
-            lies too deep.
+        UserError: if a link leads out or is cyclic, or a folder is unreadable or nested too deep.
     """
     home = None if follow else os.path.realpath(root)
     if home is not None:
@@ -398,7 +401,7 @@ def find_images(
         (names if _is_image(name) else ignored).append(name)
     if ignored and deep:
         warnings.warn(
-            f"{len(ignored)} files in {str(base)!r} are not images and are left out, as "
+            f"{len(ignored)} files in {str(base)!r} are not images and are skipped, such as "
             f"{ignored[0]!r}",
             stacklevel=4,
         )
@@ -406,7 +409,7 @@ def find_images(
 
 
 def _walk(base: str, home: str | None, ask: str, deep: bool) -> Iterator[str]:
-    """Files under ``base``, relative to it; links are checked before they are followed."""
+    """Yield the files under ``base``, relative to it; check links before following them."""
 
     def refuse(error: OSError) -> None:
         raise UserError(f"cannot look into {error.filename!r}: {error.strerror}") from None
@@ -416,12 +419,12 @@ def _walk(base: str, home: str | None, ask: str, deep: bool) -> Iterator[str]:
         above = [os.path.join(base, *inside[:depth]) for depth in range(len(inside) + 1)]
         if len(above) > MAX_DEPTH:
             raise UserError(
-                f"{base!r} has folders in folders more than {MAX_DEPTH} deep: sort the images into "
+                f"{base!r} has folders nested more than {MAX_DEPTH} deep: move the images into "
                 "fewer"
             )
         folders[:] = sorted(name for name in folders if deep and not name.startswith("."))
         shown = sorted(name for name in files if not name.startswith("."))
-        with os.scandir(folder) as found:  # says what is a link without asking for each
+        with os.scandir(folder) as found:  # finds links without a system call for each
             links = {entry.name for entry in found if entry.is_symlink()}
         for name in (*filter(_is_image, shown), *folders):
             path = os.path.join(folder, name)
@@ -430,7 +433,7 @@ def _walk(base: str, home: str | None, ask: str, deep: bool) -> Iterator[str]:
             if home is not None:
                 _check_inside(path, home, ask)
             if name in folders and any(os.path.samefile(path, other) for other in above):
-                raise UserError(f"{path!r} is a link to a folder that it lies in: remove it")
+                raise UserError(f"{path!r} is a link to a folder that contains it: remove it")
         yield from (os.path.join(*inside, name) for name in shown)
 
 
@@ -439,7 +442,7 @@ def _is_image(name: str) -> bool:
 
 
 def _check_inside(path: str, home: str, ask: str) -> None:
-    """Check that ``path`` does not lead out of the folder ``home`` by links."""
+    """Check that ``path``, with links resolved, is inside the folder ``home``."""
     target = os.path.realpath(path)
     if target != home and not target.startswith(home.rstrip(os.sep) + os.sep):
         raise UserError(f"{path!r} is a link out of the folder, to {target!r}: {ask}")

@@ -1,13 +1,13 @@
 """Data sets in one HDF5 file.
 
-Either one set, of which a fixed random tenth is the test set::
+The file holds one set, of which a fixed random tenth is the test set::
 
     images       (N, H, W, C) uint8, C = 1 or 3
-    labels       (N,) whole numbers from 0 (optional)
-    class_names  (K,) text (optional; by default the numbers)
+    labels       (N,) integers from 0 (optional)
+    class_names  (K,) text (optional; default: the label numbers)
 
-or a training and a test set, with images and labels in the groups ``train`` and ``test``, and
-class_names beside them. `ebmkit.data.sets.pack` writes such files.
+or a training and a test set: images and labels in the groups ``train`` and ``test``, and
+``class_names`` in the root. `ebmkit.data.sets.pack` writes such files.
 """
 
 from __future__ import annotations
@@ -51,18 +51,18 @@ if TYPE_CHECKING:
 
 @dataclass
 class Hdf5Reader:
-    """One set of a file, whose images are read by row; `read_contents` makes it.
+    """Reads the images of one set of a file by row; created by `read_contents`.
 
-    Each process opens the file for itself, at its first read. The file must stay what it was: a run
-    whose images change under it is not the run that its configuration names.
+    Each process opens the file at its first read. The file must not change while it is in use:
+    otherwise the run would not match its configuration.
 
     Attributes:
-        path: the file.
-        group: "" for the file's root, "train" or "test".
+        path: HDF5 file.
+        group: "" for the root of the file, "train" or "test".
         shape: (N, H, W, C).
         labels: (N,) int64, or None.
-        class_names: one per label; the numbers where the file has no names.
-        stamp: the file's size and time, which tell whether it was changed.
+        class_names: one name per label; the label numbers if the file has no names.
+        stamp: size in bytes and modification time of the file, to detect changes.
     """
 
     path: Path
@@ -81,7 +81,7 @@ class Hdf5Reader:
         """Images (B, C, H, W) uint8.
 
         Raises:
-            UserError: if the file is gone, damaged, or was changed.
+            UserError: if the file is missing, damaged, or was changed.
         """
         import h5py
 
@@ -95,7 +95,7 @@ class Hdf5Reader:
         return rearrange(torch.from_numpy(images), "n h w c -> n c h w").contiguous()
 
     def read_all(self) -> Tensor:
-        """All images (N, H, W, C) uint8, at once; errors as of `read`."""
+        """All images (N, H, W, C) uint8; raises the errors of `read`."""
         what = repr(str(self.path))
         with open_hdf5(self.path) as file:
             self._check_unchanged(what)
@@ -104,18 +104,18 @@ class Hdf5Reader:
             return torch.from_numpy(read_array(found, what))
 
     def _check_unchanged(self, what: str) -> None:
-        """Check that the file is what it was."""
+        """Check that the file exists and its stamp is unchanged."""
         if not self.path.is_file():
-            raise UserError(f"{what} is gone, while it was in use: put it back and go on")
+            raise UserError(f"{what} was removed while it was in use: restore it and resume")
         if _stamp(self.path) != self.stamp:
-            raise UserError(f"{what} was changed while it was in use: start anew with it")
+            raise UserError(f"{what} was changed while it was in use: start a new run with it")
 
 
 def load_hdf5(request: DatasetRequest) -> AnyImages:
-    """One split of a file; streamed if its images take more than `imagesets.MEMORY_LIMIT` bytes.
+    """Load one split of a file; above `imagesets.MEMORY_LIMIT` bytes it is streamed.
 
     Raises:
-        UserError: if the file is missing, is no HDF5 file, lacks the split, or holds illegal data.
+        UserError: if the file is missing, not HDF5, lacks the split, or holds invalid data.
     """
     path, split, side = request.path("an HDF5 file"), request.split, request.image_size
     _check_path(path)
@@ -131,7 +131,7 @@ def load_hdf5(request: DatasetRequest) -> AnyImages:
     count, height, width, _ = reader.shape
     if side is not None and (height, width) != (side, side):
         raise UserError(
-            f"{str(path)!r} holds images of {height}x{width}, not {side}: pack them anew "
+            f"{str(path)!r} holds images of {height}x{width}, not {side}: pack them again "
             f"with --image-size {side}"
         )
     rows = torch.arange(count)
@@ -143,7 +143,7 @@ def load_hdf5(request: DatasetRequest) -> AnyImages:
 
 
 def load_rows(name: str, split: Split, reader: Hdf5Reader, rows: Tensor) -> AnyImages:
-    """The set of ``rows`` (N,) of a file's images, in that order, in memory if it fits."""
+    """Make a set of the images at ``rows`` (N,), in that order; in memory up to the limit."""
     count, height, width, channels = reader.shape
     labels = None if reader.labels is None else reader.labels[rows]
     facts = (labels, reader.class_names, name, split)
@@ -154,15 +154,15 @@ def load_rows(name: str, split: Split, reader: Hdf5Reader, rows: Tensor) -> AnyI
 
 
 def read_contents(path: Path, group: str = "", class_names: tuple[str, ...] = ()) -> Hdf5Reader:
-    """Read and check everything of a set but its images.
+    """Read and check a set, except its pixels.
 
     Args:
-        path: the file.
+        path: HDF5 file.
         group: "" for its root, "train" or "test".
-        class_names: of the labels; by default the file's own.
+        class_names: class names; default: those in the file.
 
     Raises:
-        UserError: if the file is missing or damaged, or its arrays are illegal.
+        UserError: if the file is missing or damaged, or its arrays are invalid.
     """
     _check_path(path)
     what, stamp = repr(str(path)), _stamp(path)
@@ -190,7 +190,7 @@ def read_contents(path: Path, group: str = "", class_names: tuple[str, ...] = ()
             names = read_names(found, what)
         labels = _labels(file, group, what, len(images), names)
         if labels is not None and not names:
-            # of all groups, so that a training and a test set agree on the classes
+            # over all groups, so that training and test set have the same classes
             every = [_labels(file, own, what) for own in ("", "train", "test")]
             top = max(int(own.max()) for own in every if own is not None and len(own))
             names = tuple(str(label) for label in range(1 + top))
@@ -217,7 +217,7 @@ def _stamp(path: Path) -> tuple[int, int]:
 def _labels(
     file: h5py.File, group: str, what: str, count: int | None = None, names: Sequence[str] = ()
 ) -> Tensor | None:
-    """The labels of ``count`` images, checked; None where there are none."""
+    """Read and check the labels of ``count`` images; None if there are none."""
     labels = find_array(file, f"{group}/labels", what)
     if labels is None:
         return None

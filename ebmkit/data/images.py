@@ -1,8 +1,8 @@
-"""Image files: PNG, JPEG and TIFF to tensors in [0, 1] and back.
+"""Read image files (PNG, JPEG, TIFF) as tensors in [0, 1], and write them.
 
-Read as a person sees them: EXIF orientation is applied, palettes are resolved, 16-bit gray keeps
-its 16 bits. What has no single right reading (transparency, animation, several pages) is refused
-with the way to mend it. Size and kind are judged from the header before a pixel is decoded.
+Reading applies the EXIF orientation, converts palettes to colours and keeps 16 bits of gray images.
+Ambiguous files (transparent, animated, with several pages) are refused with advice. Size and type
+are checked in the header, before pixels are decoded.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from ebmkit.errors import UserError, first_line
 from ebmkit.storage import write_atomically
 
 MAX_PIXELS = 170_000_000
-"""Images with more pixels are refused as decompression bombs."""
+"""Maximum number of pixels of an image; larger ones are refused as decompression bombs."""
 
 MAX_PIXELS_IN_SET = 89_000_000
-"""The same for images of a data set, which many processes read (and where Pillow warns)."""
+"""Maximum for images of a data set, which many processes read; also Pillow's warning limit."""
 
 MAX_SCANS = 200
-"""Passes of a progressive JPEG over all of its pixels; encoders make about 10."""
+"""Maximum number of scans of a progressive JPEG; encoders write about 10."""
 
 _FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP", "GIF", "PPM")
 WRITERS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".tif": "TIFF", ".tiff": "TIFF"}
@@ -46,11 +46,11 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What makes an image upright, by its EXIF orientation."""
+"""EXIF orientation -> the transposition that makes the image upright."""
 _SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N")
 _GRAY = ("1", "L", "LA", "I", "F", *_SIXTEEN_BIT)
 
-# What Pillow's decoders raise on files that are damaged, or made to hurt.
+# Exceptions of Pillow's decoders on damaged or malicious files.
 _BROKEN = (
     OSError,
     SyntaxError,
@@ -65,12 +65,12 @@ _BROKEN = (
 
 
 class LoadedImage(NamedTuple):
-    """An image that was read.
+    """Result of `read_image`.
 
     Attributes:
         image: (C, H, W) float32 in [0, 1], C = 1 or 3.
-        bits: bits per channel in the file, 8 or 16; `write_image` takes them.
-        mode: Pillow's name of the file's own kind of pixel, as in "L", "RGB", "P", "I;16".
+        bits: bits per channel in the file, 8 or 16; an argument of `write_image`.
+        mode: Pillow mode of the file, such as "L", "RGB", "P", "I;16".
     """
 
     image: Tensor
@@ -79,12 +79,18 @@ class LoadedImage(NamedTuple):
 
     @property
     def was_gray(self) -> bool:
-        """Whether the file is gray, also where its image was repeated to three channels."""
+        """Whether the file is gray, even if ``image`` has three channels."""
         return self.mode in _GRAY
 
 
 class DecodedImage(NamedTuple):
-    """A decoded image: a Pillow image of mode L, RGB or 16-bit gray, and what was done to it."""
+    """A decoded image.
+
+    Attributes:
+        image: Pillow image of mode L, RGB or 16-bit gray.
+        mode: Pillow mode of the file.
+        notes: warnings about conversions.
+    """
 
     image: Image.Image
     mode: str
@@ -92,7 +98,7 @@ class DecodedImage(NamedTuple):
 
     @property
     def is_16_bit(self) -> bool:
-        """Whether it is gray with 16 bits."""
+        """Whether the image is 16-bit gray."""
         return self.image.mode not in ("L", "RGB")
 
 
@@ -100,13 +106,13 @@ def read_image(path: Path | str, channels: int | None = None) -> LoadedImage:
     """Read an image.
 
     Args:
-        path: a PNG, JPEG or TIFF file (BMP, WebP, still GIF and PNM work too).
-        channels: what a model takes. 3: a gray image is repeated; 1: a colour one is refused,
-            unless its three channels are equal. None: as the file is.
+        path: PNG, JPEG or TIFF file (BMP, WebP, still GIF and PNM work too).
+        channels: input channels of the model. 3: a gray image is repeated. 1: a colour image is
+            refused unless its three channels are equal. None: as in the file.
 
     Raises:
-        UserError: if it is missing, empty, not an image, damaged, larger than `MAX_PIXELS`,
-            animated, transparent, of more than 16 bits, or of the wrong colours.
+        UserError: if the file is missing, empty, not an image, damaged, larger than `MAX_PIXELS`,
+            animated, transparent, has more than 16 bits, or is in colour with ``channels`` 1.
     """
     path = Path(path)
     opened = open_image(path)
@@ -116,7 +122,7 @@ def read_image(path: Path | str, channels: int | None = None) -> LoadedImage:
     bits, top = (16, 65535) if opened.is_16_bit else (8, 255)
     pixels = pixels[None] if pixels.ndim == 2 else np.moveaxis(pixels, 2, 0)
     levels = pixels.astype(np.float32, order="C")
-    levels /= top  # in place: a large image's numbers are gigabytes
+    levels /= top  # in place: a large image takes gigabytes
     image = torch.from_numpy(levels)
     if channels == 1 and len(image) == 3 and bool((image == image[:1]).all()):
         image = image[:1]
@@ -130,17 +136,17 @@ def read_image(path: Path | str, channels: int | None = None) -> LoadedImage:
 
 
 def write_image(image: Tensor, path: Path | str, overwrite: bool = False, bits: int = 8) -> None:
-    """Write an image, all of it or nothing.
+    """Write an image atomically.
 
     Args:
-        image: (C, H, W), clipped to [0, 1], C = 1 or 3.
-        path: its suffix decides between PNG, JPEG (quality 95) and TIFF.
-        overwrite: replace a file that exists.
-        bits: 16 is kept for gray PNG and TIFF; all others are written with 8.
+        image: (C, H, W), C = 1 or 3; clipped to [0, 1].
+        path: output file; the suffix selects PNG, JPEG (quality 95) or TIFF.
+        overwrite: replace an existing file.
+        bits: bits per channel, 8 or 16; 16 only applies to gray PNG and TIFF.
 
     Raises:
-        UserError: if the file exists, the suffix is unknown, a pixel is not finite, or it cannot be
-            written.
+        UserError: if the file exists, the suffix is unknown, a pixel is NaN or Inf, or the file
+            cannot be written.
     """
     path = Path(path)
     kind = WRITERS.get(path.suffix.lower())
@@ -153,7 +159,7 @@ def write_image(image: Tensor, path: Path | str, overwrite: bool = False, bits: 
     if path.exists() and not overwrite:
         raise UserError(f"{str(path)!r} exists: move it away, or choose another name")
     if not bool(image.isfinite().all()):
-        raise UserError(f"cannot write {str(path)!r}: the image has pixels that are not numbers")
+        raise UserError(f"cannot write {str(path)!r}: the image has NaN or Inf pixels")
     levels = image.detach().cpu().double().clamp(0, 1).permute(1, 2, 0).numpy()
     levels = levels[:, :, 0] if image.shape[0] == 1 else levels
     deep = bits == 16 and levels.ndim == 2 and kind != "JPEG"
@@ -168,7 +174,7 @@ def write_image(image: Tensor, path: Path | str, overwrite: bool = False, bits: 
 
 
 def open_image(path: Path, most: int = MAX_PIXELS) -> DecodedImage:
-    """Open, check and decode an image of at most ``most`` pixels; errors as of `read_image`."""
+    """Open, check and decode an image of at most ``most`` pixels; raises as `read_image`."""
     with _opened(path, most) as image:
         _check_header(image, path)
         return _decoded(image, path)
@@ -177,7 +183,7 @@ def open_image(path: Path, most: int = MAX_PIXELS) -> DecodedImage:
 def image_header(path: Path, most: int = MAX_PIXELS_IN_SET) -> tuple[int, tuple[int, int]]:
     """Channels (1 or 3) and (height, width) of an image of at most ``most`` pixels.
 
-    It is not decoded; errors as of `read_image`, as far as the header tells.
+    Reads only the header; raises as `read_image` for errors that the header shows.
     """
     with _opened(path, most) as image:
         turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
@@ -187,12 +193,12 @@ def image_header(path: Path, most: int = MAX_PIXELS_IN_SET) -> tuple[int, tuple[
 
 @contextlib.contextmanager
 def _opened(path: Path, most: int) -> Iterator[Image.Image]:
-    """A file as Pillow opens it, of at most so many pixels; what goes wrong is one sentence."""
+    """Open a file of at most ``most`` pixels with Pillow; translates errors to `UserError`."""
     _check_file(path)
     large = f"{str(path)!r} has more than {most // 10**6} megapixels: cut it into smaller ones"
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's own: damage raises, size is checked here
+            warnings.simplefilter("ignore")  # Pillow's warnings: size is checked below
             with Image.open(path, formats=_FORMATS) as image:
                 if image.width * image.height > most:
                     raise UserError(large)
@@ -232,13 +238,13 @@ def _check_file(path: Path) -> None:
 
 
 def _check_header(image: Image.Image, path: Path) -> None:
-    """Refuse, before decoding, what is animated, or has too many bits or passes."""
+    """Refuse animated images, 32-bit pixels and JPEGs with too many scans, before decoding."""
     if _has_more(image):
         raise UserError(f"{str(path)!r} is animated or has several pages: save one of them alone")
     if image.info.get("progressive") and path.read_bytes().count(b"\xff\xda") > MAX_SCANS:
         raise UserError(
-            f"{str(path)!r} is a JPEG of more than {MAX_SCANS} passes, as is done to fill the "
-            "time: save it anew"
+            f"{str(path)!r} is a JPEG with more than {MAX_SCANS} scans, which take very long to "
+            "decode: save it again"
         )
     if image.mode in ("F", "I"):
         raise UserError(
@@ -247,8 +253,8 @@ def _check_header(image: Image.Image, path: Path) -> None:
 
 
 def _has_more(image: Image.Image) -> bool:
-    """Whether there is a second image in the file; others are not counted, which takes long."""
-    if image.format == "MPO":  # a camera's thumbnails
+    """Whether the file has a second image; counting all of them would take long."""
+    if image.format == "MPO":  # thumbnails of a camera
         return False
     if image.format != "TIFF":
         return bool(getattr(image, "is_animated", False))
@@ -260,11 +266,11 @@ def _has_more(image: Image.Image) -> bool:
 
 
 def _decoded(image: Image.Image, path: Path) -> DecodedImage:
-    """Decode, turn upright, and bring to L, RGB or 16-bit gray."""
+    """Decode, apply the orientation, and convert to L, RGB or 16-bit gray."""
     mode, notes = image.mode, []
     with path.open("rb") as file:
         header = file.read(26)
-    if image.format == "PNG" and header[24] == 16 and header[25] != 0:  # depth, and not gray
+    if image.format == "PNG" and header[24] == 16 and header[25] != 0:  # bit depth; not gray
         notes.append(f"{str(path)!r} has 16-bit colour, which is read with 8 bits")
     image.load()
     turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
@@ -277,6 +283,6 @@ def _decoded(image: Image.Image, path: Path) -> DecodedImage:
             raise UserError(
                 f"{str(path)!r} is partly transparent: flatten it onto a background first"
             )
-        notes.append(f"{str(path)!r} has an alpha channel, fully opaque, which is left out")
+        notes.append(f"{str(path)!r} has an alpha channel, fully opaque, which is ignored")
     gray = upright.mode in ("1", "L", "LA", "La")
     return DecodedImage(upright.convert("L" if gray else "RGB"), mode, tuple(notes))

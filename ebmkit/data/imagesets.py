@@ -1,7 +1,7 @@
-"""Sets of images, in memory (`ImageSet`) or read on demand (`StreamedSet`), with one surface.
+"""Image sets with one interface: in memory (`ImageSet`) or read on demand (`StreamedSet`).
 
-Images are uint8 (N, C, H, W), labels int64 (N,). What leaves a set for a model is float32 in
-[0, 1]; normalising further belongs to the model.
+Images are uint8 (N, C, H, W), labels int64 (N,). Models get float32 images in [0, 1]; any further
+normalisation is part of the model.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 
 MEMORY_LIMIT = 2**30
-"""Bytes of decoded images above which a set on disk is streamed instead of held in memory."""
+"""Bytes of decoded images above which a set is streamed from disk instead of held in memory."""
 
 MAX_CONSECUTIVE_SKIPS = 100
-"""Images that may be skipped one after the other."""
+"""Maximum number of consecutive skipped images."""
 
-HINT = " (dataset.unreadable=skip leaves such out)"
-"""Ends the error for an image that cannot be read."""
+HINT = " (dataset.unreadable=skip skips such images)"
+"""End of the error message for an unreadable image."""
 
 SHOWN = 3
-"""Reasons for leaving images out that a sentence quotes."""
+"""Number of reasons for skipped images in one message."""
 
 
 class Faults(NamedTuple):
-    """What is done about faults of a folder of images.
+    """Handling of unreadable images and links in a folder.
 
     Attributes:
-        skip: leave out images that cannot be read, and say which, instead of ending.
-        follow: read through links that lead out of the folder.
+        skip: skip unreadable images with a warning instead of raising an error.
+        follow: follow links that lead out of the folder.
     """
 
     skip: bool = False
@@ -52,7 +52,7 @@ class Faults(NamedTuple):
 
 
 class DatasetRequest(NamedTuple):
-    """What the loader of a data set is given; `ebmkit.data.load_dataset` has the meanings."""
+    """Arguments of a data set loader; `ebmkit.data.load_dataset` describes them."""
 
     name: str
     split: Split = "train"
@@ -63,32 +63,32 @@ class DatasetRequest(NamedTuple):
     faults: Faults = Faults()
 
     def path(self, content: str) -> Path:
-        """The folder or file that the user named.
+        """The folder or file given by ``--data-dir``.
 
         Raises:
-            UserError: if none was; ``content`` says what it should hold.
+            UserError: if none is given; ``content`` describes what is needed, for the message.
         """
         if self.data_dir is None:
             raise UserError(f"data set {self.name!r} needs {content}: name it by --data-dir")
         return self.data_dir
 
     def check_size(self, side: int) -> None:
-        """Check that no other size than ``side`` is asked for.
+        """Check that the requested image size, if any, is ``side``.
 
         Raises:
-            UserError: if one is.
+            UserError: if it differs.
         """
         if self.image_size not in (None, side):
             raise UserError(
-                f"data set {self.name!r} has images of {side}x{side}, not {self.image_size}: leave "
-                "the image size out"
+                f"data set {self.name!r} has images of {side}x{side}, not {self.image_size}: "
+                "remove the image size"
             )
 
 
 class RowReader(Protocol):
-    """Reads images of a data set on disk by their row; `UserError` if one cannot be read.
+    """Reads images of a data set on disk by row; raises `UserError` for an unreadable image.
 
-    Picklable; opens files in the process that reads.
+    A reader can be pickled; it opens files in the process that reads.
     """
 
     def read(self, rows: Sequence[int]) -> Tensor:
@@ -97,18 +97,18 @@ class RowReader(Protocol):
 
 
 class CropReader(RowReader, Protocol):
-    """Reads crops of whole images, which may differ in size."""
+    """Reads whole images, which may differ in size, or crops of them."""
 
     side: int
-    """Shorter side that images are brought to before a window is cut from them."""
+    """Shorter side, pixels, that images are resized to before a crop without resizing."""
 
     def read(self, rows: Sequence[int], cut: Cut | None = None) -> Tensor:
-        """Images, or crops (B, C, *cut.size) uint8 of as many."""
+        """Images (B, C, H, W) uint8, or one crop of each, (B, C, *cut.size)."""
         ...
 
 
 class _Images(ABC):
-    """What the sets in memory and on disk share."""
+    """Base class of `ImageSet` and `StreamedSet`."""
 
     labels: Tensor | None
     class_names: tuple[str, ...]
@@ -125,11 +125,11 @@ class _Images(ABC):
 
     @property
     def num_classes(self) -> int:
-        """Number of labels; 0 for a set without them."""
+        """Number of classes; 0 without labels."""
         return len(self.class_names) if self.labels is not None else 0
 
     def select(self, chosen: Tensor | slice) -> Self:
-        """The images with the numbers ``chosen``, in that order."""
+        """Subset of the images at indices ``chosen``, in that order."""
         columns = {name: getattr(self, name, None) for name in ("images", "rows", "labels")}
         own = {name: column[chosen] for name, column in columns.items() if column is not None}
         return replace(self, **own)  # type: ignore[type-var]
@@ -139,16 +139,16 @@ class _Images(ABC):
         return self.select(slice(n))
 
     def spread(self, n: int) -> Self:
-        """At most ``n`` images, evenly through the set, which may be sorted by class."""
+        """At most ``n`` images, evenly spaced through the set, which may be sorted by class."""
         return self if len(self) <= n else self.select(torch.arange(n) * len(self) // n)
 
     def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """In order, ``size`` at a time: images (B, C, H, W) in [0, 1], labels (B,) or None.
+        """Yield batches of ``size`` in order: images (B, C, H, W) in [0, 1], labels (B,) or None.
 
-        Where ``skip`` is set, images that cannot be read are missing: their batch is smaller.
+        With ``skip``, unreadable images are missing, so their batch is smaller.
 
         Raises:
-            UserError: if an image cannot be read.
+            UserError: if an image cannot be read and ``skip`` is not set.
         """
         size = size if self.one_size else 1
         for start in range(0, len(self), size):
@@ -165,7 +165,7 @@ class _Images(ABC):
             yield to_floats(images), labels
 
     def _check_labels(self, what: str) -> None:
-        """Check that labels are (N,) int64 within 0 .. K - 1, and name the classes by default."""
+        """Check that labels are (N,) int64 in 0 .. K - 1; set default class names."""
         labels = self.labels
         if labels is None:
             return
@@ -182,9 +182,9 @@ class _Images(ABC):
 
 @dataclass(frozen=True, eq=False)
 class ImageSet(_Images):
-    """Images in memory, on one device: a data set that is loaded, or tensors of the user's own.
+    """Images in memory on one device: a loaded data set, or your own tensors.
 
-    Everything that takes a data set takes one made in Python (`ebmkit.training.Trainer`,
+    A set made in Python works wherever a data set is expected (`ebmkit.training.Trainer`,
     `ebmkit.data.Stream`, `ebmkit.evaluation.evaluate`):
 
     >>> photographs = torch.randint(256, (20, 3, 32, 32), dtype=torch.uint8)
@@ -192,19 +192,19 @@ class ImageSet(_Images):
     >>> len(train), train.channels, train.image_size, train.num_classes
     (20, 3, (32, 32), 2)
 
-    To train on it by name, add a `DatasetEntry` to `ebmkit.data.DATASETS`. Images on disk that are
-    to be read on demand make a `StreamedSet`.
+    To train on it by name, add a `DatasetEntry` to `ebmkit.data.DATASETS`. For images on disk that
+    are read on demand, use `StreamedSet`.
 
     Attributes:
-        images: (N, C, H, W) uint8, C = 1 or 3; floats in [0, 1] times 255 are rounded so:
+        images: (N, C, H, W) uint8, C = 1 or 3; convert floats x in [0, 1] by
             ``(255 * x).round().to(torch.uint8)``.
         labels: (N,) int64, 0 .. K - 1, or None for a set without labels.
-        class_names: one per label; by default the numbers, and empty without labels.
-        name: the data set's.
+        class_names: one name per class; default: the label numbers; empty without labels.
+        name: name of the data set.
         split: "train", "validation" or "test".
-        reader: what they were read by, where it was a file or folder.
-        rows: (N,) int64, the reader's row of each image.
-        left_out: why images were left out when the set was loaded.
+        reader: reader of the images, if they come from a file or folder.
+        rows: (N,) int64, row of each image in the reader.
+        left_out: error messages of the images that were skipped when the set was loaded.
 
     Raises:
         UserError: if the images are not uint8 (N, C, H, W), or a label is out of range.
@@ -244,12 +244,12 @@ class ImageSet(_Images):
         return self.images.shape[2], self.images.shape[3]
 
     def to(self, device: torch.device | str) -> ImageSet:
-        """The same set on ``device``; itself if it is there already."""
+        """Move images and labels to ``device``; returns a new set."""
         labels = None if self.labels is None else self.labels.to(device)
         return replace(self, images=self.images.to(device), labels=labels)
 
     def read(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Tensor | None]:
-        """Several images (B, C, H, W) uint8 and their labels (B,), or None."""
+        """Images (B, C, H, W) uint8 at ``indices``, and their labels (B,) or None."""
         rows = torch.as_tensor(indices)
         return self.images[rows], None if self.labels is None else self.labels[rows]
 
@@ -262,19 +262,19 @@ class ImageSet(_Images):
 
 @dataclass(frozen=True, eq=False)
 class StreamedSet(_Images):
-    """Images on disk, read when asked for; the surface of `ImageSet`.
+    """Images on disk, read on demand, with the interface of `ImageSet`.
 
     Attributes:
-        reader: reads rows of the files.
-        rows: (N,) int64, the reader's row of each image.
+        reader: reads images by row.
+        rows: (N,) int64, row of each image in the reader.
         channels: 1 gray, 3 colour.
-        image_size: height and width, pixels; the largest ones where sizes differ.
-        labels, class_names, name, split, left_out: as those of `ImageSet`.
-        crops: reads crops of the whole images, of which these are the middle; None: crops are cut
-            from the images.
-        one_size: whether all images have ``image_size``; if not, a batch holds one.
-        skip: an image that cannot be read is left out: the next one takes its place.
-        skipped: what was left out so far, in this process: number -> reason.
+        image_size: height and width, pixels; the maxima if sizes differ.
+        labels, class_names, name, split, left_out: as in `ImageSet`.
+        crops: reads crops of the whole images (``reader`` returns their centre); None: crops are
+            taken from the images of ``reader``.
+        one_size: whether all images have ``image_size``; if not, batches hold one image.
+        skip: replace an unreadable image by the next readable one.
+        skipped: index -> error message of the images skipped so far in this process.
 
     Raises:
         UserError: if a label is out of range.
@@ -301,19 +301,20 @@ class StreamedSet(_Images):
         return len(self.rows)
 
     def loaded(self, images: Tensor) -> ImageSet:
-        """The same set with its ``images`` (N, C, H, W) in memory."""
+        """Convert to an `ImageSet` with the given ``images`` (N, C, H, W)."""
         shared = ("labels", "class_names", "name", "split", "reader", "rows", "left_out")
         return ImageSet(images, **{name: getattr(self, name) for name in shared})
 
     def read(self, indices: Sequence[int], cut: Cut | None = None) -> tuple[Tensor, Tensor | None]:
-        """Several images (B, C, H, W) uint8 and their labels (B,), or None.
+        """Images (B, C, H, W) uint8 and their labels (B,) or None.
 
         Args:
-            indices: which.
-            cut: crops to take of the whole images instead.
+            indices: indices of the images.
+            cut: crops of the whole images to return instead.
 
         Raises:
-            UserError: if one cannot be read.
+            UserError: if an image cannot be read and ``skip`` is not set, or
+                `MAX_CONSECUTIVE_SKIPS` images in a row cannot be read.
         """
         if not self.skip:
             return self.read_exactly(indices, cut)
@@ -325,7 +326,7 @@ class StreamedSet(_Images):
         return images, None if self.labels is None else torch.cat([label for _, label in read])
 
     def _next_readable(self, number: int, cut: Cut | None) -> tuple[Tensor, Tensor]:
-        """Image ``number`` (1, C, H, W) and its label, or the next that can be read."""
+        """Image ``number`` (1, C, H, W) and its label, or those of the next readable image."""
         for ahead in range(MAX_CONSECUTIVE_SKIPS):
             chosen = (int(number) + ahead) % len(self)
             try:
@@ -339,7 +340,7 @@ class StreamedSet(_Images):
     def read_exactly(
         self, indices: Sequence[int], cut: Cut | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """As `read`, but no image takes the place of one that cannot be read."""
+        """As `read`, but raises an error for an unreadable image even if ``skip`` is set."""
         chosen = torch.as_tensor(indices)
         labels = None if self.labels is None else self.labels[chosen]
         rows = self.rows[chosen].tolist()
@@ -349,15 +350,15 @@ class StreamedSet(_Images):
         return self.crops.read(rows, cut), labels
 
     def readable(self, what: str = "", progress: bool = False, warn: bool = False) -> StreamedSet:
-        """Those that can be read, after reading each; from then on none may be missing.
+        """Read every image and return the subset of the readable ones, with ``skip`` off.
 
         Args:
-            what: names the images in the bar and in messages; by default the set's name.
-            progress: show a bar.
-            warn: warn of those that are left out.
+            what: name of the images in the progress bar and in messages; default: the set's name.
+            progress: show a progress bar.
+            warn: warn about skipped images.
 
         Raises:
-            UserError: if none can.
+            UserError: if no image can be read.
         """
         what = what or repr(self.name)
         numbers = progress_bar(range(len(self)), f"looking through {what}", progress)
@@ -371,10 +372,10 @@ AnyImages = ImageSet | StreamedSet
 
 
 def check_range(labels: Tensor, classes: int, what: str) -> None:
-    """Check that ``labels`` (N,) of ``what`` are 0 .. ``classes`` - 1.
+    """Check that ``labels`` (N,) are in 0 .. ``classes`` - 1.
 
     Raises:
-        UserError: naming the first that is not.
+        UserError: if one is not; the message starts with ``what`` and states the first such label.
     """
     outside = labels[(labels < 0) | (labels >= classes)]
     if len(outside):
@@ -384,16 +385,17 @@ def check_range(labels: Tensor, classes: int, what: str) -> None:
 
 
 def to_floats(images: Tensor) -> Tensor:
-    """uint8 images as float32 in [0, 1]."""
+    """Convert uint8 images to float32 in [0, 1]."""
     return images.to(torch.float32) / 255
 
 
 def readable(
     items: Iterable[T], read: Callable[[T], object], what: str = "", warn: bool = True
 ) -> tuple[list[T], list[str]]:
-    """Those of ``items`` that ``read`` does not refuse, and why it refuses the others.
+    """Items for which ``read`` raises no `UserError`, and the error messages of the others.
 
-    Where ``what`` names them, `UserError` if there are none, and else a warning of the others.
+    With ``what``, a name for messages: warns about unreadable items, and raises `UserError` if
+    every item is unreadable.
     """
     found, reasons = [], []
     for item in items:
@@ -408,7 +410,7 @@ def readable(
         raise UserError(f"none of {count} images of {what} can be read: {reasons[0]}")
     if what and reasons and warn:
         warnings.warn(
-            f"{len(reasons)} of {count} images of {what} cannot be read and are left out: "
+            f"{len(reasons)} of {count} images of {what} cannot be read and are skipped: "
             f"{some_of(reasons)}",
             stacklevel=4,
         )
@@ -416,17 +418,17 @@ def readable(
 
 
 def some_of(reasons: Sequence[str]) -> str:
-    """The first of the ``reasons`` why images were left out, and how many there are more."""
+    """The first `SHOWN` of the ``reasons``, and the number of the others."""
     more = f"; and {len(reasons) - SHOWN} more" if len(reasons) > SHOWN else ""
     return f"{'; '.join(reasons[:SHOWN])}{more}"
 
 
 def split_rows(split: Split, count: int, what: str) -> Tensor:
-    """Rows of ``split`` among ``count`` official test images, or training images.
+    """Row indices of ``split`` among ``count`` test images (split "test") or training images.
 
-    Of training images 2 % are held out to validate on, at least 1 and at most 1000. Both parts come
-    in one fixed, shuffled order, so that the first few are a fair sample of a set that is sorted by
-    class. Test images stay as they are.
+    2 % of the training images, at least 1 and at most 1000, are held out for validation. Both parts
+    are in a fixed shuffled order, so the first images are a random sample even if the set is sorted
+    by class. Test images keep their order.
 
     Raises:
         UserError: if ``what`` has fewer than 2 training images.
@@ -443,15 +445,15 @@ def split_rows(split: Split, count: int, what: str) -> Tensor:
 
 
 def shuffled(count: int) -> Tensor:
-    """0 .. count - 1 in an order that is always the same, (count,) int64."""
+    """A fixed random permutation of 0 .. count - 1, (count,) int64."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(20410))
 
 
 def fingerprint(images: Any) -> str:
-    """Eight digits that tell sets of images apart: of their number, labels, and first images.
+    """Eight hexadecimal digits that identify a set: a hash of its size, labels and first 16 images.
 
     Args:
-        images: an `ImageSet`, `StreamedSet`, or something else with their surface.
+        images: `ImageSet`, `StreamedSet`, or another object with their interface.
     """
     digest = hashlib.sha256(f"{len(images)} {images.channels} {images.image_size}".encode())
     if images.labels is not None:
@@ -462,12 +464,12 @@ def fingerprint(images: Any) -> str:
 
 
 def origin(images: AnyImages, number: int) -> dict[str, Any]:
-    """Where image ``number`` came from: ``image``, the number; ``row`` of its reader, and ``file``
-    relative to the folder, where there are any."""
+    """Origin of image ``number``: its index ``image`` and, if known, ``row`` of the reader and
+    ``file`` relative to the folder."""
     found: dict[str, Any] = {"image": number}
     if images.rows is not None:
         found["row"] = row = int(images.rows[number])
-        name = getattr(images.reader, "name", None)  # a folder's
+        name = getattr(images.reader, "name", None)  # of a `FolderReader`
         if name is not None:
             found["file"] = name(row)
     return found

@@ -1,14 +1,14 @@
-r"""What a stream is asked for, and how batch and crop sizes change along a run.
+r"""Settings of a stream, and batch and crop sizes that change during a run.
 
-Training may go from many small crops to few large ones (CDN appendix A, after Restormer, arXiv
-2111.09881). A *phase* begins after a share :math:`a_k` of the run's T steps, at step
-:math:`t_k = \operatorname{round}(a_k T)`, with batches of :math:`B_k` images. Samples are numbered
-through: step :math:`t \ge t_k` of phase k holds the numbers
+Training may start with many small crops and end with few large ones (CDN appendix A, after
+Restormer, arXiv 2111.09881). A *phase* begins after a share :math:`a_k` of the run's T steps, at
+step :math:`t_k = \operatorname{round}(a_k T)`, with batches of :math:`B_k` images. Samples are
+numbered consecutively: step :math:`t \ge t_k` of phase k holds the numbers
 
 .. math:: n_k + (t - t_k) B_k, \dots, n_k + (t - t_k + 1) B_k - 1, \qquad
     n_{k+1} = n_k + (t_{k+1} - t_k) B_k, \quad t_0 = n_0 = 0 ,
 
-so everything is still a function of the step.
+so a batch is still a function of the step.
 """
 
 from __future__ import annotations
@@ -27,10 +27,12 @@ from ebmkit.noise import NoiseLaw, parse_fraction
 def parse_share(value: object, of_decay: bool = False) -> float:
     """Read a share of a run's steps from ``0.5``, ``"0.5"`` or ``"150/400"``.
 
-    ``of_decay``: over which, at the end, the rate falls; this one may be all of the steps.
+    Args:
+        value: number or text.
+        of_decay: whether it is the share over which the learning rate decays, which may be 1.
 
     Raises:
-        UserError: if it does not parse or is not between 0 and 1.
+        UserError: if it does not parse or is out of range.
     """
     share, given = parse_fraction(value), repr(str(value).strip())
     if share is not None and (0 < share < 1 or (of_decay and share == 1)):
@@ -47,7 +49,7 @@ def parse_share(value: object, of_decay: bool = False) -> float:
 
 
 class Phase(BaseModel):
-    """Sizes from a point of the run on."""
+    """Batch and crop size from a given step on."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -61,7 +63,7 @@ class Phase(BaseModel):
 
 
 class StreamConfig(BaseModel):
-    """What an objective asks of its data."""
+    """Settings of a stream: batch size, augmentation, noise and phases."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -85,10 +87,10 @@ class StreamConfig(BaseModel):
         return self
 
     def spans(self, steps: int | None = None) -> tuple[Span, ...]:
-        """The phases of a run of ``steps`` steps, the first one included.
+        """Spans of a run of ``steps`` steps; the first has the stream's own sizes.
 
         Raises:
-            UserError: if there are phases and no number of steps for them to be shares of.
+            UserError: if there are phases and ``steps`` is None.
         """
         own = self.augmentation.crop_size
         found = [Span(0, 0, 0, self.batch_size, own)]
@@ -102,11 +104,11 @@ class StreamConfig(BaseModel):
 
 
 class Span(NamedTuple):
-    """A phase of a stream in a run of known length.
+    """A phase of a stream in a run of known length, in steps.
 
     Attributes:
         number: 0 for the stream's own sizes, k for its k-th phase.
-        start: its first step.
+        start: first step.
         first: number of the first sample of that step.
         batch_size: images per step, over all processes.
         crop_size: side of the crop, pixels; None: no crop.
@@ -119,16 +121,16 @@ class Span(NamedTuple):
     crop_size: int | None
 
     def field(self, stream: str) -> str:
-        """The part of the configuration that says the sizes, for messages."""
+        """Name of the configuration field with the sizes, for messages."""
         return f"streams.{stream}" + (f".phases[{self.number - 1}]" if self.number else "")
 
 
 class Stage(NamedTuple):
-    """Steps of a run in which the sizes of no stream change.
+    """Steps of a run in which no stream changes its sizes.
 
     Attributes:
-        start, stop: its steps, the second not included.
-        spans: stream -> its phase.
+        start, stop: first step, and the step after the last.
+        spans: stream name -> its span.
     """
 
     start: int
@@ -137,22 +139,22 @@ class Stage(NamedTuple):
 
     @property
     def fields(self) -> dict[str, str]:
-        """Stream -> the part of the configuration that says its sizes."""
+        """Stream name -> configuration field with its sizes."""
         return {name: span.field(name) for name, span in self.spans.items()}
 
     @property
     def images_per_step(self) -> int:
-        """Images of all streams and processes."""
+        """Images per step, over all streams and processes."""
         return sum(span.batch_size for span in self.spans.values())
 
 
 def span_at(spans: Sequence[Span], step: int) -> Span:
-    """The phase that ``step`` is in."""
+    """The span that contains ``step``."""
     return next(span for span in reversed(spans) if span.start <= step)
 
 
 def stages(streams: Mapping[str, StreamConfig], steps: int) -> tuple[Stage, ...]:
-    """The stages of a run of ``steps`` steps, in order; one where no stream has phases."""
+    """Stages of a run of ``steps`` steps, in order; a single one if no stream has phases."""
     spans = {name: config.spans(steps) for name, config in streams.items()}
     begins = sorted({span.start for own in spans.values() for span in own if span.start < steps})
     return tuple(
@@ -162,11 +164,11 @@ def stages(streams: Mapping[str, StreamConfig], steps: int) -> tuple[Stage, ...]
 
 
 def stage_at(plan: Sequence[Stage], step: int) -> int:
-    """Number of the stage that ``step`` is in; the last for steps beyond the run."""
+    """Index of the stage that contains ``step``; the last one for later steps."""
     return max(number for number, stage in enumerate(plan) if stage.start <= step)
 
 
 def images_between(plan: Sequence[Stage], start: int, stop: int) -> int:
-    """Images of all streams and processes in steps ``start`` .. ``stop`` - 1."""
+    """Number of images in steps ``start`` .. ``stop`` - 1, over all streams and processes."""
     taken = (range(max(stage.start, start), min(stage.stop, stop)) for stage in plan)
     return sum(len(own) * s.images_per_step for own, s in zip(taken, plan, strict=True))

@@ -1,23 +1,24 @@
-"""Data sets by name, and the standard ones.
+"""The table of data sets, their loaders, and packing to HDF5.
 
-Every set gives three splits. "test" is the publisher's own (or a fixed part, where there is none);
-"validation" is held out of the training images by a fixed seed, and "train" is the rest. So the
-test images decide nothing during training.
+Every set has three splits. "test" is the official test set (or a fixed part if there is none);
+"validation" is held out of the training images by a fixed seed, and "train" is the rest. So test
+images do not influence training.
 
-digits: 1,797 scans of handwritten digits, 8x8 gray, values 0..16 spread over 0..255 (scikit-learn).
+digits: 1,797 scans of handwritten digits, 8x8 gray, values 0..16 scaled to 0..255 (scikit-learn).
 A fixed fifth, stratified by class, is the test set; a tenth of the rest is held out for validation.
 
-patches: two photographs of 427x640 pixels (scikit-learn). Columns 0..447 give the training patches
-(overlapping by three quarters), 448..511 the validation patches and 512..639, the right-hand fifth,
-the test patches (both without overlap), so that no pixel is in two splits.
+patches: two photographs of 427x640 pixels (scikit-learn). Training patches come from columns 0..447
+and overlap by three quarters; validation patches come from columns 448..511 and test patches from
+512..639, the right-hand fifth, without overlap. So no pixel is in two splits.
 
-CIFAR-10 and CIFAR-100: 32x32 colour photographs. In the folder, either torchvision's
-(``cifar-10-batches-py``, ``cifar-100-python``; fetched if it is missing and that is allowed) or the
-files ``cifar10-train.h5`` and ``cifar10-test.h5`` with images (N, 32, 32, 3) uint8 and labels (N,).
+CIFAR-10 and CIFAR-100: 32x32 colour photographs. The folder holds torchvision's folder
+(``cifar-10-batches-py``, ``cifar-100-python``; downloaded if it is missing and ``download`` is set)
+or the files ``cifar10-train.h5`` and ``cifar10-test.h5`` with images (N, 32, 32, 3) uint8 and
+labels (N,).
 
-`ebmkit.data.folders` and `ebmkit.data.hdf5` have the user's own. `pack` writes a folder, or a set
-of torchvision's, to one HDF5 file: through memory in blocks, and in small compressed chunks, so
-that images can be read one by one in any order.
+`ebmkit.data.folders` and `ebmkit.data.hdf5` load your own images. `pack` writes a folder, or a
+data set of torchvision, to one HDF5 file. It processes blocks of images and writes small compressed
+chunks, so that single images can be read in any order.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ if TYPE_CHECKING:
 DIGITS = tuple("0123456789")
 
 MAX_FILE_SIZE = 200 * 2**20
-"""Bytes of a file of CIFAR; the largest that is published has 155 MB."""
+"""Maximum bytes of a CIFAR file; the largest published one has 155 MB."""
 
 _COLUMNS: dict[Split, slice] = {
     "train": slice(448),
@@ -81,7 +82,7 @@ _COLUMNS: dict[Split, slice] = {
 
 
 class Published(NamedTuple):
-    """How torchvision calls a set and its folder, its archive, and the published class names."""
+    """torchvision's names of a data set, its folder and archive, and the official class names."""
 
     torchvision_name: str
     folder: str
@@ -94,11 +95,11 @@ CIFAR = {
     name: Published(**facts | {"class_names": tuple(facts["class_names"])})
     for name, facts in yaml.safe_load(_DATA).items()
 }
-"""CIFAR-10 and CIFAR-100 as they are published."""
+"""Published names of CIFAR-10 and CIFAR-100."""
 
 
 def load_digits(request: DatasetRequest) -> ImageSet:
-    """One split of scikit-learn's digits: (N, 1, 8, 8), labels 0..9."""
+    """Load one split of scikit-learn's digits: images (N, 1, 8, 8), labels 0..9."""
     request.check_size(8)
     pixels, labels, rows = _digits()
     own = rows[request.split]
@@ -108,7 +109,7 @@ def load_digits(request: DatasetRequest) -> ImageSet:
 
 @cache
 def _digits() -> tuple[np.ndarray, np.ndarray, dict[Split, np.ndarray]]:
-    """Pixels (N, 1, 8, 8), labels, and the rows of each split: read from the text file once."""
+    """Pixels (N, 1, 8, 8), labels, and row indices of each split; cached."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -125,10 +126,10 @@ def _digits() -> tuple[np.ndarray, np.ndarray, dict[Split, np.ndarray]]:
 
 
 def load_patches(request: DatasetRequest) -> ImageSet:
-    """One split of the patches: (N, 3, size, size), no labels; the size is 32 by default.
+    """Load one split of the patches: images (N, 3, size, size), no labels; default size 32.
 
     Raises:
-        UserError: if the size does not fit the narrowest region, or is below 4.
+        UserError: if the size is below 4 or above 64, the width of the narrowest region.
     """
     from sklearn.datasets import load_sample_images
 
@@ -143,10 +144,10 @@ def load_patches(request: DatasetRequest) -> ImageSet:
 
 
 def load_cifar(request: DatasetRequest) -> AnyImages:
-    """One split of CIFAR-10 or CIFAR-100 as found in the folder, ``./data`` by default.
+    """Load one split of CIFAR-10 or CIFAR-100 from the given folder, ``./data`` by default.
 
     Raises:
-        UserError: if it is not there (and cannot be fetched), incomplete, or illegal.
+        UserError: if the data is missing (and cannot be downloaded), incomplete, or invalid.
     """
     request.check_size(32)
     name, split, data_dir = request.name, request.split, request.data_dir or Path("data")
@@ -176,13 +177,13 @@ def load_cifar(request: DatasetRequest) -> AnyImages:
 
 
 def torchvision_cifar(name: str, data_dir: Path, train: bool, download: bool) -> ImageSet:
-    """All official training or test images, through `torchvision.datasets`.
+    """Load all official training or test images with `torchvision.datasets`.
 
-    The files are pickles, which can run any code when they are opened: torchvision compares the
-    digest of each with that of the published one before it does. No other file is opened.
+    The files are pickles, which can execute code when they are loaded. torchvision compares the
+    digest of each file with the published one before it loads the file. No other file is opened.
 
     Raises:
-        UserError: if the folder is incomplete, or cannot be fetched.
+        UserError: if the folder is incomplete, or cannot be downloaded.
     """
     import torchvision
 
@@ -193,7 +194,7 @@ def torchvision_cifar(name: str, data_dir: Path, train: bool, download: bool) ->
         if not path.is_file() or path.stat().st_size > MAX_FILE_SIZE:
             raise UserError(
                 f"{str(path)!r} is no file of the published data set: delete {str(folder)!r} and "
-                "unpack it anew"
+                "unpack it again"
             )
     timeout, existed = socket.getdefaulttimeout(), root.exists()
     try:
@@ -204,15 +205,15 @@ def torchvision_cifar(name: str, data_dir: Path, train: bool, download: bool) ->
     except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
         if download:
             if not existed:
-                with contextlib.suppress(OSError):  # not empty: keep what was fetched
+                with contextlib.suppress(OSError):  # not empty: keep the downloaded files
                     root.rmdir()
-            cause = getattr(error, "reason", error)  # of a URLError: what the network said
+            cause = getattr(error, "reason", error)  # of a URLError: the network error
             raise UserError(
-                f"{_missing(name, data_dir)} (fetching it failed: {first_line(cause)})"
+                f"{_missing(name, data_dir)} (download failed: {first_line(cause)})"
             ) from None
         raise UserError(
             f"{str(folder)!r} is incomplete or damaged: delete it and unpack {facts.archive} in "
-            f"{str(root)!r} anew"
+            f"{str(root)!r} again"
         ) from None
     finally:
         socket.setdefaulttimeout(timeout)
@@ -235,9 +236,9 @@ class DatasetEntry:
     """A named data set.
 
     Attributes:
-        load: gives the images that a `DatasetRequest` asks for.
+        load: loader, from a `DatasetRequest` to one split.
         description: one line of text.
-        class_names: of its labels, where they are always the same.
+        class_names: class names, if they are fixed.
     """
 
     load: Callable[[DatasetRequest], AnyImages]
@@ -297,19 +298,19 @@ def load_dataset(
     progress: bool = True,
     faults: Faults | None = None,
 ) -> AnyImages:
-    """One split of a data set.
+    """Load one split of a data set.
 
     Args:
-        name: one of `DATASETS`.
-        data_dir: the folder (or HDF5 file) it is in; ``./data`` by default for CIFAR.
+        name: a key of `DATASETS`.
+        data_dir: folder (or HDF5 file) of the data; default for CIFAR: ``./data``.
         split: "train", "validation" (held out of the training images) or "test".
-        image_size: side of the images, pixels, for sets that can be cut to size.
-        download: fetch CIFAR if it is not there.
-        progress: show a progress bar while many files are read.
-        faults: what is done about images of a folder that cannot be read, and about links.
+        image_size: side of the images, pixels, for data sets with variable size.
+        download: download CIFAR if it is missing.
+        progress: show a progress bar while files are read.
+        faults: handling of unreadable images and links in a folder.
 
     Raises:
-        UserError: if there is no such set or split, or files are missing, incomplete or illegal.
+        UserError: if there is no such set or split, or files are missing, incomplete or invalid.
     """
     entry = find("dataset", DATASETS, name)
     if split not in SPLITS:
@@ -326,17 +327,17 @@ _BLOCK = 256
 _CHUNK_BYTES = 65536
 
 _BROKEN = (OSError, RuntimeError, ValueError, TypeError, LookupError, EOFError, SyntaxError)
-"""What torchvision raises on files that are missing, damaged or something else."""
+"""Exceptions of torchvision on missing, damaged or other files."""
 
 
 class _Items:
-    """A data set of torchvision, read item by item at the size and colour of the first."""
+    """Reads a torchvision data set item by item, with the size and channels of the first item."""
 
     def __init__(self, source: Any, name: str, image_size: int | None) -> None:
         self.source, self.name, self.resized = source, name, image_size is not None
         first = self._item(0)
         if not (isinstance(first, tuple) and isinstance(first[0], Image.Image)):
-            raise UserError(f"{name!r} does not give images with labels: pack a folder of images")
+            raise UserError(f"{name!r} does not return images with labels: pack a folder of images")
         self.channels = 1 if first[0].mode in ("1", "L") else 3
         self.size = (image_size, image_size) if image_size else first[0].size[::-1]
         self.class_names = tuple(str(c) for c in getattr(source, "classes", ()))
@@ -379,20 +380,20 @@ def pack(
     """Write the images and labels of ``src`` to the HDF5 file ``out``.
 
     Args:
-        src: an image folder (`ebmkit.data.folders` says how it is laid out; a folder without train/
-            and test/ becomes one set); a folder with torchvision's cifar-10-batches-py or
-            cifar-100-python in it; or ``torchvision:NAME`` or ``torchvision:NAME:FOLDER``, as in
-            ``torchvision:SVHN:data``, any class of `torchvision.datasets` that gives images with
-            labels, fetched into FOLDER (``./data`` by default) if need be.
-        out: the file.
-        overwrite: replace a file that exists.
-        image_size: side to bring images to; needed where they differ in size.
-        progress: show a bar.
-        faults: what is done about images of a folder that cannot be read, and about links.
+        src: an image folder (see `ebmkit.data.folders` for the layout; a folder without train/ and
+            test/ becomes one set); a folder that contains torchvision's cifar-10-batches-py or
+            cifar-100-python; or ``torchvision:NAME`` or ``torchvision:NAME:FOLDER``, such as
+            ``torchvision:SVHN:data``, for any class of `torchvision.datasets` that returns images
+            with labels, downloaded to FOLDER (default ``./data``) if possible.
+        out: HDF5 file to write.
+        overwrite: replace an existing file.
+        image_size: side of the images, pixels; required if they differ in size.
+        progress: show a progress bar.
+        faults: handling of unreadable images and links in a folder.
 
     Raises:
         UserError: if ``out`` exists, ``src`` is missing or incomplete, or an image cannot be read;
-            nothing is left behind then.
+            no file is written then.
     """
     import h5py
 
@@ -437,7 +438,7 @@ def _write(group: h5py.Group, source: Source, progress: bool) -> None:
 def _parts(
     src: str, image_size: int | None, progress: bool, faults: Faults
 ) -> Mapping[str, Source]:
-    """Group of the file -> the images that it gets."""
+    """Group of the HDF5 file -> source of its images."""
     if src.startswith("torchvision:"):
         return _torchvision_parts(src, image_size)
     folder = Path(src)
@@ -445,7 +446,7 @@ def _parts(
         if folder.name != facts.folder and not (folder / facts.folder).is_dir():
             continue
         if image_size not in (None, 32):
-            raise UserError(f"{name} has images of 32x32: leave the image size out")
+            raise UserError(f"{name} has images of 32x32: remove the image size")
         return {
             part: torchvision_cifar(name, folder, part == "train", download=False)
             for part in ("train", "test")
@@ -476,7 +477,7 @@ def _folder_parts(
 
 
 def _torchvision_parts(src: str, image_size: int | None) -> Mapping[str, Source]:
-    """The parts of ``torchvision:NAME[:FOLDER]``."""
+    """`_parts` of a ``src`` ``torchvision:NAME[:FOLDER]``."""
     import torchvision
 
     name, _, folder = src.removeprefix("torchvision:").partition(":")
@@ -485,7 +486,7 @@ def _torchvision_parts(src: str, image_size: int | None) -> Mapping[str, Source]
     make = getattr(torchvision.datasets, name)
     options = inspect.signature(make).parameters
     if not {"train", "split"} & set(options):
-        raise UserError(f"{src!r} does not come in a training and a test part: pack a folder of it")
+        raise UserError(f"{src!r} has no training and test parts: pack a folder of its images")
     download = {"download": True} if "download" in options else {}
     parts: dict[str, _Items] = {}
     for part in ("train", "test"):

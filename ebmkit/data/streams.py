@@ -1,16 +1,17 @@
-r"""Streams of training batches, a function of the step alone.
+r"""Streams of training batches; each batch is a function of the step.
 
-Everything random is drawn from generators keyed by (seed, stream name, purpose, step), hashed to 63
-bits: the order of each epoch, flips and crops, mixing, noise levels and noise. So step t has the
-same batch whoever asks, in whatever order: continuing a run needs no state, the number of workers
-changes nothing, and with several processes ("ranks") each takes its share of the same global batch.
+All random numbers come from generators keyed by (seed, stream name, purpose, step), hashed to 63
+bits: the order of each epoch, flips and crops, mixing, noise levels and noise. So the batch of step
+t does not depend on earlier steps: resuming a run needs no state, the number of workers does not
+change the batches, and with several processes ("ranks") each takes its share of the same global
+batch.
 
-Samples are numbered through (`ebmkit.data.schedule` says how where batch sizes change); number n is
+Samples are numbered consecutively (see `ebmkit.data.schedule` if batch sizes change). Sample n is
 entry :math:`n \bmod N` of the permutation of epoch :math:`\lfloor n / N \rfloor`. No remainder is
 dropped, and a set may be smaller than a batch.
 
-Crops of whole images are cut by the process that reads them (`ebmkit.data.workers`), from numbers
-that travel with the request; everything else is done to the batch, on its device.
+The process that reads whole images also crops them (`ebmkit.data.workers`), with random numbers
+from the request. All other operations run on the batch, on the device of the stream.
 """
 
 from __future__ import annotations
@@ -43,21 +44,21 @@ from ebmkit.errors import UserError
 from ebmkit.randomness import keyed_generator, keyed_seed
 
 MAX_WARNINGS = 10
-"""Images left out that are warned of one by one."""
+"""Maximum number of skipped images with a warning each."""
 
 
 class Batch(NamedTuple):
-    """One step's images, on the stream's device; B is this process's share of the batch.
+    """Images of one step on the stream's device; B is this process's share of the batch.
 
     Attributes:
         x: (B, C, H, W) float32, clean (augmented) images in [0, 1].
-        y: (B, C, H, W), the noisy ones, x + sigma * eps.
+        y: (B, C, H, W), noisy images, x + sigma * eps.
         sigma: (B,) noise levels, image units.
-        eps: (B, C, H, W) standard normal; zeros where the law says no noise.
+        eps: (B, C, H, W) standard normal noise; zeros if the noise law has no noise.
         labels: (B,) int64, before mixing; None without labels.
-        soft: (B, K) label probabilities, mixed where the images are; None without labels.
-        extra: columns (B, ...) that objectives add (`ebmkit.objectives.Objective.prepare`), by the
-            objective's name and theirs, as "adv.attacked".
+        soft: (B, K) label probabilities, mixed as the images are; None without labels.
+        extra: columns (B, ...) added by objectives (`ebmkit.objectives.Objective.prepare`), with
+            keys OBJECTIVE.COLUMN such as "adv.attacked".
     """
 
     x: Tensor
@@ -66,22 +67,22 @@ class Batch(NamedTuple):
     eps: Tensor
     labels: Tensor | None
     soft: Tensor | None
-    extra: dict[str, Tensor] = {}  # noqa: RUF012  # nobody writes to it
+    extra: dict[str, Tensor] = {}  # noqa: RUF012  # never modified
 
     @property
     def tensors(self) -> list[Tensor]:
-        """All columns there are."""
+        """All tensors of the batch."""
         *own, extra = self
         return [column for column in (*own, *extra.values()) if column is not None]
 
     def rows(self, rows: slice) -> Batch:
-        """The images ``rows`` of this batch."""
+        """The part of this batch at ``rows``."""
         *columns, extra = self
         own = [None if column is None else column[rows] for column in columns]
         return Batch._make([*own, {name: column[rows] for name, column in extra.items()}])
 
     def of(self, objective: str) -> Batch:
-        """This batch as ``objective`` sees it: its own columns in ``extra``, by their names."""
+        """This batch with only the columns of ``objective`` in ``extra``, without the prefix."""
         if not self.extra:
             return self
         own = f"{objective}."
@@ -95,29 +96,29 @@ class Batch(NamedTuple):
 
 
 class Stream:
-    """Batches of ``source`` as ``config`` wants them, indexed by step.
+    """Training batches of a data set, indexed by step.
 
-    An `ImageSet` is kept on ``device`` as one tensor (pass it already there to share it between
-    streams); a `StreamedSet` is read by ``workers`` processes, or by this one for 0.
+    An `ImageSet` is kept on ``device`` as one tensor (move it there first to share it between
+    streams). A `StreamedSet` is read by ``workers`` processes, or by the main process for 0.
 
     Args:
-        source: the data set.
+        source: data set.
         config: batch size, augmentation, noise.
-        name: the stream's; streams with different names draw independently.
-        seed: the run's.
-        device: where batches are made.
-        workers: reading processes, for a `StreamedSet`.
-        rank: this process's number among ``world_size``.
+        name: name of the stream; streams with different names have independent random numbers.
+        seed: random seed of the run.
+        device: device of the batches.
+        workers: number of worker processes, for a `StreamedSet`.
+        rank: rank of this process, 0 .. ``world_size`` - 1.
         world_size: number of processes that share each batch.
         parts: number of parts that each process splits its share into.
-        steps: of the run, which ``config.phases`` are shares of; None where there are no phases.
+        steps: number of steps of the run, which ``config.phases`` refer to; None without phases.
 
     Attributes:
-        skipped: images that could not be read and were left out so far: number -> reason.
+        skipped: index -> error message of the unreadable images skipped so far.
 
     Raises:
-        UserError: if the set is empty, has no labels to mix, is smaller than a crop, or a batch
-            does not divide among the processes and their parts.
+        UserError: if the set is empty, has no labels to mix, has images smaller than a crop, or a
+            batch size is not divisible by the number of processes times ``parts``.
     """
 
     def __init__(
@@ -144,7 +145,7 @@ class Stream:
         self.crops = source.crops if isinstance(source, StreamedSet) else None
         self.rank, self.world_size = rank, world_size
         self._check(parts)
-        # Mixing needs the image before the first one too; it is dropped afterwards.
+        # Mixing also needs the image before the first one, which is dropped afterwards.
         self._extra = int(config.augmentation.mix != "none" and world_size > 1)
         self._generator = torch.Generator(self.device)
         self._orders: dict[tuple[int, torch.device], Tensor] = {}
@@ -152,7 +153,7 @@ class Stream:
         self._held: dict[tuple[int, torch.device], Rows] = {}
 
     def _check(self, parts: int) -> None:
-        """Check that the stream can be drawn; messages name the field of the phase at fault."""
+        """Check the settings against the data set; errors name the field of the phase."""
         source, options, crops = self.source, self.config.augmentation, self.crops
         (height, width), padding = source.image_size, options.crop_padding
         least, data = min(height, width), f"data set {source.name!r}"
@@ -201,7 +202,7 @@ class Stream:
             )
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
-        """The batches of steps ``start`` .. ``stop`` - 1.
+        """Yield the batches of steps ``start`` .. ``stop`` - 1.
 
         Raises:
             UserError: if an image of a streamed set cannot be read.
@@ -224,9 +225,9 @@ class Stream:
         )
         read = read_batches(source, requests, self.workers, cuda)
         for step, (images, labels, skipped) in zip(steps, read, strict=True):
-            for number, reason in skipped.items():  # the first are warned of, all are counted
+            for number, reason in skipped.items():  # warn about the first, count all
                 if number not in self.skipped and len(self.skipped) < MAX_WARNINGS:
-                    warnings.warn(f"left out of stream {self.name!r}: {reason}", stacklevel=2)
+                    warnings.warn(f"skipped in stream {self.name!r}: {reason}", stacklevel=2)
                 self.skipped[number] = reason
             images = images.to(self.device, non_blocking=cuda)
             if labels is not None:
@@ -234,13 +235,13 @@ class Stream:
             yield self._prepare(step, images, labels)
 
     def numbers(self, step: int) -> list[int]:
-        """Numbers in the data set of the images in this process's batch of ``step``."""
+        """Data set indices of the images in this process's batch of ``step``."""
         place = self.device if isinstance(self.source, ImageSet) else torch.device("cpu")
         found: list[int] = self._indices(step, place).tolist()
         return found[self._extra :]
 
     def _indices(self, step: int, device: torch.device) -> Tensor:
-        """Which images of the set this process needs at ``step``, (B,), on ``device``."""
+        """Data set indices (B,) on ``device`` of the images that this process needs at ``step``."""
         span, size = span_at(self.spans, step), len(self.source)
         begin = span.first + (step - span.start) * span.batch_size
         numbers = begin + self._rows(span, device).positions
@@ -261,7 +262,7 @@ class Stream:
         return self._orders[key]
 
     def _rows(self, span: Span, device: torch.device) -> Rows:
-        """The rows of a global batch of ``span`` that this process holds."""
+        """This process's rows of a global batch of ``span``."""
         key = span.batch_size, device
         if key not in self._held:
             share = span.batch_size // self.world_size
@@ -270,7 +271,7 @@ class Stream:
         return self._held[key]
 
     def _cut(self, step: int) -> Cut | None:
-        """The crops that are drawn on the host: all of whole images, and resized ones."""
+        """Crops drawn on the CPU: all crops of whole images, and resized crops; otherwise None."""
         options, span = self.config.augmentation, span_at(self.spans, step)
         if options.crop_scale is None and not (
             self.crops is not None and span.crop_size is not None
@@ -290,7 +291,7 @@ class Stream:
         return keyed_generator("cpu", self.seed, self.name, purpose, number)
 
     def _prepare(self, step: int, images: Tensor, labels: Tensor | None) -> Batch:
-        """Augment, mix and add noise: images (B, C, H, W) uint8 to the batch of ``step``."""
+        """Make the batch of ``step`` from images (B, C, H, W) uint8: augment, mix and add noise."""
         options, span = self.config.augmentation, span_at(self.spans, step)
         rows = self._rows(span, self.device)
         generator = self._keyed("augment", step)
@@ -299,7 +300,7 @@ class Stream:
         elif options.flip:
             images = flip(images, generator, rows)
         if self.crops is not None:
-            pass  # who read them has cut them
+            pass  # cropped by the reader
         elif (cut := self._cut(step)) is not None:
             boxes = crop_boxes(images.shape[2], images.shape[3], cut)
             images = resize_boxes(images, boxes, cut.size)
@@ -326,7 +327,7 @@ class Stream:
         )
 
     def _mirrored(self, step: int) -> Tensor:
-        """Which images of this process's batch alternating flips mirror at ``step``, (B,) bool."""
+        """Mask (B,) bool of the images that alternating flips mirror at ``step``."""
         span, size = span_at(self.spans, step), len(self.source)
         begin = span.first + (step - span.start) * span.batch_size
         epochs = (begin + self._rows(span, self.device).positions) // size
@@ -343,7 +344,7 @@ class Stream:
         return float(torch.rand((), generator=self._on_host("mix share", step))) < share
 
     def _noise(self, step: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Noise levels (B,) and noise of x's shape: this process's share of the global draw."""
+        """This process's part of the noise levels (B,) and of the noise, shaped like ``x``."""
         span = span_at(self.spans, step)
         total = span.batch_size
         generator = self._keyed("noise", step)
@@ -360,10 +361,10 @@ class Stream:
 def prefetched(
     streams: Mapping[str, Iterator[Batch]], device: torch.device
 ) -> Iterator[dict[str, Batch]]:
-    """One batch of each stream at a time, until the first ends.
+    """Yield one batch of each stream per step, until the streams end.
 
-    On CUDA the next batches are drawn while the present step runs, on a stream of their own, so
-    that their many small operations fill gaps of the step instead of following it.
+    On CUDA the next batches are prepared on a separate CUDA stream while the current step runs, so
+    their many small kernels overlap with it.
     """
     drawn = zip(*streams.values(), strict=True)
     if device.type != "cuda":

@@ -1,8 +1,8 @@
-"""Processes that read images of a set on disk, and what is done when one dies or stalls.
+"""Worker processes that read images, and errors when a worker dies or stalls.
 
-Each gets the requests of whole batches and hands over pixels; a user's mistake comes as a value, so
-that it has no traceback. They do not heed Ctrl-C and requests to end, for these reach all processes
-of a group: the main one ends them in its own time, by SIGKILL where it must.
+A worker gets requests for whole batches and returns pixels. It returns a `UserError` as a value, so
+that no traceback is printed. Workers ignore SIGINT and SIGTERM, which all processes of a group
+receive: the main process ends its workers, by SIGKILL if necessary.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from ebmkit.data.imagesets import StreamedSet
 from ebmkit.errors import UserError
 
 WORKER_TIMEOUT = 900.0
-"""Seconds to wait for a process that reads images."""
+"""Maximum seconds to wait for a batch from a worker."""
 
 _WORKERS: set[Any] = set()
-"""Processes that read and may still live; they do not heed a request to end."""
+"""Worker processes that may still run; they ignore SIGTERM."""
 
 
 def _kill_workers() -> None:
@@ -35,26 +35,26 @@ def _kill_workers() -> None:
         process.kill()
 
 
-atexit.register(_kill_workers)  # before multiprocessing's own, which would wait for them
+atexit.register(_kill_workers)  # runs before multiprocessing's handler, which would wait
 
 Request = tuple[list[int], Cut | None]
-"""Numbers of the images of a batch, and the crops of whole images to take of them."""
+"""Indices of the images of a batch, and their crops or None."""
 
 Item = tuple[Tensor, Tensor | None, dict[int, str]]
-"""Images, labels, and the numbers of those that were left out with the reasons."""
+"""Images, labels, and index -> error message of the skipped images."""
 
 
 @contextmanager
 def translate_worker_errors(saved: Callable[[], str] = str) -> Iterator[None]:
-    """Within, the end of a process that reads images is told in one sentence.
+    """Translate PyTorch's error about a dead or stalled worker to a `UserError`.
 
-    PyTorch raises it wherever the main thread is at the time.
+    PyTorch raises the error at any point of the main thread.
 
     Args:
-        saved: says what is not lost.
+        saved: function that returns the end of the message, about saved checkpoints.
 
     Raises:
-        UserError: then.
+        UserError: if a worker died or stalled.
     """
     try:
         yield
@@ -67,24 +67,24 @@ def translate_worker_errors(saved: Callable[[], str] = str) -> Iterator[None]:
 
 
 def _worker_sentence(text: str) -> str | None:
-    """What an error of PyTorch's says of worker processes, in words; None if it is of others."""
+    """Message for PyTorch's error ``text`` about workers; None for another error."""
     if "DataLoader timed out" in text:
         return (
-            f"no image was read for {WORKER_TIMEOUT:.0f} s: see whether the disk or network that "
-            "they lie on still answers"
+            f"no image was read for {WORKER_TIMEOUT:.0f} s: check whether the disk or network of "
+            "the images still responds"
         )
     if "DataLoader worker" not in text:
         return None
     reason = text.partition("killed by signal: ")[2].split(".")[0].strip()
     if not reason:
-        ended = "a process that reads images ended unasked"
-        return f"{ended}: see what it said, or take fewer dataset.workers"
-    cause = "the memory may not suffice: take fewer dataset.workers"
+        ended = "a worker process that reads images ended unexpectedly"
+        return f"{ended}: see its output, or reduce dataset.workers"
+    cause = "memory may be too small: reduce dataset.workers"
     if "Bus" in reason:
-        cause = "shared memory may be full: enlarge /dev/shm, or take fewer dataset.workers"
+        cause = "shared memory may be full: enlarge /dev/shm, or reduce dataset.workers"
     elif "Segmentation" in reason:
-        cause = "a library that decodes images may have met a damaged one"
-    return f"a process that reads images was killed by a signal, {reason}; {cause}"
+        cause = "a library that decodes images may have crashed on a damaged one"
+    return f"a worker process that reads images was killed by a signal, {reason}; {cause}"
 
 
 def read_batches(
@@ -93,11 +93,17 @@ def read_batches(
     workers: int,
     pinned: bool,
 ) -> Iterator[Item]:
-    """What ``requests`` ask for, in order, read by ``workers`` processes, or by this one for 0.
+    """Yield the batches of ``requests`` in order.
+
+    Args:
+        source: data set.
+        requests: indices and crops of each batch.
+        workers: number of worker processes; 0: this process reads.
+        pinned: return images and labels in pinned memory.
 
     Raises:
         UserError: if an image cannot be read.
-        RuntimeError: if a process ended or stalls; `translate_worker_errors` puts it in words.
+        RuntimeError: if a worker died or stalls; see `translate_worker_errors`.
     """
     loader: DataLoader[Any] = DataLoader(
         _Batches(source),
@@ -107,7 +113,7 @@ def read_batches(
         num_workers=workers,
         pin_memory=pinned,
         worker_init_fn=_leave_ends_to_the_main_process,
-        generator=torch.Generator(),  # leaves the process's own generator alone
+        generator=torch.Generator(),  # does not change the global random state
     )
     items = iter(loader)
     processes = list(getattr(items, "_workers", ()))
@@ -127,8 +133,8 @@ def read_batches(
             raise
         raise RuntimeError("DataLoader worker ended") from None
     finally:
-        # PyTorch asks them to end, waits some seconds, and asks once more by a signal that they
-        # ignore: on a busy machine some outlive that, and the exit of this process waits for them
+        # PyTorch asks workers to end, waits some seconds and sends SIGTERM, which they ignore. On a
+        # busy machine some survive that, and the exit of this process would wait for them.
         getattr(items, "_shutdown_workers", tuple)()
         for process in processes:
             process.kill()
@@ -136,7 +142,7 @@ def read_batches(
 
 
 class _Batches(Dataset[Item | UserError]):
-    """What workers run: whole batches; a user's mistake is handed over without a traceback."""
+    """Reads whole batches in the workers; returns a `UserError` instead of raising it."""
 
     def __init__(self, source: StreamedSet) -> None:
         self._source = source
@@ -151,13 +157,13 @@ class _Batches(Dataset[Item | UserError]):
 
 
 def _leave_ends_to_the_main_process(worker: int) -> None:
-    """Ctrl-C and a launcher's request to end are the main process's, which ends its workers."""
+    """Initialise a worker: ignore SIGINT and SIGTERM, and print no traceback on disconnection."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.excepthook = _unless_disconnected
 
 
 def _unless_disconnected(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    """Print an error, but not that there is no main process any more to hand pixels to."""
+    """Exception hook that prints no traceback if the main process is gone."""
     if not issubclass(kind, (EOFError, ConnectionError, ProcessError)):
         sys.__excepthook__(kind, error, trace)

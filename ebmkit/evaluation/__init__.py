@@ -1,4 +1,4 @@
-"""Evaluation: suites of measures with confidence intervals, as JSON, tables and plots."""
+"""Evaluation suites: metrics with confidence intervals, as JSON files, tables and plots."""
 
 from ebmkit.evaluation.runner import (
     SUITES,

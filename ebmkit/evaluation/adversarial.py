@@ -2,24 +2,24 @@ r"""Suite ``adversarial``: adversarial gradients as differences of denoisers (CD
 
 .. math:: \nabla_y \log p(c \mid y) = \frac{D_c(y, c) - D_u(y)}{\sigma^2} .
 
-What the conditional denoiser adds to the unconditional one when it is given a label is the
-direction in which a classifier is attacked. As sigma goes to 0 the difference must shrink like
-sigma^2 for the gradient to stay bounded, which nothing enforces: the instability of sections 2.2
-and 5.1.
+The difference between the conditional and the unconditional denoiser is the direction of an attack
+on the classifier. As sigma goes to 0, the gradient stays bounded only if the difference shrinks
+like sigma^2, which nothing enforces: the instability of sections 2.2 and 5.1.
 
-Measured at :math:`y = x + \sigma\epsilon` of the first images, in float32, for the *targets*, the
-likeliest labels at y beside the predicted one:
+The suite measures, at :math:`y = x + \sigma\epsilon` of the first images, in float32, for the
+*targets*, the most probable labels at y after the predicted one:
 
-- ``norm`` of the gradient, l2, nats per image unit; ``norm_predicted``, of the predicted label's;
-  ``score_norm``, :math:`\|\nabla\log p(y)\|`, about :math:`\sqrt d/\sigma` for a good denoiser;
-- ``identity_error``, the relative difference of the two sides of the equation, of which the left
-  one is differentiated by itself. It is rounding, divided by sigma^2 (``rounding`` is what float32
-  may do, :math:`2^{-24}\|y\|/\sigma^2` relative to the norm);
-- ``steps``: after a step of each length along the gradient, by how much log p(c|y) rose
-  (``gain``), how much the gradient promised (``promised``, length times norm), and on which share
-  of (image, target) the target is now the prediction (``reached``).
+- ``norm``: l2 norm of the gradient, nats per image unit; ``norm_predicted``, the same for the
+  predicted label; ``score_norm``, :math:`\|\nabla\log p(y)\|`, about :math:`\sqrt d/\sigma` for a
+  good denoiser;
+- ``identity_error``: relative difference of the two sides of the equation; the left side is a
+  separate gradient. It is rounding divided by sigma^2; ``rounding`` is the error expected in
+  float32, :math:`2^{-24}\|y\|/\sigma^2` relative to the norm;
+- ``steps``: for a step of each length along the gradient, the increase of log p(c|y) (``gain``),
+  its linear prediction, length times norm (``promised``), and the share of (image, target) pairs
+  whose prediction is then the target (``reached``).
 
-A blind model is also asked at the clean image, where sigma does not enter: level 0 then.
+For a blind model, which needs no sigma, the suite also measures at the clean image, as level 0.
 """
 
 from __future__ import annotations
@@ -57,13 +57,13 @@ from ebmkit.metrics import predict
 from ebmkit.noise import Sigma, in_255ths
 
 ROWS = 4
-"""Images in the plot."""
+"""Number of images in the plot."""
 
 STEP = ("gain", "promised", "reached")
 
 NOTE = (
-    "Targets: the likeliest labels beside the predicted one at the lowest noise. Gradients are "
-    "around gray, each scaled to the full range; numbers are l2 norms, nats per image unit."
+    "Targets: the most probable labels after the predicted one at the lowest noise. Gradients: "
+    "gray is 0, each scaled to the full range; numbers are l2 norms, nats per image unit."
 )
 
 
@@ -83,8 +83,8 @@ class AdversarialConfig(SuiteConfig):
 
 
 def difference(model: EnergyModel, y: Tensor, c: Tensor, sigma: float) -> Tensor:
-    """grad log p(c|y) by the two denoisers, (D_c - D_u) / sigma^2 (CDN eq. 9): shape of the noisy
-    images ``y`` (B, C, H, W) at level ``sigma``, image units, for labels ``c`` (B,)."""
+    """grad log p(c|y) = (D_c - D_u) / sigma^2 (CDN eq. 9), for labels ``c`` (B,): shape of the
+    noisy images ``y`` (B, C, H, W) at level ``sigma``, image units."""
     return (model.denoise(y, sigma, c) - model.denoise(y, sigma)) / sigma**2
 
 
@@ -122,7 +122,7 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
 
 
 def _sigmas(context: EvaluationContext) -> list[float]:
-    """Those asked for, ascending; the clean image first, if the model needs no sigma."""
+    """The noise levels of the settings, ascending; first 0 (clean) if the model is blind."""
     levels = sorted(set(context.option(AdversarialConfig).sigmas))
     return levels if context.model.noise_conditional else [0.0, *levels]
 
@@ -135,7 +135,7 @@ def _norm(images: Tensor) -> Tensor:
 def _measure(
     model: EnergyModel, y: Tensor, sigma: float, targets: int, lengths: tuple[float, ...]
 ) -> dict[str, Tensor]:
-    """Columns (B,); those of ``targets`` labels are means over them."""
+    """Columns (B,); quantities of a target label are means over the ``targets`` labels."""
     level = sigma or None
     order = model.energies(y, level).logits.argsort(dim=1, descending=True)
     columns = {
@@ -170,7 +170,7 @@ def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> 
 
 
 def _plot_gradients(context: EvaluationContext, document: dict[str, Any], path: Path) -> None:
-    """One row per image: the clean one, then at three noise levels the noisy one and gradients."""
+    """One row per image: clean image, then noisy image and gradients at three noise levels."""
     config = context.option(AdversarialConfig)
     model = context.model_in(config.precision)
     assert isinstance(model, EnergyModel)
@@ -190,7 +190,7 @@ def _plot_gradients(context: EvaluationContext, document: dict[str, Any], path: 
             rows = [[cell] for cell in zip(x, below, strict=True)]
         with in_float32(context.device):
             posterior = model.energies(y, sigma).log_posterior().exp()
-            if targets is None:  # the same at all levels, so that gradients can be compared
+            if targets is None:  # the same at all levels, so that gradients are comparable
                 likeliest = posterior.argsort(dim=1, descending=True)
                 targets = likeliest[:, 1 : 1 + document["targets"]]
             gradients = [difference(model, y, c, sigma) for c in targets.T]
@@ -208,7 +208,7 @@ def _plot_gradients(context: EvaluationContext, document: dict[str, Any], path: 
 
 
 def _plot_norms(document: dict[str, Any], path: Path) -> None:
-    """Norms of gradients against the noise level, and what a step along them does."""
+    """Norms of gradients, and gains of steps along them, against the noise level."""
     figure = plots.new_figure(9.6, 5.0, layout="constrained")
     left, right = figure.subplots(1, 2)
     noisy = [level for level in document["levels"] if level["sigma"]]
@@ -219,7 +219,7 @@ def _plot_norms(document: dict[str, Any], path: Path) -> None:
         "norm": "targets",
         "score_norm": "score $\\nabla\\log p(y)$",
     }
-    # an interval of a mean may reach 0, which a logarithmic axis has not
+    # an interval of a mean may reach 0, which a logarithmic axis cannot show
     values = [level[name]["value"] for level in noisy for name in series]
     floor = min([value for value in values if value], default=1.0) / 5
     for k, (name, label) in enumerate(series.items()):
@@ -240,7 +240,7 @@ def _plot_norms(document: dict[str, Any], path: Path) -> None:
         look = plots.look(k) | {"ls": "-", "ms": 4, "label": f"step {length:g}"}
         right.plot(x, gains, **look)
         right.plot(x, promised, "--", color=look["color"], lw=1)
-    right.plot([], [], "--", color=plots.GRAY, lw=1, label="promised by the gradient")
+    right.plot([], [], "--", color=plots.GRAY, lw=1, label="linear prediction")
     title = "A step along the gradient of a target (l2 length)"
     plots.annotate(right, title, plots.SIGMA, "rise of log p(c|y) (nats)", xscale="log")
     if min(rises) <= 0:
@@ -253,7 +253,7 @@ def _plot_norms(document: dict[str, Any], path: Path) -> None:
 
 
 def table(document: dict[str, Any]) -> Table:
-    """By noise level: norms, the identity's error, and the longest step."""
+    """By noise level: norms, identity error, and gain of the longest step."""
     gain = f"gain at {document['lengths'][-1]:g}"
     heads = ("sigma", "norm", "predicted", "score", "eq. 9 error", gain, "promised")
     result = new_table(document, heads)
@@ -267,7 +267,7 @@ def table(document: dict[str, Any]) -> Table:
 
 
 def check(model: ScoreModel, images: Images) -> None:
-    """Raise `UserError` where there are no labels to turn to."""
+    """Raise `UserError` if the model cannot classify the images, or has a single class."""
     check_classifies(model, images)
     if model.num_classes < 2:
         raise UserError("a model of one class has no adversarial gradients: they are all 0")

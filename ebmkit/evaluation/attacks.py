@@ -1,39 +1,38 @@
-r"""Attacks on a classifier through whatever defends it: PGD (`ebmkit.attacks`) and AutoAttack.
+r"""Defences of a classifier, and attacks through them: PGD (`ebmkit.attacks`) and AutoAttack.
 
-A joint model classifies an image that may have been attacked in one of five ways, with
+A defence is one of five ways in which a joint model classifies an image x, with
 :math:`\epsilon_i` standard normal:
 
 ================= ==================================================================
-``direct``        :math:`p(c \mid x)`, as the network says
+``direct``        :math:`p(c \mid x)` of the network
 ``noise``         :math:`\frac1n \sum_i p(c \mid x + \sigma\epsilon_i)`
 ``denoise``       :math:`p(c \mid D(x))`, with the same network's denoiser D
 ``denoise+noise`` :math:`\frac1n \sum_i p(c \mid D(x + \sigma\epsilon_i))`
 ``refine``        :math:`\frac1n \sum_i p(c \mid x^{(i)}_k)`, with n Langevin chains from x
 ================= ==================================================================
 
-D is given sigma where noise is added. Where none is, a blind model estimates the level itself, and
-a noise-conditional one is given sigma. Neither noisy nor denoised images are clipped: a clipped
-value has no gradient, which would hide the attack's way. An image is judged on draws of its own,
-the same at every strength, from its content and a seed.
+If the defence adds noise, D gets its sigma. If not, a blind model estimates the level itself, and a
+noise-conditional model gets sigma. Noisy and denoised images are not clipped: clipped values have
+no gradient, which would weaken attacks. The noise draws with which an image is classified depend on
+its content and a seed; they are the same at every strength.
 
 A chain of ``refine`` (JEM, arXiv 1912.03263, section 5.3) starts at the image, :math:`x_0 = x`, and
 makes k steps :math:`x_{j+1} = x_j + a\, s(x_j) + b\, \xi_j` (`ebmkit.sampling.langevin_move`).
 JEM's images u = 2x - 1 are in [-1, 1], with :math:`u' = u + \nabla_u \log p + 0.01\, \xi`. The
-gradient by u is half the one by x, and x moves by half of what u does: :math:`a = 1/4` and
+gradient by u is half the gradient by x, and x moves half as far as u: :math:`a = 1/4` and
 :math:`b = 0.005`. This step suits JEM's density, which is nearly flat. The log-density of a model
-that was trained to denoise at sigma is curved by up to :math:`1/\sigma^2`, and chains diverge where
-a exceeds :math:`2\sigma^2`.
+trained to denoise at sigma has curvature up to :math:`1/\sigma^2`, and chains diverge if a exceeds
+:math:`2\sigma^2`.
 
-An attack of strength :math:`\epsilon` looks for an image :math:`x'` with
-:math:`\|x' - x\| \le \epsilon`, in :math:`[0, 1]^d`, that is given another label than the true one
-c, by the gradient of :math:`-\log p(c \mid x')`, through the defence. The gradient of a denoiser
-contains second derivatives of the model. Where noise is added, each gradient is that of an average
-over new draws (expectation over transformation, Athalye et al. 2018): the attacker knows the
-defence, but not the draws on which it is judged. Random starts are drawn for each image from its
-content and a seed.
+An attack of strength :math:`\epsilon` searches for a misclassified image :math:`x'` in
+:math:`[0, 1]^d` with :math:`\|x' - x\| \le \epsilon`, by the gradient of
+:math:`-\log p(c \mid x')` of the true label c, through the defence. The gradient of a denoiser
+contains second derivatives of the model. If the defence adds noise, each gradient is that of an
+average over new draws (expectation over transformation, Athalye et al. 2018): the attacker knows
+the defence, but not its draws. Random starts depend on the content of the image and a seed.
 
-AutoAttack (Croce and Hein, arXiv 2003.01690) is an ensemble without parameters, in its version for
-randomised classifiers on defences that add noise. It is the package pyautoattack, an extra:
+AutoAttack (Croce and Hein, arXiv 2003.01690) is a parameter-free ensemble of attacks, used in its
+version for randomised classifiers against defences that add noise. It needs pyautoattack:
 ``pip install 'ebmkit-vision[autoattack]'``.
 """
 
@@ -66,11 +65,11 @@ from ebmkit.sampling import langevin_move
 from ebmkit.sampling.langevin import JEM_NOISE, JEM_STEP
 
 STEPSIZE = 0.2
-"""Of PGD, relative to the strength. Steps of 0.03 or 0.06 in 40, as usual, left images unbroken on
-digits that this one broke, and AutoAttack."""
+"""Step size of PGD relative to the strength. In 40 steps of the usual 0.03 or 0.06, PGD did not
+break some images of digits that it breaks with this step size, as AutoAttack does."""
 
 AUTOATTACK_TARGETS = 9
-"""How many other labels AutoAttack aims at, at most."""
+"""Maximum number of target labels of AutoAttack."""
 
 
 DefenceName = Literal["direct", "noise", "denoise", "denoise+noise", "refine"]
@@ -80,18 +79,18 @@ DEFENCES: tuple[DefenceName, ...] = get_args(DefenceName)
 
 @dataclass(frozen=True)
 class Defence:
-    """How an image is classified; see the module's text."""
+    """A defence; see the table of the module."""
 
     name: DefenceName
     sigma: float = 0.0
-    """level of the noise that is added, or that a noise-conditional denoiser is given; image units;
-    no matter to ``direct`` and ``refine``"""
+    """level of the added noise, or given to a noise-conditional denoiser, image units; not used by
+    ``direct`` and ``refine``"""
     steps: int = 0
-    """k of the chains of ``refine``; 0 leaves images as they are"""
+    """number of steps k of the chains of ``refine``; 0 leaves images unchanged"""
     step_size: float = JEM_STEP
-    """their a, of which the score is taken, squared image units; JEM's"""
+    """step size a of ``refine``, squared image units; default: JEM's"""
     noise_std: float = JEM_NOISE
-    """their b, of the noise added in each step, image units; JEM's"""
+    """standard deviation b of the noise of each step of ``refine``, image units; default: JEM's"""
 
     def __post_init__(self) -> None:
         if self.steps and self.name != "refine":
@@ -99,22 +98,22 @@ class Defence:
 
     @property
     def random(self) -> bool:
-        """Whether noise is added, so that draws are averaged over."""
+        """Whether the defence adds noise and so averages over draws."""
         chains = self.steps > 0 and self.noise_std > 0
         return self.name in ("noise", "denoise+noise") or chains
 
     @property
     def noises(self) -> int:
-        """How many images of noise one draw takes: a chain takes one in each step."""
+        """Number of noise images per draw: one per step of a chain, otherwise one."""
         return max(1, self.steps)
 
     @property
     def denoises(self) -> bool:
-        """Whether images are denoised before they are classified."""
+        """Whether the defence denoises images before classification."""
         return self.name in ("denoise", "denoise+noise")
 
     def description(self, noise_conditional: bool) -> str:
-        """What it does, in words, to a model that takes the noise level as an input or does not."""
+        """The defence in words, for a noise-conditional or a blind model."""
         level = f"{in_255ths(self.sigma)}/255"
         how = f"given {level}" if noise_conditional else "at its own estimate of the noise"
         return {
@@ -127,16 +126,16 @@ class Defence:
 
 
 class DefendedClassifier(nn.Module):
-    """A defence as a plain classifier: images (B, C, H, W) in, log-probabilities (B, K) out.
+    """A defended model as a classifier: images (B, C, H, W) to log-probabilities (B, K).
 
-    Called, it is what an attacker can differentiate: each call averages over ``draws`` new draws of
-    noise, the same for all images. `log_posterior` averages over given ones.
+    ``forward``, which attackers differentiate, averages over ``draws`` new draws of noise, the same
+    for all images. `log_posterior` averages over given draws.
 
     Args:
-        model: in evaluation mode, with labels.
-        defence: how it classifies.
-        draws: how many draws of noise, or chains, each call averages over; no matter without noise.
-        seed: of these draws; see `restart`.
+        model: the model, with labels, in evaluation mode.
+        defence: the defence.
+        draws: number of noise draws, or chains, per call.
+        seed: random seed of these draws, any text.
     """
 
     def __init__(
@@ -150,23 +149,23 @@ class DefendedClassifier(nn.Module):
         self.eval()
 
     def restart(self, seed: str) -> None:
-        """Draw anew from ``seed``, any text."""
+        """Restart the noise draws from ``seed``, any text."""
         self._generator = hashed_generator(seed)
 
     def forward(self, x: Tensor) -> Tensor:
-        """log of the class probabilities, (B, K)."""
+        """Log-probabilities (B, K) of images x (B, C, H, W)."""
         if not self.defence.random:
             return self.log_posterior(x, None)
         count = self.draws * self.defence.noises
         return self.log_posterior(x, torch.randn(count, *x.shape[1:], generator=self._generator))
 
     def log_posterior(self, x: Tensor, noise: Tensor | None) -> Tensor:
-        """log of the class probabilities (B, K), averaged over draws of ``noise``.
+        """Log of the class probabilities (B, K) averaged over draws of ``noise``.
 
         Args:
             x: images (B, C, H, W).
-            noise: standard normal, (n, C, H, W) for all images or (B, n, C, H, W) for each its own;
-                n k for n chains of k steps; not looked at by a defence that adds none.
+            noise: standard normal, (n, C, H, W) shared by all images or (B, n, C, H, W) per image;
+                n k in place of n for n chains of k steps; ignored if the defence adds no noise.
         """
         y, sigma, draws = x, None, 1
         if self.defence.steps:
@@ -185,12 +184,12 @@ class DefendedClassifier(nn.Module):
         return log_p.logsumexp(dim=1) - math.log(draws)
 
     def purify(self, x: Tensor, noise: Tensor | None) -> Tensor:
-        """Where n Langevin chains from each image end, (B n, C, H, W), those of an image together.
+        """End points (B n, C, H, W) of n Langevin chains from each image, grouped by image.
 
         Args:
             x: images (B, C, H, W).
-            noise: standard normal, (n k, C, H, W) or (B, n k, C, H, W), a chain's steps together;
-                None: one chain without noise.
+            noise: standard normal, (n k, C, H, W) or (B, n k, C, H, W), grouped by chain; None: one
+                chain without noise.
         """
         chain = self.defence
         if noise is None:
@@ -205,9 +204,9 @@ class DefendedClassifier(nn.Module):
 
 
 def predicted_labels(target: DefendedClassifier, x: Tensor, noise: Tensor | None) -> Tensor:
-    """The label (B,) that images are given; -1, never right, where there is no finite one."""
+    """Predicted labels (B,); -1, which is never correct, if no log-probability is finite."""
     draws = 1 if noise is None else noise.shape[1] // target.defence.noises
-    size = max(1, len(x) * target.draws // draws)  # as many rows at a time as in an attack
+    size = max(1, len(x) * target.draws // draws)  # so that a call is no larger than in an attack
     labels = []
     with torch.no_grad():
         for at in range(0, len(x), size):
@@ -219,7 +218,7 @@ def predicted_labels(target: DefendedClassifier, x: Tensor, noise: Tensor | None
 
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
-    """Within, gradients are on, and no parameter needs one (AutoAttack calls ``backward``)."""
+    """Context with gradients enabled and parameters frozen (AutoAttack calls ``backward``)."""
     trained = [p for p in module.parameters() if p.requires_grad]
     try:
         for parameter in trained:
@@ -236,17 +235,17 @@ class Attack:
     """An attack on a classifier of images in [0, 1]."""
 
     norm: Norm
-    """in which strength is measured"""
+    """norm of the strength"""
     kind: Literal["pgd", "one-step", "noise"] = "pgd"
-    """``pgd``; ``one-step``, the fast gradient method from the image itself; or ``noise``, which
-    asks for no gradient: uniform noise for l_inf, Gaussian for l_2, of full strength"""
+    """``pgd``; ``one-step``, the fast gradient method from the image itself; or ``noise``, noise of
+    full strength without gradients, uniform for l_inf and Gaussian for l_2"""
     steps: int = 40
-    """of PGD"""
+    """number of steps of PGD"""
     restarts: int = 1
-    """how often PGD starts, or noise is drawn; an image that is broken is left alone"""
+    """number of starts of PGD, or of noise draws; each attacks only the images not yet broken"""
     stepsize: float | None = None
-    """of PGD, relative to the strength; None: `STEPSIZE`, or what crosses the ball in few steps,
-    2.5 / steps"""
+    """step size of PGD, relative to the strength; None: the larger of `STEPSIZE` and 2.5 / steps,
+    which crosses the ball in few steps"""
 
     def breaks(
         self,
@@ -257,18 +256,19 @@ class Attack:
         noise: Tensor | None = None,
         seed: str = "",
     ) -> Tensor:
-        """Which images (B,) bool are given a wrong label after the attack.
+        """Whether each image is misclassified after the attack, (B,) bool.
 
         Args:
             target: the classifier.
             x: images (B, C, H, W) in [0, 1].
-            labels: the true ones (B,).
+            labels: true labels (B,).
             epsilon: strength, image units.
-            noise: on which each image is judged, as `DefendedClassifier.log_posterior` takes it.
-            seed: of random starts and of the attacker's draws, any text.
+            noise: noise with which attacked images are classified, (B, n, C, H, W); see
+                `DefendedClassifier.log_posterior`.
+            seed: random seed of the starts and the attacker's draws, any text.
 
         Raises:
-            UserError: if an image leaves [0, 1].
+            UserError: if ``x`` has values outside [0, 1].
         """
         low, high = float(x.min()), float(x.max())
         if low < 0 or high > 1:
@@ -290,7 +290,7 @@ class Attack:
     def perturbed(
         self, target: DefendedClassifier, x: Tensor, labels: Tensor, epsilon: float, seed: str = ""
     ) -> Tensor:
-        """The images (B, C, H, W) that one start of the attack ends with, in [0, 1]."""
+        """Attacked images (B, C, H, W) in [0, 1], from one start of the attack."""
         generators = image_generators(x, seed)
         if self.kind == "noise":
             return noise_of_size(x, epsilon, self.norm, generators)
@@ -335,11 +335,11 @@ class Attack:
 
 
 def check_autoattack() -> None:
-    """Raise `UserError` where pyautoattack is not installed."""
+    """Raise `UserError` if pyautoattack is not installed."""
     if find_spec("pyautoattack") is None:
         raise UserError(
             "AutoAttack needs the package pyautoattack, which is not installed: "
-            "pip install 'ebmkit-vision[autoattack]', or leave autoattack out"
+            "pip install 'ebmkit-vision[autoattack]', or turn autoattack off"
         )
 
 
@@ -352,12 +352,12 @@ def autoattack(
     noise: Tensor | None = None,
     seed: int = 0,
 ) -> Tensor:
-    """Which images (B,) bool are given a wrong label after AutoAttack, as `Attack.breaks` says it.
+    """Whether each image is misclassified after AutoAttack, (B,) bool; see `Attack.breaks`.
 
-    Those that are wrong without it are not attacked. Its margin losses need three classes, four
-    where they are targeted, and Square in l2 needs images of five pixels a side: without these it
-    does without them. Random numbers come from torch's global generator, which is left as it was,
-    and so depend on the batch.
+    Images that are misclassified without an attack are not attacked. Attacks with a margin loss are
+    skipped below three classes, four if targeted, and Square in l2 below five pixels per side.
+    Random numbers come from torch's global generator, so they depend on the batch; its state is
+    restored afterwards.
 
     Raises:
         UserError: if pyautoattack is not installed.

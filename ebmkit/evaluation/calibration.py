@@ -1,7 +1,7 @@
-r"""Suite ``calibration``: whether probabilities mean what they say.
+r"""Suite ``calibration``: calibration error, Brier score and negative log-likelihood.
 
-With the confidence :math:`\hat p_i = \max_c p(c \mid y_i)` sorted into 15 bins of equal width, the
-(top-label) expected calibration error is
+With the confidences :math:`\hat p_i = \max_c p(c \mid y_i)` in 15 bins of equal width, the
+top-label expected calibration error is
 
 .. math::
     \mathrm{ECE} = \sum_{b} \frac{n_b}{n} \bigl|\mathrm{acc}_b - \mathrm{conf}_b\bigr|
@@ -9,7 +9,7 @@ With the confidence :math:`\hat p_i = \max_c p(c \mid y_i)` sorted into 15 bins 
 
 (Guo et al., arXiv 1706.04599, eq. 3); a confidence of exactly 1 belongs to the last bin. The Brier
 score is the mean of :math:`\sum_k (p(k \mid y) - 1[k = c])^2`, between 0 and 2; NLL is in nats. All
-are taken on the clean images and on noisy ones at 25/255.
+metrics are computed on clean images and on noisy images at 25/255.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ MEASURES = {"ece": "ECE", "brier": "Brier score", "nll": "NLL (nats)"}
 def calibration_error(
     confidence: Tensor, right: Tensor, bins: int = BINS, seed: int = 0
 ) -> Estimate:
-    """Top-label expected calibration error, with a bootstrap interval.
+    """Top-label expected calibration error with a bootstrap interval.
 
     Args:
         confidence: (N,) probability of the predicted label.
-        right: (N,) bool, whether it is the true one.
+        right: (N,) bool, whether the predicted label is correct.
         bins: number of bins of equal width.
-        seed: of the bootstrap.
+        seed: random seed of the bootstrap.
     """
     index = _bin_of(confidence, bins)
     gap = right.double().numpy() - confidence.double().numpy()
@@ -56,7 +56,7 @@ def calibration_error(
 
 
 def reliability(confidence: Tensor, right: Tensor, bins: int = BINS) -> list[dict[str, Any]]:
-    """Of each bin: ``low``, ``high``, ``count``, mean ``confidence``, ``accuracy``."""
+    """By bin: edges ``low`` and ``high``, ``count``, mean ``confidence`` and ``accuracy``."""
     index = _bin_of(confidence, bins)
     found = []
     for b in range(bins):
@@ -81,7 +81,7 @@ def _bin_of(confidence: Tensor, bins: int) -> NDArray[np.intp]:
 
 
 def measure(context: EvaluationContext) -> dict[str, Any]:
-    """Calibration, clean and noisy; return the document."""
+    """Measure calibration on clean and noisy images; return the document."""
     levels: list[dict[str, Any]] = []
     for sigma in (0.0, NOISY):
         found = context.predictions(sigma)
@@ -102,7 +102,7 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
 
 
 def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
-    """Write ``reliability.png``: accuracy against confidence, and how many images have it."""
+    """Write ``reliability.png``: accuracy against confidence, and a histogram of confidence."""
     levels = document["levels"]
     figure = plots.new_figure(4.3 * len(levels), 4.8, layout="constrained")
     grid = figure.add_gridspec(2, len(levels), height_ratios=(3, 1))

@@ -1,26 +1,27 @@
-r"""Suite ``certify``: accuracy that no perturbation of a given size can take away.
+r"""Suite ``certify``: certified accuracy by randomised smoothing.
 
-A classifier f of noisy images is smoothed by asking it many times,
+Randomised smoothing turns a classifier f of noisy images into a majority vote,
 
 .. math:: g(x) = \arg\max_c \, P\bigl(f(x + \sigma\epsilon) = c\bigr),
     \qquad \epsilon \sim \mathcal N(0, I).
 
-If f gives the label A with a probability of at least :math:`\underline{p_A} > 1/2`, then g gives A
+If f predicts label A with probability at least :math:`\underline{p_A} > 1/2`, then g predicts A
 at every :math:`x + \delta` with
 
 .. math:: \|\delta\|_2 < R = \sigma \, \Phi^{-1}(\underline{p_A}),
 
-whatever f is, and for f linear no larger radius holds (Cohen, Rosenfeld, Kolter, arXiv 1902.02918,
-theorems 1 and 2). Their CERTIFY takes the most frequent label of :math:`n_0` votes as A, counts its
-votes k among n others, and takes the exact (Clopper-Pearson) lower bound of a binomial probability,
-:math:`\underline{p_A} = B^{-1}(\alpha;\; k,\; n - k + 1)`, the :math:`\alpha` quantile of a Beta
-law. If it is 1/2 or less, it abstains. Any certificate is wrong with a probability of at most
-:math:`\alpha`, over the votes. Even if all n agree, :math:`\underline{p_A} = \alpha^{1/n}`.
+for any f; for a linear f no larger radius holds (Cohen, Rosenfeld, Kolter, arXiv 1902.02918,
+theorems 1 and 2). Their algorithm CERTIFY selects the most frequent label of :math:`n_0` votes as
+A, counts the k votes for A among n other votes, and computes the exact (Clopper-Pearson) lower
+bound of the binomial probability, :math:`\underline{p_A} = B^{-1}(\alpha;\; k,\; n - k + 1)`, the
+:math:`\alpha` quantile of a Beta distribution. If the bound is 1/2 or less, it abstains. A
+certificate is wrong with probability at most :math:`\alpha` over the votes. Even if all n votes
+agree, :math:`\underline{p_A} = \alpha^{1/n}`.
 
-On the same noisy copies, not clipped, are certified ``direct``, the label of y itself, and
-``denoised``, the label of :math:`D(y) = y + \sigma^2 s(y)`, clipped to [0, 1] (Salman et al., arXiv
-2003.01908), which is given the true sigma: the one who certifies adds the noise. The noise on an
-image is keyed by its number, so that the batch size and the number of processes change nothing.
+The suite certifies two classifiers on the same noisy copies y, which are not clipped: ``direct``,
+the label of y, and ``denoised``, the label of :math:`D(y) = y + \sigma^2 s(y)` clipped to [0, 1]
+(Salman et al., arXiv 2003.01908), with the true sigma, which is known because the suite adds the
+noise. The noise of an image depends on its index, not on batch size or processes.
 """
 
 from __future__ import annotations
@@ -57,10 +58,10 @@ from ebmkit.noise import Sigma, format_sigma, in_255ths
 from ebmkit.randomness import hashed_generator
 
 ABSTAIN = -1
-"""Stands where a label would, if there is no certificate."""
+"""The label of an image without a certificate."""
 
 BLOCK = 16
-"""Noise is drawn for so many votes at once, whatever the batch size."""
+"""Number of votes for which noise is drawn at once, for every batch size."""
 
 
 class CertifyConfig(SuiteConfig):
@@ -89,32 +90,34 @@ class CertifyConfig(SuiteConfig):
             least = math.floor(math.log2(1 / self.alpha)) + 1
             raise UserError(
                 f"samples {self.samples} cannot certify anything at alpha {self.alpha:g}: take at "
-                f"least {least}, or more for a radius of use"
+                f"least {least}, more for a useful radius"
             )
         return self
 
 
 class Certificates(NamedTuple):
-    """What is certified of N images."""
+    """Certificates of N images."""
 
     labels: Tensor
-    """(N,) int64, the certified label, or `ABSTAIN`"""
+    """(N,) int64, certified label, or `ABSTAIN`"""
     radius: Tensor
-    """(N,) float64, l2 radius in image units; 0 where there is no certificate"""
+    """(N,) float64, l2 radius in image units; 0 without a certificate"""
     top: Tensor
-    """(N,) int64, the most frequent label of the estimation votes, certified or not"""
+    """(N,) int64, most frequent label of the estimation votes, certified or not"""
     lower: Tensor
-    """(N,) float64, the lower bound of the probability of the selected label"""
+    """(N,) float64, lower bound of the probability of the selected label"""
 
     def right_radius(self, truth: Tensor) -> Tensor:
-        """The radius where the certified label is the true one of ``truth`` (N,), -1 elsewhere:
-        an image is certified right at radius r where this is at least r, 0 included."""
+        """The radius where the certified label equals ``truth`` (N,), otherwise -1.
+
+        An image counts as certified at radius r >= 0 if this value is at least r.
+        """
         return torch.where(self.labels == truth, self.radius, -1.0)
 
 
 def lower_bound(hits: Tensor, count: int, alpha: float) -> Tensor:
-    """The exact one-sided lower confidence bound, (N,) float64, of the probability of an event that
-    was seen ``hits`` (N,) times in ``count`` trials; above the truth with probability ``alpha``.
+    """Exact one-sided lower confidence bound, (N,) float64, of the probability of an event that
+    occurred ``hits`` (N,) times in ``count`` trials, at level 1 - ``alpha``.
 
     Source: C. Clopper, E. Pearson, Biometrika 26 (1934); scipy's Beta quantile.
     """
@@ -126,13 +129,14 @@ def lower_bound(hits: Tensor, count: int, alpha: float) -> Tensor:
 
 
 def certificates(votes: Tensor, selection: int, sigma: float, alpha: float) -> Certificates:
-    """CERTIFY of Cohen et al., for N images at once.
+    """Algorithm CERTIFY of Cohen et al., for N images.
 
     Args:
-        votes: (N, selection + n) int64, the labels of noisy copies of each image.
-        selection: the first so many votes select the label; the other n estimate its probability.
-        sigma: the noise level of the votes, image units.
-        alpha: probability of a wrong certificate, for each image.
+        votes: (N, selection + n) int64, labels of noisy copies of each image.
+        selection: number of votes, from the first, that select the label; the other n votes
+            estimate its probability.
+        sigma: noise level of the votes, image units.
+        alpha: maximum probability that the certificate of an image is wrong.
     """
     from scipy.special import ndtri
     from scipy.stats import mode
@@ -140,7 +144,7 @@ def certificates(votes: Tensor, selection: int, sigma: float, alpha: float) -> C
     if votes.shape[1] <= selection:
         raise ValueError(f"{votes.shape[1]} votes leave none to estimate from after {selection}")
     estimating = votes[:, selection:]
-    selected, top = (  # of equals, the smallest label
+    selected, top = (  # ties: the smallest label
         torch.from_numpy(mode(part.numpy(), axis=1).mode)
         for part in (votes[:, :selection], estimating)
     )
@@ -153,7 +157,7 @@ def certificates(votes: Tensor, selection: int, sigma: float, alpha: float) -> C
 
 
 def largest_radius(sigma: float, samples: int, alpha: float) -> float:
-    """The radius that ``samples`` votes for one label certify, image units; 0 if too few.
+    """The radius, image units, that ``samples`` equal votes certify; 0 if they are too few.
 
     >>> round(largest_radius(0.25, 100_000, 0.001), 3)
     0.953
@@ -172,22 +176,22 @@ def draw_votes(
     batch_size: int = 250,
     advance: Callable[[int], None] = lambda count: None,
 ) -> dict[str, Tensor]:
-    """Ask classifiers about ``count`` noisy copies of an image, all of them about the same copies.
+    """Classify ``count`` noisy copies of an image by several classifiers, on the same copies.
 
-    Noise is drawn on the CPU and does not depend on the batch size. All batches have one size, no
-    larger than ``batch_size``; what is left over of the last is not counted.
+    Noise is drawn on the CPU and does not depend on the batch size. All batches have the same size,
+    at most ``batch_size``; surplus copies of the last batch are not counted.
 
     Args:
-        classify: noisy images (B, C, H, W) to labels (B,), by the name of the classifier.
+        classify: function from noisy images (B, C, H, W) to labels (B,) by classifier name.
         x: the image (C, H, W).
-        sigma: the noise level, image units.
-        count: how many votes.
-        generator: of the noise, on the CPU.
-        batch_size: noisy copies at a time.
-        advance: called with the number of votes more that were cast.
+        sigma: noise level, image units.
+        count: number of votes.
+        generator: generator of the noise, on the CPU.
+        batch_size: maximum number of noisy copies per batch.
+        advance: progress callback, called with the number of new votes.
 
     Returns:
-        (count,) int64 on the CPU, by the name of the classifier.
+        Votes (count,) int64 on the CPU, by classifier name.
     """
     batches = math.ceil(count / batch_size)
     size = math.ceil(count / batches)
@@ -205,15 +209,15 @@ def draw_votes(
 
 
 def vote_generator(seed: int, index: int) -> torch.Generator:
-    """The generator of the noise on image number ``index``, the same at every noise level."""
+    """The generator of the noise of image ``index``, the same at every noise level."""
     return hashed_generator(f"smoothing {seed} {index}")
 
 
 def labels_of(
     model: EnergyModel, y: Tensor, sigma: float, which: Sequence[str]
 ) -> dict[str, Tensor]:
-    """Labels (B,) of noisy images ``y`` (B, C, H, W) at level ``sigma``, image units, by each
-    classifier ``which``: ``direct``, ``denoised`` or both, which share one forward pass."""
+    """Labels (B,) of noisy images ``y`` (B, C, H, W) at level ``sigma``, image units, by classifier
+    name: ``direct``, ``denoised`` or both, which share one forward pass."""
     if "denoised" not in which:
         return {"direct": predict(model.logits(y, sigma))}
     energies, (score,) = model.value_and_grads(y, sigma, LogDensity())
@@ -223,7 +227,7 @@ def labels_of(
 
 
 def measure(context: EvaluationContext) -> dict[str, Any]:
-    """Ask for votes and certify; return the document."""
+    """Draw votes and certify; return the document."""
     options, model = context.option(CertifyConfig), context.model
     count = min(options.images, len(context.images))
     numbers = torch.arange(count) * len(context.images) // count
@@ -242,7 +246,7 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
                 options.selection + options.samples,
                 vote_generator(context.seed, int(numbers[batch.number])),
                 context.batch_size,
-                lambda cast: context.skip(cast * context.world.size),  # and what the others do
+                lambda cast: context.skip(cast * context.world.size),  # of all processes
             )
             found |= {(sigma, name): cast[None] for name, cast in votes.items()}
         return found
@@ -289,7 +293,7 @@ def _summary(found: Certificates, truth: Tensor, radii: Sequence[float]) -> dict
 
 
 def table(document: dict[str, Any]) -> Table:
-    """By sigma and classifier: accuracy, certified accuracy at some radii, average radius."""
+    """By sigma and classifier: accuracy, certified accuracy at two radii, average radius."""
     radii = document["radii"]
     chosen = sorted({len(radii) // 3, len(radii) // 2})
     at = [f"at {radii[i]:g}" for i in chosen]
@@ -314,14 +318,13 @@ CLASSIFIERS = {
     "direct": ("direct", plots.BLUE, "-"),
     "denoised": ("denoise first", plots.ORANGE, "--"),
 }
-"""By name in the document, the label, colour and line style in plots."""
+"""Label, colour and line style in plots, by classifier name in the document."""
 
 PLOTTED_RADII = 300
 
 
 def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
-    """Write ``certified-accuracy.png``: certified accuracy against the l2 radius, a panel for each
-    noise level."""
+    """Write ``certified-accuracy.png``: certified accuracy against l2 radius, by noise level."""
     levels, truth = document["levels"], document["labels"]
     figure = plots.new_figure(0.9 + 2.75 * len(levels), 3.6, layout="constrained")
     panels = figure.subplots(1, len(levels), sharey=True, squeeze=False)[0]
@@ -349,7 +352,7 @@ def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> 
 
 
 def _passes(context: EvaluationContext) -> int:
-    """Every vote counts as one image."""
+    """Passes for the progress bar; every vote counts as one image."""
     options = context.option(CertifyConfig)
     votes = len(options.sigmas) * (options.selection + options.samples)
     return math.ceil(votes * min(options.images, len(context.images)) / len(context.images))

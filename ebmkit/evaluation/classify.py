@@ -1,8 +1,8 @@
 r"""Suite ``classify``: accuracy, per class and against noise, and the likelihood of the labels.
 
-The predicted label is :math:`\arg\max_c p(c \mid y)`. Accuracy is the share of images on which it
-is the true one, NLL the mean of :math:`-\log p(c \mid y)` over images, in nats. Both are taken on
-the clean images and on noisy ones, :math:`y = x + \sigma\epsilon`, not clipped.
+The predicted label is :math:`\arg\max_c p(c \mid y)`. Accuracy is the share of images whose
+predicted label is correct, NLL the mean of :math:`-\log p(c \mid y)` over images, in nats. Both are
+computed on clean images and on noisy images :math:`y = x + \sigma\epsilon`, not clipped.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def _warnings(context: EvaluationContext) -> list[str]:
         return []
     trained, own = next(p for p in zip(card.class_names, names, strict=True) if p[0] != p[1])
     return [
-        f"the classes of the data have other names than those trained on ({own!r} against "
-        f"{trained!r}): accuracies take them as the same, by their order"
+        f"class names of the data differ from those of the training data ({own!r} against "
+        f"{trained!r}): accuracy compares classes by index"
     ]
 
 
@@ -88,7 +88,7 @@ def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> 
 
 
 def plot_confusion(counts: Sequence[Sequence[int]], names: Sequence[str], path: Path) -> None:
-    """How many images of each true class (row) were taken for which (column); (C, C) counts."""
+    """Plot a confusion matrix of ``counts`` (C, C) by true (row) and predicted class (column)."""
     matrix = np.asarray(counts)
     share = matrix / np.maximum(1, matrix.sum(1, keepdims=True))
     side = 1.6 + 0.46 * len(names)
@@ -104,7 +104,7 @@ def plot_confusion(counts: Sequence[Sequence[int]], names: Sequence[str], path: 
 
 
 def table(document: dict[str, Any]) -> Table:
-    """Accuracy and NLL with their intervals, clean and noisy."""
+    """Accuracy and NLL with their intervals, clean and noisy, and the worst class."""
     clean, *noisy = document["against_noise"]
     rows = [("accuracy", clean["accuracy"], "{:.2%}"), ("NLL (nats)", clean["nll"], "{:.4f}")]
     known = {name: e for name, e in document["per_class"].items() if e["count"]}

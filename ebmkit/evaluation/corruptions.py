@@ -1,27 +1,27 @@
-r"""Suite ``corruptions``: what is left of accuracy, confidence and denoising on corrupted images.
+r"""Suite ``corruptions``: accuracy, confidence and denoising on corrupted images.
 
-Images x in [0, 1] are corrupted at five strengths in the six ways of `CORRUPTIONS`, after Hendrycks
-and Dietterich (arXiv 1903.12261), and clipped to [0, 1]. The constants are those of the scripts
-that made CIFAR-10-C and ImageNet-C (``make_cifar_c.py`` and ``make_imagenet_c.py`` of
+Images x in [0, 1] are corrupted by the six `CORRUPTIONS` at five strengths, after Hendrycks and
+Dietterich (arXiv 1903.12261), and clipped to [0, 1]. The constants are those of the scripts that
+generated CIFAR-10-C and ImageNet-C (``make_cifar_c.py`` and ``make_imagenet_c.py`` of
 github.com/hendrycks/robustness), under the names ``shot_noise``, ``speckle_noise``,
 ``impulse_noise``, ``gaussian_blur``, ``contrast`` and ``jpeg_compression``. The published images
-are rounded down to 8 bits; ours are not, but for JPEG's own. Random numbers are drawn on the CPU
-from one generator per (seed, corruption, image), so that an image is corrupted alike in every set,
-batch and process. Strengths share it: in ``speckle`` and ``salt-and-pepper`` a stronger corruption
-is more of the same one.
+are rounded down to 8 bits; ours are not, except by JPEG. Random numbers are drawn on the CPU from
+one generator per (seed, corruption, image index), so the corruption of an image does not depend on
+the batch or process. All strengths use the same random numbers: in ``speckle`` and
+``salt-and-pepper`` a stronger corruption extends the weaker one.
 
-Of each corrupted image y of x are measured
+The suite measures for each corrupted image y of x
 
-- whether its label is predicted right, and the confidence :math:`\max_c p(c \mid y)`; ``gap`` is
-  the mean confidence less accuracy, ``ece`` the error of suite ``calibration``;
-- the PSNR of y, and that of :math:`D(y) = y + \hat\sigma^2 s(y)`, clipped to [0, 1], where the
-  model estimates the noise level itself (not for noise-conditional models). A plain denoiser gives
-  its D(y). PSNR is a mean over those images that the corruption changed.
+- whether the predicted label is correct, and the confidence :math:`\max_c p(c \mid y)`; ``gap`` is
+  mean confidence minus accuracy, ``ece`` the calibration error of the suite ``calibration``;
+- the PSNR of y, and of :math:`D(y) = y + \hat\sigma^2 s(y)` clipped to [0, 1], with the noise level
+  that the model estimates (not for noise-conditional models). D(y) of a plain denoiser is its
+  output. Mean PSNRs are over the images that the corruption changed.
 
-The *mean corruption error* is the mean of the error over corruptions and strengths, not divided by
-AlexNet's. ``confidence_slope`` is that of the least-squares line of confidence on accuracy, over
-the clean images and all corruptions: 1 if confidence falls as accuracy does, 0 if the model does
-not notice.
+The *mean corruption error* is the mean error over corruptions and strengths, not divided by the
+error of AlexNet. ``confidence_slope`` is the slope of the least-squares line of confidence on
+accuracy, over the clean images and all corruptions: 1 if confidence falls with accuracy, 0 if
+confidence does not react.
 """
 
 from __future__ import annotations
@@ -63,37 +63,38 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LARGEST_CIFAR = 96
-"""Side from which on the constants for small images are too weak to matter."""
+"""Image side from which the ImageNet-C constants are used."""
 
 Columns = dict[str, Tensor]
 
 
 class Corruption(NamedTuple):
-    """A kind of corruption."""
+    """A type of corruption."""
 
     description: str
     unit: str
-    """what its constant is"""
+    """meaning of the constant"""
     cifar: tuple[float, ...]
-    """the constant at strengths 1 to 5 for images of 32x32, as in CIFAR-10-C"""
+    """constants at strengths 1 to 5 for images of 32x32, as in CIFAR-10-C"""
     imagenet: tuple[float, ...]
-    """the same for images of 224x224, as in ImageNet-C"""
+    """constants at strengths 1 to 5 for images of 224x224, as in ImageNet-C"""
     apply: Callable[[Tensor, float, torch.Generator], Tensor]
-    """an image (C, H, W) in [0, 1], a constant and a generator, to the corrupted image"""
+    """function from an image (C, H, W) in [0, 1], a constant and a generator to the corrupted
+    image"""
 
 
 def corrupt(x: Tensor, name: str, constant: float, seed: int = 0, first: int = 0) -> Tensor:
     """Corrupt images.
 
     Args:
-        x: (B, C, H, W) in [0, 1].
-        name: of the `CORRUPTIONS`.
-        constant: how much; what it means depends on the corruption.
-        seed: of the random numbers.
-        first: number of the first image in its set; the others follow.
+        x: images (B, C, H, W) in [0, 1].
+        name: a key of `CORRUPTIONS`.
+        constant: amount of corruption, in the unit of the corruption.
+        seed: random seed.
+        first: index of the first image in its set; the others follow.
 
     Returns:
-        (B, C, H, W) in [0, 1], on the device of x and of its type.
+        Images (B, C, H, W) in [0, 1], on the device and of the dtype of x.
     """
     apply = CORRUPTIONS[name].apply
     keys = [f"corruption {name} {seed} {first + i}" for i in range(len(x))]
@@ -102,7 +103,7 @@ def corrupt(x: Tensor, name: str, constant: float, seed: int = 0, first: int = 0
 
 
 def constants_for(image_size: tuple[int, int]) -> Literal["cifar", "imagenet"]:
-    """Which published constants suit images of ``image_size``: below 96 pixels CIFAR-10-C's."""
+    """The published constants for ``image_size``: CIFAR-10-C's if a side is below 96 pixels."""
     return "cifar" if min(image_size) < LARGEST_CIFAR else "imagenet"
 
 
@@ -169,7 +170,7 @@ CORRUPTIONS: dict[str, Corruption] = {
         (80, 65, 58, 50, 40), (25, 18, 15, 10, 7), _jpeg,
     ),
 }  # fmt: skip
-"""The kinds of corruption, by name."""
+"""Types of corruption by name."""
 
 
 def _known(name: str) -> str:
@@ -189,8 +190,8 @@ class CorruptionsConfig(SuiteConfig):
 
 
 def check(model: ScoreModel, images: Images) -> None:
-    """Raise `UserError` where images are neither gray nor colour, or the model neither predicts
-    their labels nor estimates noise levels."""
+    """Raise `UserError` if images are neither gray nor colour, or the model can neither predict
+    their labels nor estimate noise levels."""
     if images.channels not in (1, 3):
         raise UserError(
             f"suite corruptions corrupts gray or colour images, and {images.name!r} has "
@@ -198,8 +199,8 @@ def check(model: ScoreModel, images: Images) -> None:
         )
     if model.noise_conditional and not _compares_labels(model, images):
         raise UserError(
-            "this model takes the noise level as an input, which nobody knows of a corrupted "
-            "image, and has no labels to compare: leave out the suite corruptions"
+            "this model takes the noise level as an input, which is unknown for corrupted images, "
+            "and has no labels to compare: leave out the suite corruptions"
         )
 
 
@@ -226,7 +227,7 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
             if bad:
                 warnings.append(
                     f"{name} at strength {strength}: the PSNR of the denoised image is not finite "
-                    f"on {bad} images, so the mean is left out: the model diverged"
+                    f"on {bad} images, so the mean is undefined: the model diverged"
                 )
         corruptions[name] = {"about": corruption.description, "unit": corruption.unit, "rows": rows}
     document: dict[str, Any] = {
@@ -250,7 +251,7 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
 def _columns(
     context: EvaluationContext, labelled: bool, name: str | None, constant: float = 0.0
 ) -> Columns:
-    """Measures of each image, (N,), under the corruption ``name``; None: of the clean ones."""
+    """Measurements of each image, (N,), under the corruption ``name``; None: of clean images."""
     model = context.model
 
     def measure(batch: Batch) -> Columns:
@@ -276,7 +277,7 @@ def _columns(
 
 
 def _row(columns: Columns, seed: int) -> dict[str, Any]:
-    """Means over images; PSNRs over those that were changed."""
+    """Means over images; of PSNR over the images that the corruption changed."""
     changed = columns["rmse"] > 0
     row: dict[str, Any] = {"rmse": statistics.mean(columns["rmse"])}
     if "right" in columns:
@@ -298,14 +299,14 @@ def _row(columns: Columns, seed: int) -> dict[str, Any]:
 
 
 def confidence_slope(rows: Sequence[dict[str, Any]]) -> float | None:
-    """Of the least-squares line of confidence on accuracy; None where accuracy is all the same."""
+    """Slope of the least-squares line of confidence on accuracy; None if accuracy is constant."""
     points = [[row[name].value for row in rows] for name in ("accuracy", "confidence")]
     (variance, covariance), _ = np.cov(points)
     return float(covariance / variance) if variance > 1e-12 else None
 
 
 def _compares_labels(model: ScoreModel, images: Images) -> bool:
-    """Whether the model predicts the labels that the images have."""
+    """Whether the model predicts the labels of the images."""
     same = images.labels is not None and images.num_classes == model.num_classes
     return same and classifies(model)
 
@@ -314,20 +315,19 @@ def _warnings(context: EvaluationContext, labelled: bool) -> list[str]:
     model, found = context.model, list[str]()
     if classifies(model) and not labelled:
         found.append(
-            f"data set {context.images.name!r} has not the {model.num_classes} classes that this "
-            "model knows: accuracy and confidence are left out"
+            f"data set {context.images.name!r} does not have the {model.num_classes} classes of "
+            "this model: accuracy and confidence are skipped"
         )
     if not model.noise_conditional:
         return found + noise_warnings(model, ())
     return [
         *found,
-        "this model takes the noise level as an input and cannot estimate it: denoising is left "
-        "out",
+        "this model takes the noise level as an input and cannot estimate it: denoising is skipped",
     ]
 
 
 def table(document: dict[str, Any]) -> Table:
-    """Of each corruption and strength: accuracy, confidence, calibration error and PSNRs."""
+    """By corruption and strength: accuracy, confidence, calibration error and PSNRs."""
     columns = {
         "accuracy": ("accuracy", "{:.1%}"),
         "confidence": ("confidence", "{:.1%}"),
@@ -355,16 +355,16 @@ LINES = {
     "psnr_corrupted": ("corrupted", 1, plots.GRAY, "o", "-"),
     "psnr": ("denoised", 1, plots.GREEN, "s", "--"),
 }
-"""By measure: its label, scale, colour, marker and line style."""
+"""Label, scale, colour, marker and line style in plots, by field of the document."""
 
 COLUMNS = 3
 LAST = 5.0
-"""Width of the last panel with its legend, inches."""
+"""Width of the last panel and its legend, inches."""
 
 
 def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
-    """Write ``corruptions.png`` (accuracy and confidence against the strength, and by each other),
-    ``corruptions-psnr.png`` and ``corruptions-examples.png``, as far as they apply."""
+    """Write the plots that apply: ``corruptions.png`` (accuracy and confidence against strength and
+    against each other), ``corruptions-psnr.png`` and ``corruptions-examples.png``."""
     if "accuracy" in document["clean"]:
         title = "Accuracy and confidence under corruption"
         figure, panels = _panels(document, title, ("accuracy", "confidence"), LAST)
@@ -393,8 +393,8 @@ def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> 
 def _panels(
     document: dict[str, Any], title: str, measures: Sequence[str], last: float = 0.0
 ) -> tuple[Figure, list[Axes]]:
-    """``measures`` against the strength, a panel for each corruption; and, if wanted, an empty one
-    beside, ``last`` inches wide, where accuracies on clean images are shown, too."""
+    """Plot ``measures`` against strength, one panel per corruption. If ``last`` is above 0, also
+    plot clean images and add an empty panel, ``last`` inches wide."""
     corruptions = document["corruptions"]
     columns = min(COLUMNS, len(corruptions))
     lines = -(-len(corruptions) // columns)
@@ -427,8 +427,8 @@ def _panels(
 
 
 def _plot_slope(axes: Axes, document: dict[str, Any]) -> None:
-    """Accuracy against mean confidence, a point for each corruption and strength, larger for
-    higher ones."""
+    """Plot accuracy against mean confidence, one point per corruption and strength; points of
+    higher strengths are larger."""
     axes.plot([0, 100], [0, 100], ls=":", color=plots.GRAY, lw=1)
 
     def points(rows: Sequence[dict[str, Any]], **look: Any) -> None:

@@ -1,24 +1,23 @@
-r"""Suite ``denoise``: how close the denoisers come to the clean image.
+r"""Suite ``denoise``: PSNR and SSIM of the denoisers.
 
-Of :math:`y = x + \sigma\epsilon` are estimated (CDN eq. 7)
+The suite computes these estimates of x from :math:`y = x + \sigma\epsilon` (CDN eq. 7):
 
-- ``unconditional``: :math:`D_u(y) = y + \sigma^2 s(y)`, given the true sigma;
+- ``unconditional``: :math:`D_u(y) = y + \sigma^2 s(y)`, with the true sigma;
 - ``conditional_true``: :math:`D_c(y, c) = y + \sigma^2 s(y, c)` with the true label;
-- ``conditional_predicted``: the same with the label predicted from y, which anyone can do;
-- ``blind``: :math:`y + \hat\sigma^2 s(y)` with the model's own
+- ``conditional_predicted``: the same with the label predicted from y;
+- ``blind``: :math:`y + \hat\sigma^2 s(y)` with the estimate
   :math:`\hat\sigma = \sqrt d/\|s(y)\|` (not for noise-conditional models, which take sigma as an
   input).
 
-A plain denoiser has one estimate, ``unconditional``. Beside them stand the ``noisy`` input and the
-``clipped`` one: on images with much black or white, clipping alone gains decibels, which no model
-should be given credit for.
+A plain denoiser has one estimate, ``unconditional``. For comparison the suite reports the ``noisy``
+input and the ``clipped`` input: on images with much black or white, clipping alone raises PSNR,
+which is no merit of the model.
 
 PSNR is the mean over images of the PSNR of each image (`psnr`). A denoiser's output is clipped to
-[0, 1]; the noisy input is not, neither for the denoiser nor for its own PSNR. SSIM is
-torchmetrics', mean over channels and images, with a Gaussian window of 11 x 11 pixels and deviation
-1.5; on smaller images the largest odd window that fits, its deviation scaled alike. Intervals are
-of the mean over images; those of a gain, of the mean difference to the noisy input on the same
-image.
+[0, 1]; the noisy input is not, neither for the denoiser nor for its own PSNR. SSIM is that of
+torchmetrics, mean over channels and images, with a Gaussian window of 11 x 11 pixels and standard
+deviation 1.5; on smaller images with the largest odd window that fits and its deviation scaled
+alike. Intervals are of means over images; a gain is a mean per-image difference to the noisy input.
 """
 
 from __future__ import annotations
@@ -73,7 +72,7 @@ NOTE = (
 
 
 class PredictedLogDensity(NamedTuple):
-    """log p(y|c) up to a constant, of the label c that the model predicts from y."""
+    """log p(y|c) up to a constant, for the label c that the model predicts from y."""
 
     def __call__(self, energies: Energies) -> Tensor:
         return LogDensity(energies.logits.argmax(dim=1))(energies)
@@ -82,18 +81,18 @@ class PredictedLogDensity(NamedTuple):
 def estimates(
     model: ScoreModel, y: Tensor, sigma: float, labels: Tensor | None = None
 ) -> tuple[dict[str, Tensor], Tensor | None, Tensor | None]:
-    """Every denoiser's estimate of the clean images, from one forward pass.
+    """Compute every denoiser's estimate of the clean images from one forward pass.
 
     Args:
-        model: in evaluation mode.
+        model: the model, in evaluation mode.
         y: noisy images (B, C, H, W).
-        sigma: their noise level, image units.
-        labels: the true ones (B,); None leaves ``conditional_true`` out.
+        sigma: noise level of y, image units.
+        labels: true labels (B,); None skips ``conditional_true``.
 
     Returns:
-        By the name of the denoiser its estimates (B, C, H, W), clipped to [0, 1]; the labels
-        predicted from y (B,), -1 where logits are NaN, or None if the model has none; and the
-        estimated noise level (B,), or None if the model is noise-conditional.
+        The estimates (B, C, H, W) by denoiser name, clipped to [0, 1]; the labels predicted from y
+        (B,), -1 where logits are NaN, or None if the model has no labels; and the estimated noise
+        level (B,), or None if the model cannot estimate it.
     """
     scores: dict[str, Tensor] = {}
     predicted = noise = None
@@ -120,23 +119,23 @@ def estimates(
 
 
 def knows_sigma(model: ScoreModel, denoiser: str) -> str:
-    """What ``denoiser`` of ``model`` knows of the noise level: true, estimated or unused."""
+    """Which noise level ``denoiser`` of ``model`` uses: ``true``, ``estimated`` or ``unused``."""
     if denoiser == "blind":
         return "estimated"
     return "unused" if denoiser in ("noisy", "clipped") or model.ignores_sigma else "true"
 
 
 def ssim_window(image_size: tuple[int, int]) -> dict[str, Any]:
-    """The Gaussian window of SSIM for images of ``image_size``: its side and deviation."""
+    """Side and standard deviation, pixels, of the SSIM window for images of ``image_size``."""
     side = min(11, *(n if n % 2 else n - 1 for n in image_size if n > 0))
     return {"side": side, "deviation": 1.5 * side / 11}
 
 
 def ssim(estimate: Tensor, clean: Tensor) -> Tensor:
-    """Structural similarity (Wang et al. 2004) of images (B, C, H, W) in [0, 1]: (B,), up to 1."""
+    """Structural similarity (Wang et al. 2004), (B,) up to 1, of images (B, C, H, W) in [0, 1]."""
     from torchmetrics.functional.image import structural_similarity_index_measure
 
-    # torchmetrics takes the side of a Gaussian window from its deviation: 2 int(3.5 s + 0.5) + 1
+    # torchmetrics derives the side of the window from its deviation s: 2 int(3.5 s + 0.5) + 1
     window = ssim_window((clean.shape[-2], clean.shape[-1]))
     values = structural_similarity_index_measure(
         estimate, clean, sigma=window["deviation"], reduction="none", data_range=1.0
@@ -146,7 +145,7 @@ def ssim(estimate: Tensor, clean: Tensor) -> Tensor:
 
 
 def measure(context: EvaluationContext) -> dict[str, Any]:
-    """PSNR and SSIM at every noise level; return the document."""
+    """Measure PSNR and SSIM at every noise level; return the document."""
     denoisers: dict[str, dict[str, Any]] = {}
     sigmas: dict[str, Any] = {}
     accuracies: dict[str, Any] = {}
@@ -159,7 +158,7 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
             if bad := int((~own.isfinite()).sum()):
                 warnings.append(
                     f"{LABELS[name]} at {key}/255: PSNR is not finite on {bad} images (restored "
-                    "exactly, or the model diverged), so the mean is left out"
+                    "exactly, or the model diverged), so the mean is undefined"
                 )
             gain = own - columns["noisy", "psnr"]
             entry = denoisers.setdefault(name, {"about": LABELS[name]})
@@ -189,7 +188,7 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
 def _measure(
     context: EvaluationContext, sigma: float, batch: Batch
 ) -> dict[tuple[str, str], Tensor]:
-    """By denoiser and measure, and by "" and what else is known of each image: (B,)."""
+    """Columns (B,) by (denoiser, metric), and by ("", name) for predictions and estimated sigma."""
     model, x, y = context.model, batch.x, batch.y
     labels = batch.labels if context.images.num_classes == model.num_classes else None
     found, predicted, noise = estimates(model, y, sigma, labels)
@@ -212,7 +211,7 @@ def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> 
     first, levels = context.images.first(SHOWN), {}
     for sigma in context.sigmas:
         batches = list(noisy_batches(first, sigma, context.seed, SHOWN, context.device))
-        # the middles, where images have several sizes, each in a batch of its own
+        # images of different sizes come in batches of one; crop their centres to a common size
         size = [min(batch.x.shape[side] for batch in batches) for side in (-2, -1)]
         pairs = [center_crop(torch.stack([batch.x, batch.y]), size) for batch in batches]
         clean, y = torch.cat(pairs, dim=1)
@@ -226,8 +225,8 @@ def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> 
 def plot_images(
     clean: Tensor, levels: dict[float, dict[str, Tensor]], path: Path, note: str = ""
 ) -> None:
-    """One row per image: the clean one (B, C, H, W), then at each sigma what is shown, by its name,
-    with its PSNR below; clipped for display, PSNR is of what is given."""
+    """Plot one row per image: the ``clean`` image (B, C, H, W), then at each sigma the images of
+    ``levels`` by column title, with their PSNR; images are clipped for display, not for PSNR."""
     rows = [[(image, "")] for image in clean]
     heads, groups = ["clean"], {}
     for sigma, shown in levels.items():
@@ -240,7 +239,7 @@ def plot_images(
 
 
 def plot_psnr(denoisers: dict[str, dict[str, Any]], path: Path) -> None:
-    """PSNR of each denoiser at each noise level, with 95 % intervals."""
+    """Plot PSNR of each denoiser at each noise level, with 95 % intervals."""
     figure = plots.new_figure(7.2, 3.9, layout="constrained")
     axes = figure.add_subplot()
     width, values = 0.82 / len(denoisers), [0.0]
@@ -263,7 +262,7 @@ def plot_psnr(denoisers: dict[str, dict[str, Any]], path: Path) -> None:
 
 
 def table(document: dict[str, Any]) -> Table:
-    """PSNR of every denoiser beside the noisy input's, with intervals, gain and SSIM."""
+    """PSNR with intervals, gain and SSIM of every denoiser and of the noisy input."""
     heads = ("sigma", "denoiser", "PSNR dB", "95 % interval", "gain dB", "SSIM")
     result = new_table(document, heads)
     result.columns[1].justify = "left"

@@ -1,36 +1,36 @@
-r"""Suite ``diffusion-path``: accuracy and energies of the images of a diffusion model's path
+r"""Suite ``diffusion-path``: accuracy and energies along the forward process of a diffusion model
 (RCG figures 4.5, 4.6, 4.9, 4.12 and 4.15).
 
-A diffusion model of T steps knows images :math:`u = 2x - 1` and noises them,
+A diffusion model of T steps adds noise to images :math:`u = 2x - 1`,
 
 .. math:: u_t = \sqrt{\bar\alpha_t}\, u + \sqrt{1 - \bar\alpha_t}\, \epsilon .
 
-A classifier that guides it may be given the image at timestep t in four ways:
+The suite measures four views of the image at timestep t, as inputs of a classifier for guidance:
 
 ============ ===================================================== =============================
-view         image                                                 deviation of its noise
+view         image                                                 noise standard deviation
 ============ ===================================================== =============================
-``timestep`` :math:`v_t = (u_t + 1)/2`, the thesis's way           :math:`\sqrt{1 - \bar\alpha_t}/2`
+``timestep`` :math:`v_t = (u_t + 1)/2`, as in the thesis           :math:`\sqrt{1 - \bar\alpha_t}/2`
 ``image``    :math:`y = x + \sigma_t \epsilon`, image units        :math:`\sigma_t = \frac12
                                                                    \sqrt{(1 - \bar\alpha_t) /
                                                                    \bar\alpha_t}`
 ``dark``     :math:`\sqrt{\bar\alpha_t}\, x`: towards black        0
-``faded``    :math:`v_t` without its noise: towards gray           0
+``faded``    :math:`v_t` without noise: towards gray               0
 ============ ===================================================== =============================
 
-``timestep`` and ``image`` have the same :math:`\epsilon` and differ by contrast alone. RCG section
-4.4 multiplies test images by :math:`\sqrt{\bar\alpha_t}` and does not say of which range they are:
-in [0, 1] that is darkness (``dark``), in [-1, 1] less contrast (``faded``). Nothing is clipped.
-Noise-conditional models are given the deviation of the noise in what they see. The noise is that of
-the suite ``classify`` at :math:`\sigma_t`.
+``timestep`` and ``image`` have the same :math:`\epsilon` and differ only in contrast. RCG section
+4.4 multiplies test images by :math:`\sqrt{\bar\alpha_t}` and does not state their range: in [0, 1]
+this darkens them (``dark``), in [-1, 1] it reduces contrast (``faded``). Nothing is clipped.
+Noise-conditional models get the standard deviation of the noise in their input. The noise is that
+of the suite ``classify`` at :math:`\sigma_t`.
 
-Of every view are measured accuracy and the means of
+The suite measures accuracy per view, and the means of
 
 .. math:: E(x) = -\log p(x), \qquad E(x, y) = -\log p(x, y) = E(x) - \log p(y \mid x)
 
-of the true label y, in nats, up to one constant of the model, from the source that
-`ebmkit.models.heads` says; of the clean images also by class. RCG stands for the thesis
-"Classifier-free Diffusion Guidance with a Robust Energy-Based Classifier" (Sapienza, 2024).
+with the true label y, in nats, up to one constant per model; for clean images also by class (source
+of the energies: see `ebmkit.models.heads`). RCG is the thesis "Classifier-free Diffusion Guidance
+with a Robust Energy-Based Classifier" (Sapienza, 2024).
 """
 
 from __future__ import annotations
@@ -81,13 +81,13 @@ VIEWS = {
 SHORT = dict(zip(VIEWS, ("x_t", "image", "dark", "faded"), strict=True))
 ENERGIES = {"energy": "E(x)", "joint_energy": "E(x, y)"}
 Views = dict[str, tuple[Tensor, float]]
-"""By name, images (B, C, H, W) and the deviation of the noise in them, image units."""
+"""Images (B, C, H, W) and the standard deviation of their noise, image units, by view."""
 
 PLOTTED = 9
-"""Timesteps at which the plot shows an image."""
+"""Maximum number of timesteps at which the plot shows an image."""
 
 LISTED = (0.1, 0.2, 0.4, 1.0)
-"""Shares of the last timestep at which the table lists accuracy."""
+"""Timesteps at which the table lists accuracy, as fractions of the last timestep."""
 
 PANELS = {
     "Accuracy against noise": ("timestep", "image"),
@@ -107,17 +107,17 @@ class DiffusionPathConfig(SuiteConfig):
     until: Annotated[int, Field(ge=0)] | None = None
     """last measured timestep [default: T - 1]"""
     name: str = "this run"
-    """name of the run evaluated"""
+    """name of the evaluated run in tables and plots"""
     beside: tuple[Path, ...] = ()
     """run folders of further classifiers, shown in the same plots"""
     samples: Path | None = None
-    """HDF5 file of `ebmkit sample`, to compare its energies with those of the data"""
+    """HDF5 file of `ebmkit sample`, whose energies are compared with those of the data"""
     energies: EnergySource = "auto"
     """definition of E(x): model (its own density), logits (-logsumexp), auto (model if its density
     was trained, else logits)"""
 
     def timesteps(self) -> tuple[int, ...]:
-        """Those measured: 0, step, ... and the last.
+        """The measured timesteps: 0, step, ... and the last one.
 
         Raises:
             UserError: if ``until`` is beyond the schedule.
@@ -132,16 +132,16 @@ class DiffusionPathConfig(SuiteConfig):
 
 
 def views_at(schedule: Schedule, t: int, x: Tensor, y: Tensor) -> Views:
-    """What a classifier may be given at timestep ``t``, and the deviation of the noise in it.
+    """Compute the `VIEWS` of images at timestep ``t``.
 
     Args:
-        schedule: of the diffusion model.
+        schedule: noise schedule of the diffusion model.
         t: the timestep.
         x: clean images (B, C, H, W) in [0, 1].
-        y: the same with noise of deviation ``schedule.sigma(t)``, image units.
+        y: noisy images, x plus noise at level ``schedule.sigma(t)``, image units.
 
     Returns:
-        Images, shape of x, and the noise level, image units, by the names of `VIEWS`.
+        Images, shape of x, and their noise level, image units, by view.
     """
     low, high = schedule.image_range
     root, sigma = math.sqrt(schedule.abar(t)), schedule.sigma(t)
@@ -158,13 +158,13 @@ def views_at(schedule: Schedule, t: int, x: Tensor, y: Tensor) -> Views:
 
 
 def check(model: ScoreModel, images: Images) -> None:
-    """Raise `UserError` where labels cannot be predicted and compared, on images of one size."""
+    """Raise `UserError` if the model cannot classify the images, or their sizes differ."""
     check_classifies(model, images)
     check_one_size("diffusion-path", images)
 
 
 def prepare(context: EvaluationContext) -> None:
-    """Raise `UserError` where the settings do not fit together, or runs or samples are missing."""
+    """Raise `UserError` if settings are inconsistent, or runs or samples are missing."""
     context.option(DiffusionPathConfig).timesteps()
     _models(context)
     _samples(context)
@@ -211,7 +211,7 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
         if bad:
             warnings.append(
                 f"{name}: energies are not finite on some images from timestep {min(bad)} on, so "
-                "their means are left out"
+                "their means are undefined"
             )
     if generated is not None:
         samples, own = ImageSet(generated.images, name="samples", split="test"), generated.labels
@@ -238,7 +238,7 @@ def _energies(
     views: Callable[[Batch], Views] = lambda batch: {"clean": (batch.x, 0.0)},
     images: Images | None = None,
 ) -> dict[tuple[str, str], Energies]:
-    """By model and view, of all images."""
+    """Energies of all images, by (model, view)."""
 
     def of_batch(batch: Batch) -> dict[tuple[str, str, str], Tensor]:
         return {
@@ -254,10 +254,10 @@ def _energies(
 
 
 def energy_statistics(found: Energies, labels: Tensor | None = None) -> dict[str, Any]:
-    """``energy`` E(x) and, of models and images with ``labels`` (N,), ``joint_energy`` E(x, y).
+    """Statistics of ``energy`` E(x) and, with ``labels`` (N,), of ``joint_energy`` E(x, y).
 
-    Each with ``value`` (the mean, nats), ``low``, ``high`` (95 % interval of the mean), ``count``
-    and ``std`` over images.
+    Both have ``value`` (the mean, nats), ``low``, ``high`` (its 95 % interval), ``count`` and
+    ``std`` over images.
     """
     quantities = {"energy": -found.log_density}
     if labels is not None and found.logits.shape[1]:
@@ -272,12 +272,12 @@ def energy_statistics(found: Energies, labels: Tensor | None = None) -> dict[str
 def class_statistics(
     found: Energies, labels: Tensor, names: Sequence[str] = ()
 ) -> list[dict[str, Any]]:
-    """`energy_statistics` by class, of the classes that have an image, in order.
+    """`energy_statistics` by class, in ascending order, without empty classes.
 
     Args:
         found: energies of N images.
-        labels: (N,).
-        names: of the classes; a class without one is called by its number.
+        labels: labels of the images (N,).
+        names: class names; a class without a name is named by its index.
 
     Returns:
         One entry per class, with ``label`` and ``name``.
@@ -292,10 +292,10 @@ def class_statistics(
 
 
 def _models(context: EvaluationContext) -> dict[str, EnergyModel]:
-    """The model evaluated and those beside it, with the energies asked for, by name.
+    """The evaluated model and those of ``beside``, with the selected energies, by name.
 
     Raises:
-        UserError: if one is not there, or does not suit the images.
+        UserError: if a run is missing, or its model has other classes or channels.
     """
     assert isinstance(context.model, EnergyModel)
     config = context.option(DiffusionPathConfig)
@@ -317,8 +317,8 @@ def _samples(context: EvaluationContext) -> Generated | None:
     labels = [] if found.labels is None else found.labels.tolist()
     if (label := max(labels, default=0)) >= known:  # none is below 0 in such a file
         raise UserError(
-            f"diffusion-path.samples: {str(path)!r} has label {label}, and this model knows 0 "
-            f"to {known - 1}"
+            f"diffusion-path.samples: {str(path)!r} has label {label}, and this model has "
+            f"labels 0 to {known - 1}"
         )
     return found
 
@@ -342,14 +342,14 @@ def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> 
 def _plot_accuracy(
     document: dict[str, Any], strips: dict[str, list[Tensor]], where: str, path: Path
 ) -> None:
-    """Accuracy against the timestep, with noise and without, above an image as it is given there:
-    by view, at timesteps evenly spread from the first to the last."""
+    """Plot accuracy against the timestep for all views, above strips that show each view of an
+    image at evenly spaced timesteps."""
     models, timesteps = document["models"], document["timesteps"]
     share = 1 / len(strips["timestep"])
     height = 4.2 + 9 * share + 0.2 * -(-len(models) // 4)
     figure = plots.new_figure(10.6, height, layout="constrained")
     grid = figure.add_gridspec(3, 2, height_ratios=(2.7, 4.5 * share, 4.5 * share))
-    # the first and the last timestep stand over the middles of a strip's ends
+    # align the first and last timestep with the centres of the strip's first and last image
     margin = 0.5 * share * max(1, timesteps[-1] - timesteps[0]) / (1 - share)
     limits = {"xlim": (timesteps[0] - margin, timesteps[-1] + margin)}
     for column, (title, views) in enumerate(PANELS.items()):
@@ -371,7 +371,7 @@ def _plot_accuracy(
 
 
 def _plot_energies(document: dict[str, Any], where: str, path: Path) -> None:
-    """Mean energies along the path as the model sees x_t, and the same in image units."""
+    """Plot mean energies against the timestep for the views ``timestep`` and ``image``."""
     models = document["models"]
     figure = plots.new_figure(10, 3.9 + 0.17 * len(models), layout="constrained")
     panels = figure.subplots(1, 2)
@@ -387,7 +387,7 @@ def _plot_energies(document: dict[str, Any], where: str, path: Path) -> None:
                 axes.plot([e["t"] for e in rows], values, **look)
         low, quarter, middle, most, high = np.quantile(known or [0.0], [0, 0.25, 0.5, 0.75, 1])
         if high - low > 30 * max(most - quarter, 1e-12) and middle != 0:
-            # most would lie on one line of a linear scale
+            # on a linear scale, outliers would flatten most values to one line
             axes.set_yscale("symlog", linthresh=max(1.0, float(np.median(np.abs(known)))))
         plots.annotate(axes, f"Input: {words}", "timestep t")
         axes.grid(alpha=0.25, lw=0.5)
@@ -397,7 +397,7 @@ def _plot_energies(document: dict[str, Any], where: str, path: Path) -> None:
 
 
 def _plot_classes(document: dict[str, Any], path: Path) -> None:
-    """Mean and standard deviation of E(x) of each class, of the data and of samples; by model."""
+    """Plot mean and standard deviation of E(x) by class, of data and samples, a panel per model."""
     models = document["models"]
     most = max(len(found["classes"]) for found in models.values())
     columns = min(2, len(models))
@@ -432,7 +432,8 @@ def _plot_classes(document: dict[str, Any], path: Path) -> None:
 
 
 def table(document: dict[str, Any]) -> Table:
-    """Accuracy of every model and view at a few timesteps, where it reaches chance, energies."""
+    """Accuracy and energies by model and view at a few timesteps, and where accuracy reaches
+    chance."""
     timesteps = np.array(document["timesteps"])
     rows = sorted({int(abs(timesteps - share * timesteps[-1]).argmin()) for share in LISTED})
     heads = ("input", "clean", *(f"t={timesteps[i]}" for i in rows), "chance from")
@@ -460,7 +461,7 @@ def table(document: dict[str, Any]) -> Table:
 
 
 def passes(context: EvaluationContext) -> int:
-    """The clean images, every timestep, and samples."""
+    """One pass for clean images, one per timestep, and one for samples."""
     config = context.option(DiffusionPathConfig)
     return 1 + len(config.timesteps()) + (config.samples is not None)
 

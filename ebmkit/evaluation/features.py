@@ -1,53 +1,52 @@
-r"""Features of images, and what is measured by them of samples beside real images: what IS, FID,
-KID, precision and recall are made of, for any network that gives features; and by label.
+r"""Metrics that compare samples with real images in the feature space of any network: FID, KID, IS,
+precision and recall or their analogues, in total and by label.
 
 With features :math:`a_1, \dots, a_n` of samples and :math:`b_1, \dots, b_m` of real images, in d
 dimensions,
 
-- the *Frechet distance* is that of two Gaussians with their means and covariances,
+- the *Frechet distance* is that of two Gaussians with the features' means and covariances,
 
   .. math:: \|\mu_a - \mu_b\|^2
       + \operatorname{tr}\bigl(\Sigma_a + \Sigma_b - 2(\Sigma_a \Sigma_b)^{1/2}\bigr)
 
-  (Heusel et al., arXiv 1706.08500). Of n samples it is biased upwards by about 1/n, and much so
-  where n is not well above d;
-- the *kernel distance* is the unbiased estimate of the squared maximum mean discrepancy with
-  :math:`k(a, b) = (a^\top b/d + 1)^3` (Binkowski et al., arXiv 1801.01401); above 2000 images the
-  mean over ten or more disjoint blocks of up to 1000 of either set. It has mean 0 where the
+  (Heusel et al., arXiv 1706.08500). It has an upward bias of about 1/n, large unless n is well
+  above d;
+- the *kernel distance* is the unbiased estimate of the squared maximum mean discrepancy (MMD) with
+  :math:`k(a, b) = (a^\top b/d + 1)^3` (Binkowski et al., arXiv 1801.01401). Above 2000 images it is
+  the mean over ten or more disjoint blocks of at most 1000 images per set. It has mean 0 if the
   distributions are equal, and may be negative;
-- *precision* is the share of samples that lie in a ball about a real image, of a radius that
-  reaches its third nearest real neighbour, and *recall* the share of real images that lie in such
-  balls about samples (Kynkaanniemi et al., arXiv 1904.06991). Both sets are cut to equal numbers;
+- *precision* is the share of samples within a ball around a real image whose radius is the distance
+  to its third nearest real neighbour. *Recall* is the share of real images within such balls around
+  samples (Kynkaanniemi et al., arXiv 1904.06991). Both sets are cut to the same size;
 - the *score* is :math:`\exp \frac1n \sum_i \mathrm{KL}(p(c \mid a_i) \,\|\, \bar p(c))` (Salimans
-  et al., arXiv 1606.03498), 1 to the number of classes, over all samples at once.
+  et al., arXiv 1606.03498), from 1 to the number of classes, over all samples at once.
 
-Everything is computed in float64.
+All computations are in float64.
 
-The Inception network is that of torch-fidelity, converted from the TensorFlow weights of 2015 that
-FID was defined by: uint8 images, resized to 299x299 as TensorFlow 1 did, features of the last
-pooling (2048), logits without bias. Its package is an extra, ``pip install
-'ebmkit-vision[generation]'``, and its weights are a file of 95 MB. Of a classifier, the features
-are those that its head gets, averaged over positions. What is measured by it has names of its own,
-as nothing makes it comparable with another's.
+The Inception network is torch-fidelity's, converted from the TensorFlow weights of 2015 that define
+FID: uint8 images, resized to 299x299 as in TensorFlow 1, features of the last pooling (2048),
+logits without bias. The package is an extra, ``pip install 'ebmkit-vision[generation]'``; its
+weights are 95 MB. The features of a classifier are the inputs of its head, averaged over positions.
+Its metrics have their own names: they are comparable only for one classifier.
 
-Of samples that were asked for by label (`measure_guided`), the numbers by which ways of guiding are
-compared, all of them and by label:
+`measure_guided` computes for samples of given labels, in total and by label:
 
-- *recognised* (``accuracy``): the share that the extractor gives the label asked for; Wilson's
-  interval;
-- ``frechet`` and ``kernel`` between samples and real images of one label, and beside the former its
-  ``floor``, the same of as many other real images of that label (or of as many as there are,
-  ``count``);
-- *diversity*: mean distance of two samples over that of two real images of the label, in features;
-- *saturation*: ``ends``, the share of pixel values up to 1/255 or from 254/255; ``colour``, of
-  colour images, the mean saturation of HSV, :math:`(\max - \min)/\max` over the channels. Both are
-  taken of each image and averaged. Floats are rounded to 255ths first, as real images are;
-- *energy gap*: the mean of E under a model over the samples minus that over real images of the same
-  label, nats. RCG section 4.8 has it far below 0. Of all samples it is the mean of the gaps of
-  their own labels, so it does not depend on how many samples each label has. Intervals are
-  Welch's; over all labels, Student's of the samples, with the error of the real means added.
+- ``accuracy``: the share of samples that the extractor classifies as the requested label, with
+  Wilson's interval;
+- ``frechet`` and ``kernel``: the distances between samples and real images of one label. ``floor``
+  is the distance of the same number of other real images of that label (``count`` if there are
+  fewer);
+- *diversity*: the mean feature distance between two samples divided by that between two real images
+  of the label;
+- *saturation*: ``ends``, the share of pixel values of at most 1/255 or at least 254/255, and, for
+  colour images, ``colour``, the mean HSV saturation :math:`(\max - \min)/\max` over the channels.
+  Both are means over images. Floats are first rounded to 255ths, like real images;
+- *energy gap*: the mean energy of the samples under a model minus that of real images of the same
+  label, in nats; far below 0 in RCG section 4.8. In total each sample is compared with its own
+  label, so the number of samples per label does not matter. Intervals are Welch's for one label;
+  over all labels Student's of the samples, with the error of the real means added.
 
-Without labels everything counts as one class, and nothing is said by class.
+Without labels, all images form one class, and there are no values by class.
 """
 
 from __future__ import annotations
@@ -84,37 +83,38 @@ WEIGHTS = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
     "weights-inception-2015-12-05-6726825d.pth"
 )
-INSTEAD = "or measure by a classifier of your own, --set generation.extractor=RUN"
+INSTEAD = "or use your own classifier, --set generation.extractor=RUN"
 
 BLOCK = 1000
-"""Features of either set in a block, at most."""
+"""Maximum number of features per set in a block."""
 
 WHOLE = 2000
-"""Features of the smaller set, up to which the kernel distance is of all at once."""
+"""Size of the smaller set up to which the kernel distance is computed without blocks."""
 
 NEIGHBOURS = 3
 MOST = 10_000
-"""Images of either set in precision and recall, at most."""
+"""Maximum number of images per set for precision and recall."""
 
 PAIRED = 1000
-"""Real images of a label at most, of which mean distances are taken."""
+"""Maximum number of real images per label for mean distances."""
 
 MOST_FEATURES = 512
-"""Features, up to which the Frechet distance gets an interval: each is 20 distances."""
+"""Maximum feature dimension for an interval of the Frechet distance (20 evaluations)."""
 
 Columns = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Extractor:
-    """A network that images are judged by.
+    """A network that computes features and class logits of images.
 
     Attributes:
         kind: ``inception`` or ``classifier``.
         run: name of the classifier's run; "" for Inception.
-        names: what its measures are called, by `KINDS`.
-        extract: images (B, C, H, W) in [0, 1] to ``features`` (B, d) and class ``logits`` (B, C).
-        model: the classifier, if it is one.
+        names: names of its metrics, by `KINDS`.
+        extract: maps images (B, C, H, W) in [0, 1] to ``features`` (B, d) and class ``logits``
+            (B, K).
+        model: the classifier; None for Inception.
     """
 
     kind: str
@@ -125,27 +125,27 @@ class Extractor:
 
 
 def find_extractor(name: str, weights: Path | None, device: torch.device) -> Extractor:
-    """``inception``, or the classifier in the run folder ``name``.
+    """Return the extractor ``inception``, or the classifier in the run folder ``name``.
 
     Raises:
-        UserError: if there is no such thing, or what it needs is missing.
+        UserError: if the run, the package torch-fidelity or the weights are missing.
     """
     if name == "inception":
         return inception(weights, device)
     if weights is not None:
-        raise UserError("generation.weights is the file of Inception's: leave it out for a run")
+        raise UserError("generation.weights is only for Inception: leave it out for a run")
     return classifier(name, device)
 
 
 def inception(weights: Path | None, device: torch.device) -> Extractor:
-    """torch-fidelity's Inception.
+    """Load torch-fidelity's Inception network.
 
     Args:
-        weights: its file; None: fetched, or found in PyTorch's cache.
-        device: where to put it.
+        weights: path of the weights; None: PyTorch's cache, or a download.
+        device: device of the network.
 
     Raises:
-        UserError: if the package is not installed, or there are no weights.
+        UserError: if the package is not installed, or the weights cannot be loaded.
     """
     if find_spec("torch_fidelity") is None:
         raise UserError(
@@ -199,10 +199,10 @@ def inception(weights: Path | None, device: torch.device) -> Extractor:
 
 
 def classifier(run: str, device: torch.device) -> Extractor:
-    """The classifier in the folder ``run``.
+    """Load the classifier in the run folder ``run``.
 
     Raises:
-        UserError: if there is no run, or its model has no labels or no head.
+        UserError: if there is no such run, or its model has no labels or no head.
     """
     model = load(run, device=str(device))
     if not classifies(model):
@@ -214,10 +214,10 @@ def classifier(run: str, device: torch.device) -> Extractor:
 
 
 def classifier_of(model: EnergyModel, run: str) -> Extractor:
-    """The classifier ``model`` of the run called ``run``.
+    """Wrap the classifier ``model`` of the run named ``run``.
 
     Raises:
-        UserError: if it has no features and head.
+        UserError: if it has no head.
     """
     head = getattr(model, "head", None)
     if not isinstance(head, torch.nn.Module):
@@ -236,7 +236,7 @@ def classifier_of(model: EnergyModel, run: str) -> Extractor:
         if len(inputs) != 1 or len(inputs[0]) != len(x):
             raise UserError(
                 f"generation.extractor: images of {x.shape[-2]}x{x.shape[-1]} are larger than the "
-                f"classifier in {run!r} was trained on, and have no one feature there: name another"
+                f"training images of the classifier in {run!r}: name a classifier for this size"
             )
         return {"features": inputs[0].float(), "logits": logits.float()}
 
@@ -246,14 +246,14 @@ def classifier_of(model: EnergyModel, run: str) -> Extractor:
     )
 
 
-# --- distances of sets of features ----------------------------------------------------------------
+# --- distances between sets of features -----------------------------------------------------------
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
-    r"""Between the Gaussians of features ``a`` (n, d) and ``b`` (m, d); nan of fewer than two.
+    r"""Frechet distance of features ``a`` (n, d) and ``b`` (m, d); nan for fewer than two.
 
-    With factors :math:`\Sigma_a = A^\top A` and :math:`\Sigma_b = B^\top B`, the trace of the root
-    is the nuclear norm of :math:`A B^\top`.
+    With factors :math:`\Sigma_a = A^\top A` and :math:`\Sigma_b = B^\top B`, the trace of
+    :math:`(\Sigma_a \Sigma_b)^{1/2}` is the nuclear norm of :math:`A B^\top`.
     """
     if min(len(a), len(b)) < 2:
         return math.nan
@@ -264,25 +264,24 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 
 
 def _moments(a: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean, and a factor of the covariance with d rows at most."""
+    """Return the mean, and a factor of the covariance with at most d rows."""
     mean = a.mean(dim=0)
     centred = (a - mean) / math.sqrt(len(a) - 1)
     return mean, centred if len(a) <= a.shape[1] else torch.linalg.qr(centred, mode="r").R
 
 
 def frechet(a: Tensor, b: Tensor) -> Estimate:
-    """The Frechet distance of features (n, d) and (m, d), undefined (nan) of fewer than two; with
-    an interval up to `MOST_FEATURES`, and always where it is quick."""
+    """`frechet_distance`, with an interval if d <= `MOST_FEATURES` or the sets are small."""
     if a.shape[1] <= MOST_FEATURES or len(a) * len(b) < a.shape[1] ** 2 / 10:
         return statistics.jackknife(frechet_distance, a, b)
     return statistics.without_interval(frechet_distance(a, b), len(a))
 
 
 def kernel_distance(a: Tensor, b: Tensor) -> Estimate:
-    """The squared MMD of features ``a`` (n, d) and ``b`` (m, d), with its interval; undefined (nan)
-    of fewer than two.
+    """Squared MMD of features ``a`` (n, d) and ``b`` (m, d) with its interval; nan for fewer than
+    two.
 
-    The interval is Student's over the blocks or, of all features at once, the jackknife's.
+    The interval is Student's over blocks or, without blocks, the jackknife's.
     """
     least = min(len(a), len(b))
     if least <= WHOLE:
@@ -307,12 +306,12 @@ def _mmd(a: Tensor, b: Tensor) -> float:
 
 
 def precision_recall(a: Tensor, b: Tensor) -> tuple[Estimate, Estimate]:
-    """Precision and recall of samples ``a`` (n, d) against real features ``b`` (m, d).
+    """Precision and recall of samples' features ``a`` (n, d) against real features ``b`` (m, d).
 
-    Wilson's intervals take the balls as given.
+    Wilson's intervals treat the balls as fixed.
 
     Raises:
-        UserError: if there are too few for a third nearest neighbour.
+        UserError: if there are too few images for a third nearest neighbour.
     """
     count = min(len(a), len(b), MOST)
     if count <= NEIGHBOURS:
@@ -326,7 +325,7 @@ def precision_recall(a: Tensor, b: Tensor) -> tuple[Estimate, Estimate]:
             (torch.cdist(part, centres) for part in torch.split(whole, BLOCK))
             for whole in (centres, points)
         )
-        # the nearest of all is the centre itself
+        # the nearest neighbour is the centre itself
         radii = torch.cat([d.kthvalue(NEIGHBOURS + 1, dim=1).values for d in near])
         return statistics.accuracy(torch.cat([(d <= radii).any(dim=1) for d in far]))
 
@@ -335,7 +334,8 @@ def precision_recall(a: Tensor, b: Tensor) -> tuple[Estimate, Estimate]:
 
 
 def inception_score(logits: Tensor) -> float:
-    """exp of the mean KL from the mean of class probabilities, of ``logits`` (n, C)."""
+    """Inception score of ``logits`` (n, K): exp of the mean KL divergence of the class
+    probabilities from their mean."""
     log_p = logits.double().log_softmax(dim=1)
     mean = log_p.exp().mean(dim=0)
     information = (log_p.exp() * log_p).sum(1).mean() - torch.special.xlogy(mean, mean).sum()
@@ -343,22 +343,21 @@ def inception_score(logits: Tensor) -> float:
 
 
 def mean_distance(a: Tensor) -> float:
-    """Mean Euclidean distance of two different ones of features ``a`` (n, d); nan of fewer than
-    two."""
+    """Mean Euclidean distance of pairs of features ``a`` (n, d); nan for fewer than two."""
     return float(torch.pdist(a.double()).mean()) if len(a) > 1 else math.nan
 
 
-# --- samples beside real images -------------------------------------------------------------------
+# --- comparison of samples with real images -------------------------------------------------------
 
 
 class Features(NamedTuple):
-    """Columns, one entry per image, and the labels (N,), or None."""
+    """Columns with one entry per image, and the labels (N,) or None."""
 
     columns: Columns
     labels: Tensor | None
 
     def among(self, labels: Tensor | None) -> Features:
-        """The images whose label is among ``labels``; all, if either has none."""
+        """Return the images whose label is in ``labels``; all if either is None."""
         if self.labels is None or labels is None:
             return self
         own = torch.isin(self.labels, labels)
@@ -377,32 +376,32 @@ def measure_guided(
     batch_size: int = 250,
     device: torch.device | str | None = None,
 ) -> dict[str, Any]:
-    """Everything in the module's text that is said of samples beside real images.
+    """Compute the metrics of the module docstring for samples of given labels.
 
     Args:
         samples: (N, C, H, W), uint8 or floats in [0, 1] (clipped and rounded to 255ths).
-        labels: (N,) that were asked for, or None.
-        real: images of the same shape, with labels if there are any of samples.
-        extractor: `find_extractor` or `classifier_of`.
-        energy_model: under which energies are taken; None: no energy gap.
-        others: other real images, for the floor, best as many as there are samples of each label;
-            None: halves of ``real`` against each other.
-        reading: how energies are read; see `ebmkit.models.heads`.
-        batch_size: images at a time.
-        device: where extractor and model are; None: where the extractor's classifier is.
+        labels: requested labels (N,), or None.
+        real: real images of the same shape, with labels if the samples have labels.
+        extractor: feature extractor, from `find_extractor` or `classifier_of`.
+        energy_model: model of the energies; None: no energy gap.
+        others: other real images for the floor, ideally as many per label as there are samples;
+            None: halves of ``real``.
+        reading: source of the energies; see `ebmkit.models.heads`.
+        batch_size: images per batch.
+        device: device of extractor and model; None: the classifier's, or the CPU.
 
     Returns:
-        A document as JSON has it; estimates are ``{"value", "low", "high", "count"}`` with 95 %
-        intervals, null where undefined: ``count`` and ``real_count``, of samples and real images of
-        the same labels; ``accuracy`` (null without labels or with an extractor of other classes),
-        ``frechet``, ``kernel``, ``floor`` (``count``, ``frechet``, ``kernel``), ``saturation``
-        (``ends`` and ``colour``, null for gray images, each with ``samples`` and ``real``) and
-        ``energy_gap`` (``energy`` and ``joint_energy`` of E(x, y), null without labels that the
-        model knows; null without a model) of all; ``means`` and ``classes``, of `class_means` and
-        `by_class`, null without labels.
+        A dictionary for JSON. Estimates are ``{"value", "low", "high", "count"}`` with 95 %
+        intervals, None where undefined. Entries: ``count`` and ``real_count``, the numbers of
+        samples and of real images of their labels; in total ``accuracy`` (None without labels, or
+        if the extractor has other classes), ``frechet``, ``kernel``, ``floor`` (``count``,
+        ``frechet``, ``kernel``), ``saturation`` (``ends``, and ``colour``, None for gray images,
+        each with ``samples`` and ``real``) and ``energy_gap`` (``energy``, and ``joint_energy`` of
+        E(x, y), None without labels of the model; None without a model); ``means`` and
+        ``classes``, from `class_means` and `by_class`, None without labels.
 
     Raises:
-        UserError: if shapes or labels do not fit, or a sample is not finite.
+        UserError: if shapes or labels do not match, or a sample has NaN or Inf.
     """
     pixels, labels = _checked(samples, labels, real)
     device = device or ("cpu" if extractor.model is None else device_of(extractor.model))
@@ -436,20 +435,20 @@ def measure_guided(
 
 
 def _checked(samples: Tensor, labels: Tensor | None, real: Images) -> tuple[Tensor, Tensor | None]:
-    """``samples`` as uint8, and ``labels`` as int64 on the CPU."""
+    """Return ``samples`` as uint8, and ``labels`` as int64 on the CPU."""
     if samples.ndim != 4 or not len(samples):
         raise UserError(
             f"samples must be (N, C, H, W) with N of 1 or more, not {tuple(samples.shape)}"
         )
     if bad := int((~samples.isfinite().flatten(1).all(dim=1)).sum()):
-        raise UserError(f"{bad} of {len(samples)} samples are not finite: leave them out")
+        raise UserError(f"{bad} of {len(samples)} samples have NaN or Inf: remove them")
     if samples.dtype != torch.uint8:
         samples = (255 * samples.clamp(0, 1)).round().byte()
     own, shape = tuple(samples.shape[1:]), (real.channels, *real.image_size)
     if own != shape:
         raise UserError(
             f"samples of shape {own} cannot be compared with images of {shape} "
-            f"({real.name!r}): take a data set of the same shape"
+            f"({real.name!r}): use a data set of the same shape"
         )
     if labels is None:
         return samples, None
@@ -465,8 +464,8 @@ def _checked(samples: Tensor, labels: Tensor | None, real: Images) -> tuple[Tens
         )
     if missing := sorted(set(labels.tolist()) - set(real.labels.tolist())):
         raise UserError(
-            f"data set {real.name!r} has no image of label {missing[0]}, which samples were asked "
-            "for: take more images, or leave these samples out"
+            f"data set {real.name!r} has no image of label {missing[0]}, which some samples have: "
+            "use more images, or remove these samples"
         )
     return samples, labels
 
@@ -474,19 +473,18 @@ def _checked(samples: Tensor, labels: Tensor | None, real: Images) -> tuple[Tens
 def by_class(
     samples: Features, real: Features, others: Features | None, names: Sequence[str], judged: bool
 ) -> list[dict[str, Any]]:
-    """One entry per label that was asked for.
+    """Compute the metrics of each label of the samples.
 
     Args:
         samples: columns of `columns_of_images`, with labels.
-        real: likewise.
-        others: likewise, for the floor; None: halves of ``real``.
-        names: of the classes.
-        judged: whether the extractor's classes are these.
+        real: the same of real images.
+        others: the same of other real images, for the floor; None: halves of ``real``.
+        names: class names.
+        judged: whether the extractor has these classes.
 
     Returns:
-        ``label``, ``name``, what `measure_guided` says of all (but with an `Estimate` for each
-        estimate), and ``diversity``, a number, with ``diversity_interval``, of the choice of
-        samples alone.
+        Per label ``label``, ``name``, the metrics of `measure_guided` (as `Estimate`), and the
+        number ``diversity`` with ``diversity_interval``, which covers only the choice of samples.
     """
     assert samples.labels is not None
     found = []
@@ -515,8 +513,8 @@ def by_class(
 
 
 def class_means(classes: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Means over the entries of `by_class` that have a number, nan if none has: of ``frechet``,
-    ``kernel``, ``floor`` (its Frechet distance) and ``diversity``."""
+    """Means of ``frechet``, ``kernel``, ``floor`` (its Frechet distance) and ``diversity`` over the
+    entries of `by_class`, ignoring nan; nan if all are nan."""
     rows = [
         (c["frechet"].value, c["kernel"].value, c["floor"]["frechet"], c["diversity"])
         for c in classes
@@ -528,7 +526,7 @@ def class_means(classes: Sequence[dict[str, Any]]) -> dict[str, float]:
 def _compared(
     samples: Features, real: Features, others: Features | None, judged: bool
 ) -> dict[str, Any]:
-    """What is said of all samples and of those of one label alike; see `measure_guided`."""
+    """Compute the metrics that are both in total and by label; see `measure_guided`."""
     made, known = samples.columns["features"], real.columns["features"]
     spare, against = known[::2], known[1::2]
     if others is not None:
@@ -558,10 +556,10 @@ def columns_of_images(
     num_classes: int,
     reading: EnergySource = "auto",
 ) -> Columns:
-    """What all measures are made of, for images ``x`` (B, C, H, W) in [0, 1]: each (B, ...).
+    """Columns (B, ...) of images ``x`` (B, C, H, W) in [0, 1], from which metrics are computed.
 
-    ``features`` and ``logits`` of the extractor; those of `pixel_columns`; ``energy`` E(x) in nats
-    and, where the model has ``num_classes`` labels, its ``log_posterior``.
+    ``features`` and ``logits`` of the extractor; those of `pixel_columns`; from the model
+    ``energy`` E(x) in nats and, if it has ``num_classes`` labels, ``log_posterior``.
     """
     columns = extractor.extract(x) | pixel_columns(x)
     if energy_model is not None:
@@ -575,7 +573,7 @@ def columns_of_images(
 
 
 def pixel_columns(x: Tensor) -> Columns:
-    """``ends``, and ``colour`` of colour images, of ``x`` (B, C, H, W) in [0, 1]: each (B,)."""
+    """``ends`` and, for colour images, ``colour`` of ``x`` (B, C, H, W) in [0, 1]; each (B,)."""
     values = (255 * x).round()
     columns = {"ends": ((values <= 1) | (values >= 254)).float().flatten(1).mean(dim=1)}
     if x.shape[1] == 3:
@@ -586,7 +584,7 @@ def pixel_columns(x: Tensor) -> Columns:
 
 
 def saturation(samples: Columns, real: Columns) -> dict[str, Any]:
-    """``ends`` and ``colour`` (None for gray images), each of ``samples`` and ``real``."""
+    """Means of ``ends`` and ``colour`` (None for gray images) over ``samples`` and ``real``."""
     return {
         name: {"samples": statistics.mean(samples[name]), "real": statistics.mean(real[name])}
         if name in samples
@@ -596,9 +594,10 @@ def saturation(samples: Columns, real: Columns) -> dict[str, Any]:
 
 
 def energy_gap(samples: Features, real: Features) -> dict[str, Any] | None:
-    """``energy`` and ``joint_energy``: means of samples minus those of real images of their labels.
+    """``energy`` and ``joint_energy``: mean of the samples minus that of real images by label.
 
-    Without labels, of all. None where there are no energies, or no labels that the model knows.
+    Without labels, all images form one class. None without energies; ``joint_energy`` is None
+    without labels of the model.
     """
     (made, asked), (known, labels) = samples, real
     if "energy" not in made:
@@ -618,7 +617,7 @@ def energy_gap(samples: Features, real: Features) -> dict[str, Any] | None:
 
 
 def _stratified(made: Tensor, asked: Tensor, known: Tensor, labels: Tensor) -> Estimate:
-    """Mean over samples of their value minus the real mean of their label, with its interval."""
+    """Mean over samples of their value minus the real mean of their label, with an interval."""
     made, known, total = made.double(), known.double(), len(made)
     rest, error, inner = torch.empty_like(made), 0.0, 0.0
     groups = sorted(set(asked.tolist()))

@@ -1,13 +1,12 @@
-r"""Suite ``generation``: how far samples are from real images, as a network sees both.
+r"""Suite ``generation``: compare samples with real images in the feature space of a network.
 
-The samples are in an HDF5 file of `ebmkit sample` (its format, and the measures' names, are in
-docs/guide/generation.md). The real images, the *reference*, are those evaluated. An extractor
-gives features and class probabilities of both, and `ebmkit.evaluation.features` the measures of
-all samples and of those of each class.
+The samples are in an HDF5 file from `ebmkit sample` (docs/guide/generation.md has its format and
+the names of the metrics). The evaluated images are the *reference*. An extractor computes features
+and class probabilities of both; `ebmkit.evaluation.features` computes the metrics.
 
-A distance of few images is biased. So the same is measured of as many other real images as there
-are samples, from the other split of the data set where it is found, else of halves of the reference
-against each other: the *floor*, which a perfect model would come down to.
+Distances of few images are biased. The *floor* is the same metric for as many other real images as
+there are samples, from the other split of the data set or, if that is not available, between two
+halves of the reference. It is the value that a perfect model reaches.
 """
 
 from __future__ import annotations
@@ -64,7 +63,7 @@ from ebmkit.evaluation.suite import (
 from ebmkit.storage.hdf5 import find_array, open_hdf5, read_array, read_attribute
 
 ENOUGH = 10
-"""Samples for each feature, below which a Frechet distance is said to be biased."""
+"""Number of samples per feature below which the suite warns that the Frechet distance is biased."""
 
 SHOWN = 24
 
@@ -87,8 +86,9 @@ class Generated(NamedTuple):
 
     Attributes:
         images: (N, C, H, W) uint8.
-        labels: (N,) int64 that were asked for, or None.
-        description: what the file says of them, their ``count``, and how many were ``left_out``.
+        labels: requested labels (N,) int64, or None.
+        description: metadata of the file, the ``count`` of samples, and the number of skipped ones,
+            ``left_out``.
     """
 
     images: Tensor
@@ -97,16 +97,16 @@ class Generated(NamedTuple):
 
 
 def read_samples(path: Path, like: Images, setting: str = "generation.samples") -> Generated:
-    """The samples in ``path``, to be compared with images ``like``.
+    """Read the samples in ``path``, to compare them with the images ``like``.
 
     Args:
-        path: the HDF5 file.
-        like: images of the wanted shape.
-        setting: which setting names the file, for errors.
+        path: HDF5 file.
+        like: images of the expected shape.
+        setting: name of the setting that has the path, for errors.
 
     Raises:
-        UserError: if the file is missing, damaged, or none of `ebmkit sample`'s, its images have
-            another shape, or none is finite.
+        UserError: if the file is missing, damaged or not from `ebmkit sample`, its images have
+            another shape, or all have NaN or Inf.
     """
     what = repr(str(path))
     if not path.is_file():
@@ -117,8 +117,8 @@ def read_samples(path: Path, like: Images, setting: str = "generation.samples") 
     if contents.shape[1:] != shape:
         own, other = ("x".join(map(str, sides)) for sides in (contents.shape[1:], shape))
         raise UserError(
-            f"{setting}: {what} holds images of {own} and {like.name!r} of {other}: compare with a "
-            "data set of the same shape"
+            f"{setting}: {what} holds images of {own} and {like.name!r} of {other}: use a data set "
+            "of the same shape"
         )
     images = contents.read_all()
     with open_hdf5(path) as file:
@@ -129,14 +129,14 @@ def read_samples(path: Path, like: Images, setting: str = "generation.samples") 
         raise UserError(f"{what}: 'finite' must have one entry for each of {len(images)}")
     finished = torch.from_numpy(finite.astype(bool))
     if not finished.any():
-        raise UserError(f"{what}: none of {len(images)} samples is finite: sample anew")
+        raise UserError(f"{what}: all of {len(images)} samples have NaN or Inf: sample again")
     if said["source"] is None:
         raise UserError(
             f"{what} does not say where its samples come from: it must have the attribute "
             "'source', fresh or buffer, as `ebmkit sample RUN --out DIR` writes it"
         )
     if isinstance(said["settings"], str):
-        with contextlib.suppress(ValueError):  # it stays text
+        with contextlib.suppress(ValueError):  # keep text that is not JSON
             said["settings"] = json.loads(said["settings"])
     digest = hashlib.sha256(images.numpy().tobytes()).hexdigest()[:8]
     description: dict[str, Any] = {"file": path.name, "fingerprint": digest}
@@ -150,7 +150,7 @@ def read_samples(path: Path, like: Images, setting: str = "generation.samples") 
 
 
 def other_split(images: Images, data_dir: Path | None) -> Images | None:
-    """Training images of the data set of ``images`` (test images, if it is those), if found."""
+    """Return the other split (train or test) of the data set of ``images``; None if unavailable."""
     if images.name not in DATASETS:
         return None
     sized = images.name in ("folder", "imagenet", "patches")
@@ -170,10 +170,10 @@ def other_split(images: Images, data_dir: Path | None) -> Images | None:
 
 
 def prepare(context: EvaluationContext) -> None:
-    """Raise `UserError` where samples or extractor are not there."""
+    """Raise `UserError` if samples or extractor are missing."""
     _samples(context)
     if context.world.first:
-        _extractor(context)  # which may fetch weights: one does it
+        _extractor(context)  # may download weights, so only one process does it
     context.world.broadcast(None)
 
 
@@ -181,8 +181,8 @@ def _samples(context: EvaluationContext) -> Generated:
     path = context.option(GenerationConfig).samples
     if path is None:
         raise UserError(
-            "suite generation measures samples: make some by `ebmkit sample RUN --out DIR` and "
-            "name their file by --set generation.samples=FILE.h5"
+            "suite generation needs samples: run `ebmkit sample RUN --out DIR` and name the file "
+            "by --set generation.samples=FILE.h5"
         )
     return read_samples(path, context.images)
 
@@ -193,10 +193,10 @@ def _extractor(context: EvaluationContext) -> Extractor:
 
 
 def measure(context: EvaluationContext) -> dict[str, Any]:
-    """Measure and return the document.
+    """Compute the metrics; return the document.
 
     Raises:
-        UserError: if a sample or a feature is missing or not finite.
+        UserError: if there are no samples, or a feature is NaN or Inf.
     """
     images, generated, extractor = context.images, _samples(context), _extractor(context)
     model = context.model if isinstance(context.model, EnergyModel) else None
@@ -221,8 +221,8 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
     for name, own in (("samples", samples.columns), ("reference", real.columns), ("floor", floor)):
         if not (own["features"].isfinite().all() and own["logits"].isfinite().all()):
             raise UserError(
-                f"generation: the extractor gives values that are not finite of the {name}: "
-                "name another by generation.extractor"
+                f"generation: the extractor's features or logits of the {name} have NaN or Inf: "
+                "name another extractor by generation.extractor"
             )
     known = samples._replace(labels=None)
     if samples.labels is not None and real.labels is not None:
@@ -260,7 +260,7 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
 
 
 def _measures(samples: Columns, real: Columns, extractor: Extractor) -> dict[str, Any]:
-    """By the extractor's names, each with its interval."""
+    """Metrics with intervals, by the extractor's names."""
     a, b = samples["features"], real["features"]
     score = statistics.jackknife(inception_score, samples["logits"])
     found = (frechet(a, b), kernel_distance(a, b), score, *precision_recall(a, b))
@@ -270,7 +270,7 @@ def _measures(samples: Columns, real: Columns, extractor: Extractor) -> dict[str
 def _warnings(
     context: EvaluationContext, extractor: Extractor, generated: Generated, document: dict[str, Any]
 ) -> list[str]:
-    """The sentences of what holds."""
+    """Return the warnings that apply."""
     least, width = (
         min(len(generated.images), len(context.images)),
         document["extractor"]["features"],
@@ -282,19 +282,19 @@ def _warnings(
         same = own.keys() == other.keys() and all(torch.equal(own[k], other[k]) for k in own)
     cases = {
         f"{least} images are few for {width} features: {extractor.names['frechet']} is biased "
-        "upwards; read it beside the floor, and compare with none of other numbers of images": (
+        "upwards; compare it with the floor, and only for equal numbers of images": (
             least < ENOUGH * width
         ),
-        f"{left_out} of {left_out + len(generated.images)} samples were not finite and are left "
-        "out": left_out > 0,
-        "the classifier is the model evaluated, so it does not judge independently: train another "
-        "by ce alone": same,
-        f"Inception was trained on photographs, and these images have {high}x{wide} pixels: a "
-        "classifier trained on such images says more": (
+        f"{left_out} of {left_out + len(generated.images)} samples have NaN or Inf and are "
+        "skipped": left_out > 0,
+        "the classifier is the evaluated model, so the metrics are not independent of it: train "
+        "another by ce alone": same,
+        f"Inception was trained on photographs, and these images have {high}x{wide} pixels: use a "
+        "classifier trained on such images": (
             extractor.kind == "inception" and min(high, wide) < 32
         ),
-        "the samples have labels that were asked for; to see whether they show them, name a "
-        "classifier of the same classes by generation.extractor": (
+        "the samples have labels; to measure the label accuracy, name a classifier of the same "
+        "classes by generation.extractor": (
             generated.labels is not None and document["labels"] is None
         ),
     }
@@ -305,8 +305,8 @@ FORMS = {"kernel": "{:.4g}", "precision": "{:.1%}", "recall": "{:.1%}"}
 
 
 def table(document: dict[str, Any]) -> Table:
-    """Every measure, with its interval, beside the floor; then label accuracy and what is measured
-    by class, if labels were asked for; saturation; energy gap."""
+    """Metrics with intervals and the floor, label accuracy and metrics by class (for samples with
+    labels), saturation and energy gap."""
     count, floor = document["samples"]["count"], document["floor"]
     result = new_table(document, ("measure", f"{count} samples", "95 % interval", "real images"))
 
@@ -334,7 +334,7 @@ def table(document: dict[str, Any]) -> Table:
         if gap := (document["energy_gap"] or {}).get(kind):
             row(name, gap, "{:+.3g}", "0")
     samples, extractor = document["samples"], document["extractor"]
-    left = f", {samples['left_out']} not finite left out" if samples["left_out"] else ""
+    left = f", {samples['left_out']} with NaN or Inf skipped" if samples["left_out"] else ""
     chosen = f"filter: {samples['filter']}" if samples.get("filter") else "no filter"
     by = "Inception of 2015 (torch-fidelity)"
     if extractor["kind"] == "classifier":
@@ -354,8 +354,8 @@ COLUMNS = 6
 
 
 def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
-    """Write ``generation.png``, the first samples and images of the reference with the measures
-    above, and, where labels were asked for, ``generation-classes.png``."""
+    """Write ``generation.png`` (the first samples and reference images, and the metrics) and, for
+    samples with labels, ``generation-classes.png``."""
     generated = _samples(context)
     ((real, _),) = context.images.first(SHOWN).batches(SHOWN)
     labels = [] if generated.labels is None else generated.labels[:SHOWN].tolist()
@@ -385,8 +385,8 @@ def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> 
 
 
 def _plot_classes(document: dict[str, Any], path: Path) -> None:
-    """Of each class: recognised, Frechet distance, diversity, saturation, energy gap; with their 95
-    % intervals, where they are known, and a short line at what real images have."""
+    """Plot accuracy, Frechet distance, diversity, saturation and energy gap by class, with 95 %
+    intervals if known, and a short line at the value of real images."""
     classes, total = document["labels"]["classes"], document["labels"]["accuracy"]
     colour = "colour" if classes[0]["saturation"]["colour"] else "ends"
     pixels = [c["saturation"][colour] for c in classes]
@@ -410,7 +410,7 @@ def _plot_classes(document: dict[str, Any], path: Path) -> None:
     size = max(6.6, 1.6 + 0.62 * len(classes)), 0.7 + 1.75 * len(panels)
     figure = plots.new_figure(*size, "constrained")
     figure.suptitle(
-        f"Samples recognised as the label asked for: {total['value']:.1%} "
+        f"Samples classified as the requested label: {total['value']:.1%} "
         f"({total['low']:.1%} to {total['high']:.1%}) of {total['count']}; lines: real images",
         fontsize=9,
     )

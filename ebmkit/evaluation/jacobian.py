@@ -1,40 +1,38 @@
-r"""Suite ``jacobian``: the spectrum of the denoiser's Jacobian at single noisy images.
+r"""Suite ``jacobian``: spectrum of the denoiser's Jacobian at single noisy images.
 
-For a denoiser that is a gradient, :math:`D(y) = y + \sigma^2 \nabla\log p(y)`, the Jacobian (CDN
-eq. 14, figures 3 and 5)
+The Jacobian of a denoiser that is a gradient, :math:`D(y) = y + \sigma^2 \nabla\log p(y)` (CDN eq.
+14, figures 3 and 5),
 
 .. math:: J(y) = \nabla D(y) = I + \sigma^2\, \nabla^2 \log p(y)
 
 is symmetric. If log p is the true density of noisy images, :math:`\sigma^2 J` is the covariance of
-the clean image given the noisy one: then no eigenvalue is negative, so that negative ones are a
-fault of the model, and the PSNR that the model *expects*,
-:math:`-10\log_{10}(\sigma^2 \operatorname{tr} J / d)`, can be set beside the one it has. A
-direction whose eigenvalue is near 0 is discarded as noise, near 1 it is kept, above 1 it is
-amplified; so the trace counts the dimensions that are kept.
+the clean image given the noisy one. Then no eigenvalue is negative, so negative eigenvalues are
+errors of the model, and the *expected* PSNR is
+:math:`-10\log_{10}(\sigma^2 \operatorname{tr} J / d)`. The denoiser removes a direction with an
+eigenvalue near 0 as noise, keeps one near 1 and amplifies one above 1, so the trace counts the
+dimensions that it keeps.
 
-A blind model has an eigenvalue near 2 that says nothing of the image. It reads sigma off the size
-of the noise n, so that its score is about :math:`-d\,n/\|n\|^2`, which along n itself grows by
-:math:`d/\|n\|^2 \approx 1/\sigma^2`: hence :math:`Jn \approx 2n`. What it removes lies along that
-eigenvector.
+A blind model has one eigenvalue near 2 that does not depend on the image. It estimates sigma from
+the norm of the noise n, so its score is about :math:`-d\,n/\|n\|^2`. Along n this grows by
+:math:`d/\|n\|^2 \approx 1/\sigma^2`, hence :math:`Jn \approx 2n`. Most of what the denoiser removes
+lies along that eigenvector.
 
-J has as many columns as the image has values d. It is only ever multiplied:
-:math:`J^\top v = \nabla_y \langle D(y), v\rangle`, a second derivative in reverse, for a gradient
-the Hessian-vector product :math:`v + \sigma^2 \nabla^2\log p(y)\,v`. Many directions are multiplied
-at once at as many copies of y, whose graph is kept for the next ones. Up to `DENSE` values J is
-written out, its symmetric part decomposed in float64, and its asymmetry, which for a gradient is
-rounding alone, measured. Beyond, eigenpairs are found by Lanczos iterations
-(`scipy.sparse.linalg.eigsh`). The largest are quickly found. The smallest in magnitude lie *inside*
-the spectrum, which Lanczos does not reach: they are the largest of :math:`c I - J^2` ("folded"
-spectrum, no inverse needed), rotated within their span to eigenvectors of J. Every pair comes with
-its residual :math:`r = \|Jv - \lambda v\|`: some eigenvalue of J lies within r of :math:`\lambda`.
-Where very many eigenvalues lie near 0, single ones cannot be separated in fewer products than J
-has columns: the vector found is then a mixture of them, r says how wide a range it mixes, and
-:math:`|\lambda|` need not be the smallest.
+The d x d matrix J is only accessed by products :math:`J^\top v = \nabla_y \langle D(y), v\rangle`,
+for a gradient the Hessian-vector products :math:`v + \sigma^2 \nabla^2\log p(y)\,v`. Each batch of
+directions uses as many copies of y; their graph is reused. For images of up to `DENSE` values the
+full J is computed, its symmetric part is decomposed in float64, and its asymmetry, which for a
+gradient is only rounding error, is measured. For larger images Lanczos iterations
+(`scipy.sparse.linalg.eigsh`) find eigenpairs. The largest converge quickly. Those smallest in
+magnitude are in the *interior* of the spectrum, which Lanczos does not reach; they are the largest
+of :math:`c I - J^2` (folded spectrum, no inverse needed), rotated within their span to eigenvectors
+of J. Each pair has a residual :math:`r = \|Jv - \lambda v\|`: some eigenvalue of J is within r of
+:math:`\lambda`. If very many eigenvalues are near 0, fewer products than J has columns cannot
+separate them. The vector is then a mixture of eigenvectors, r measures the range of their
+eigenvalues, and :math:`|\lambda|` need not be the smallest.
 
-A plain denoiser is the gradient of no density. Its J is not symmetric, and singular values and
-right singular vectors stand in for eigenvalues and eigenvectors; it must be small enough to be
-written out. All is in float32, or in float64 if asked; never in less, whatever precision the
-evaluation has.
+A plain denoiser is not the gradient of a density, and its J is not symmetric. Singular values and
+right singular vectors replace eigenvalues and eigenvectors, and the image must be small enough for
+the full J. Everything is in float32, or float64 if requested, whatever the evaluation's precision.
 """
 
 from __future__ import annotations
@@ -72,16 +70,16 @@ from ebmkit.metrics import psnr
 from ebmkit.noise import Sigma, in_255ths
 
 DENSE = 3072
-"""Values of an image (32 x 32 x 3) up to which the Jacobian is written out."""
+"""Maximum number of values of an image (32 x 32 x 3) for the full Jacobian."""
 
 CHUNK_VALUES = 64 * 3072
-"""Values of the directions multiplied at once on a CPU; a GPU takes eight times as many."""
+"""Number of values in a batch of directions on a CPU; eight times as many on a GPU."""
 
 PROBES = 16
-"""Random directions by which trace and asymmetry are estimated where J is not written out."""
+"""Number of random directions that estimate trace and asymmetry without the full J."""
 
 LANCZOS = 40
-"""Lanczos vectors between restarts."""
+"""Number of Lanczos vectors between restarts."""
 
 PAPER = {
     "largest": [2.71, 2.16, 2.03],
@@ -90,7 +88,7 @@ PAPER = {
 }
 PAPER_FACTOR = 500
 ASYMMETRY = 1e-3
-"""Relative asymmetry of a gradient's Jacobian above which rounding is no excuse."""
+"""Relative asymmetry of a gradient's Jacobian above which rounding does not explain it."""
 
 KINDS = ("largest", "smallest")
 NUMBERS = ("trace", "trace_error", "asymmetry")
@@ -108,11 +106,11 @@ class Jacobian:
     """The Jacobian of ``denoise`` at ``y`` as an operator.
 
     Args:
-        denoise: images (B, C, H, W) to images of the same shape, each on its own.
+        denoise: maps images (B, C, H, W) to images of the same shape, independently.
         y: one image (C, H, W).
-        symmetric: whether it must be so, because ``denoise`` is a gradient.
-        chunk: directions multiplied at once; 0: by their size, see `CHUNK_VALUES`.
-        products: how many products were taken so far.
+        symmetric: whether the Jacobian is symmetric because ``denoise`` is a gradient.
+        chunk: number of directions per batch; 0: as many as `CHUNK_VALUES` allows.
+        products: number of products computed so far.
     """
 
     denoise: Callable[[Tensor], Tensor]
@@ -128,15 +126,14 @@ class Jacobian:
 
     @property
     def size(self) -> int:
-        """The number of rows, d = C H W."""
+        """Number of rows, d = C H W."""
         return self.y.numel()
 
     def vjp(self, directions: Tensor) -> Tensor:
-        """J^T v, which is J v if symmetric, of each of ``directions`` (n, d) or (n, C, H, W);
-        their shape and type.
+        """J^T v for each of ``directions`` (n, d) or (n, C, H, W), in their shape and dtype.
 
         Raises:
-            UserError: if a product is NaN or Inf.
+            UserError: if a product has NaN or Inf.
         """
         self.products += len(directions)
         products = []
@@ -147,21 +144,21 @@ class Jacobian:
         found = torch.cat(products)
         if not found.isfinite().all():
             raise UserError(
-                "the Jacobian of this model's denoiser is not finite: its training diverged, or "
+                "the Jacobian of this model's denoiser has NaN or Inf: its training diverged, or "
                 "its weights are damaged"
             )
         return found.reshape(directions.shape)
 
     def dense(self) -> Tensor:
-        """J, (d, d) float64 on the CPU; d products.
+        """J (d, d) float64 on the CPU, from d products.
 
         Raises:
             UserError: if d is above `DENSE`, or J has NaN or Inf.
         """
         if self.size > DENSE:
             raise UserError(
-                f"the Jacobian of an image of {self.size} values cannot be written out beyond "
-                f"{DENSE}: take method iterative, or smaller images"
+                f"an image of {self.size} values is too large for its full Jacobian (at most "
+                f"{DENSE}): use method iterative, or smaller images"
             )
         directions = torch.eye(self.size, dtype=self.y.dtype, device=self.y.device)
         matrix = self.vjp(directions).cpu().double()
@@ -169,7 +166,7 @@ class Jacobian:
         return matrix
 
     def _copies(self, count: int) -> tuple[Tensor, Tensor]:
-        """``count`` copies of y and, with a graph that leads to them, of D(y)."""
+        """``count`` copies of y, and D(y) with its graph."""
         if self._graph is None or len(self._graph[0]) != count:
             self._graph = None
             with torch.inference_mode(False), torch.enable_grad():
@@ -180,22 +177,22 @@ class Jacobian:
 
 
 def jacobian(model: ScoreModel, y: Tensor, sigma: float, chunk: int = 0) -> Jacobian:
-    """The Jacobian at ``y`` (C, H, W) of ``model``'s unconditional denoiser, given ``sigma``.
+    """The Jacobian of ``model``'s unconditional denoiser at ``y``.
 
     Args:
-        model: in evaluation mode. It is symmetric if it is an `EnergyModel`.
-        y: a noisy image.
-        sigma: the noise level, image units.
-        chunk: directions multiplied at once; 0: by their size.
+        model: a model in evaluation mode. The Jacobian of an `EnergyModel` is symmetric.
+        y: one noisy image (C, H, W).
+        sigma: noise level given to the denoiser, image units.
+        chunk: number of directions per batch; 0: as many as `CHUNK_VALUES` allows.
     """
     symmetric = isinstance(model, EnergyModel)
     return Jacobian(lambda images: model.denoise(images, sigma), y, symmetric, chunk)
 
 
 class Eigenpairs(NamedTuple):
-    """Some eigenvalues (k,), their unit vectors (k, C, H, W) and residuals ||J v - value v|| (k,).
+    """Eigenvalues (k,), unit eigenvectors (k, C, H, W) and residuals ||J v - value v|| (k,).
 
-    All float64, on the CPU. The largest entry in magnitude of each vector is positive.
+    All float64, on the CPU. The entry of largest magnitude of each vector is positive.
     """
 
     values: Tensor
@@ -205,19 +202,19 @@ class Eigenpairs(NamedTuple):
 
 @dataclass(frozen=True)
 class Spectrum:
-    """What is known of the spectrum of a Jacobian.
+    """Spectrum of a Jacobian, in full or in part.
 
-    Of the denoiser that is the gradient of no density, values are singular values, and vectors
+    For a denoiser that is not the gradient of a density, values are singular values and vectors
     right singular vectors.
 
     Attributes:
-        values: all of them, descending, if J was written out; else None.
-        largest: the algebraically largest, descending.
-        smallest: the smallest in magnitude, ascending.
-        trace: of J: exact if written out, else estimated from random directions.
-        trace_error: its standard error; 0 if written out.
-        asymmetry: ||J - J^T|| / ||J|| in Frobenius' norm, measured or estimated in the same way.
-        products: how many products with J were taken.
+        values: all values, descending, if the full J was computed; else None.
+        largest: algebraically largest eigenpairs, descending.
+        smallest: eigenpairs of smallest magnitude, ascending.
+        trace: trace of J; exact with the full J, else estimated from random directions.
+        trace_error: standard error of the trace; 0 with the full J.
+        asymmetry: ||J - J^T|| / ||J|| in the Frobenius norm, exact or estimated like the trace.
+        products: number of products with J.
     """
 
     values: Tensor | None
@@ -229,7 +226,7 @@ class Spectrum:
     products: int
 
     def converged(self, tolerance: float) -> bool:
-        """Whether each residual is at most ``tolerance`` times the largest value known."""
+        """Whether all residuals are at most ``tolerance`` times the largest known value."""
         residuals = torch.cat([self.largest.residuals, self.smallest.residuals])
         values = torch.cat([self.largest.values, self.smallest.values]).abs()
         return bool(residuals.max() <= tolerance * values.max())
@@ -248,21 +245,22 @@ def spectrum(
 
     Args:
         operator: the Jacobian.
-        largest: how many of the largest.
-        smallest: how many of the smallest in magnitude.
-        method: dense: all of them; iterative: only those; auto: dense up to `DENSE` values.
-        tolerance: iterate until residuals are below this share of the largest value.
-        products: iterate no further than about so many products.
-        seed: of the random directions and starts of the iterations.
+        largest: number of largest eigenvalues.
+        smallest: number of eigenvalues of smallest magnitude.
+        method: ``dense`` computes all, ``iterative`` only the requested ones; ``auto`` is dense up
+            to `DENSE` values, or if J is not symmetric.
+        tolerance: residual at which iterations stop, relative to the largest value.
+        products: approximate maximum number of products of the iterations.
+        seed: random seed of the directions and the iterations' starts.
 
     Raises:
-        UserError: if more are asked for than there are, the image is too large for ``dense``, or a
-            Jacobian that is not symmetric is too large to be written out.
+        UserError: if a number is not between 1 and d - 1, the image is too large for ``dense``, or
+            ``iterative`` is used for a Jacobian that is not symmetric.
     """
     if largest < 1 or smallest < 1 or max(largest, smallest) >= operator.size:
         raise UserError(
             f"of the {operator.size} eigenvalues of an image's Jacobian, {largest} largest and "
-            f"{smallest} smallest cannot be taken: ask for 1 to {operator.size - 1} of each"
+            f"{smallest} smallest cannot be computed: request 1 to {operator.size - 1} of each"
         )
     if method == "auto":
         method = "dense" if operator.size <= DENSE or not operator.symmetric else "iterative"
@@ -270,14 +268,14 @@ def spectrum(
         return _dense_spectrum(operator, largest, smallest)
     if not operator.symmetric:
         raise UserError(
-            "a plain denoiser's Jacobian is not symmetric and has no eigenvectors to iterate for: "
-            "take method dense"
+            "a plain denoiser's Jacobian is not symmetric, which method iterative requires: use "
+            "method dense"
         )
     return _iterative_spectrum(operator, largest, smallest, tolerance, products, seed)
 
 
 def _pairs(operator: Jacobian, values: Tensor, vectors: Tensor, rest: Tensor) -> Eigenpairs:
-    """Of ``vectors`` (k, d) with ``rest`` J v - value v (k, d)."""
+    """`Eigenpairs` from ``vectors`` (k, d) and their ``rest`` J v - value v (k, d)."""
     largest = vectors.gather(1, vectors.abs().argmax(1, keepdim=True))
     signed = vectors * torch.where(largest < 0, -1.0, 1.0)
     return Eigenpairs(values, signed.reshape(-1, *operator.y.shape), rest.norm(dim=1))
@@ -323,8 +321,8 @@ def _iterative_spectrum(
         tolerance: float,
         start: Vectors | None = None,
     ) -> tuple[Vectors, Eigenpairs]:
-        """Orthonormal vectors (d, count), eigenvectors of ``product`` or the best that about
-        ``last`` products gave, and the eigenpairs of J within their span (Rayleigh and Ritz)."""
+        """Return orthonormal vectors (d, count), the best eigenvectors of ``product`` within about
+        ``last`` products, and the eigenpairs of J in their span (Rayleigh-Ritz)."""
         krylov = min(size, max(LANCZOS, 2 * count + 1))
         matrix = LinearOperator((size, size), matvec=product, dtype=np.float64)
         begin = rng.standard_normal(size) if start is None else start.sum(1)
@@ -346,12 +344,12 @@ def _iterative_spectrum(
         return basis, _pairs(operator, values, own, images - values[:, None] * own)
 
     estimates = _probe(operator, rng)
-    # the scale of the spectrum, for the fold and for the tolerance
+    # scale of the spectrum, for folding and for the tolerance
     scale = max(float(lanczos(times, 1, "LM", 0.01)[1].values.abs().max()), 1e-12)
     found: list[Eigenpairs] = []
     for product, count in ((times, largest), (folded, smallest)):
         goal, start = tolerance, None
-        while True:  # each time from what was found, so that there is always something
+        while True:  # start from the previous vectors, so there is always a result
             start, pairs = lanczos(product, count, "LA", goal, start)
             converged = float(pairs.residuals.max()) <= tolerance * scale
             if converged or operator.products >= last or goal < 1e-14:
@@ -363,7 +361,7 @@ def _iterative_spectrum(
 
 
 def _probe(operator: Jacobian, rng: np.random.Generator) -> tuple[float, float, float]:
-    """Trace, its standard error, and relative asymmetry, from random directions.
+    """Estimate the trace, its standard error, and the relative asymmetry from random directions.
 
     For white v, u: E[v^T J v] = tr J, E||J v||^2 = ||J||^2 and E[(u^T (J - J^T) v)^2] =
     ||J - J^T||^2.
@@ -402,12 +400,12 @@ class JacobianConfig(SuiteConfig):
 
 
 def check(model: ScoreModel, images: Images) -> None:
-    """Raise `UserError` where the Jacobian is not symmetric and too large to be written out."""
+    """Raise `UserError` if the Jacobian is not symmetric and the images are too large for it."""
     size = images.channels * math.prod(images.image_size)
     if not isinstance(model, EnergyModel) and size > DENSE:
         raise UserError(
-            f"a plain denoiser's Jacobian is not symmetric and must be written out, which images "
-            f"of {size} values are too large for: take images of up to {DENSE} values"
+            f"a plain denoiser's Jacobian is not symmetric and must be computed in full, for which "
+            f"images of {size} values are too large: use images of up to {DENSE} values"
         )
 
 
@@ -415,7 +413,7 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
     """Decompose the Jacobians; return the document.
 
     Raises:
-        UserError: if the Jacobian has NaN or Inf, or has fewer eigenvalues than are asked for.
+        UserError: if a Jacobian has NaN or Inf, or fewer eigenvalues than requested.
     """
     config = context.option(JacobianConfig)
     model = context.model_in(config.precision)
@@ -446,7 +444,7 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
 def _measure(
     model: ScoreModel, batch: Batch, config: JacobianConfig, seed: int
 ) -> dict[str, Tensor]:
-    """Of one image, each (1, ...)."""
+    """Compute the columns (1, ...) of one image."""
     dtype = torch.float64 if config.precision == "double" else batch.y.dtype
     x, y = batch.x.to(dtype), batch.y.to(dtype)
     options = config.model_dump(include={*KINDS, "method", "tolerance", "products"})
@@ -471,7 +469,7 @@ def _measure(
 def _document(
     own: dict[str, Tensor], number: int, images: Images, config: JacobianConfig
 ) -> dict[str, Any]:
-    """What the JSON file holds of the image with this ``number``, of its entries of columns."""
+    """JSON entry of image ``number`` from its columns."""
     expected = config.sigma**2 * float(own["trace"]) / own["x"].numel()
     document: dict[str, Any] = {
         "label": None if images.labels is None else class_name(images, int(images.labels[number])),
@@ -504,22 +502,21 @@ def _warnings(model: ScoreModel, per_image: list[dict[str, Any]]) -> list[str]:
     found = []
     if left := sum(not one["converged"] for one in per_image):
         found.append(
-            f"of {left} of {len(per_image)} images not all eigenpairs converged: see their "
-            "residuals, within which some eigenvalue lies; give more products, or a larger "
-            "tolerance"
+            f"not all eigenpairs of {left} of {len(per_image)} images converged (some eigenvalue "
+            "is within each residual): increase jacobian.products or jacobian.tolerance"
         )
     worst = max(one["asymmetry"] for one in per_image)
     if isinstance(model, EnergyModel) and worst > ASYMMETRY:
         found.append(
-            f"the Jacobian is asymmetric by {worst:.1e} of its norm, which is more than rounding: "
+            f"the relative asymmetry of the Jacobian is {worst:.1e}, more than rounding errors: "
             "the density is not twice differentiable, or its derivative is wrong"
         )
     return found
 
 
 def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
-    """Write ``jacobian.png``, the paper's figure 3 (denoised images, their difference, eigenvectors
-    of the Jacobian), and, if dense, ``spectrum.png``."""
+    """Write ``jacobian.png`` (denoised images, their difference and eigenvectors, as in the paper's
+    figure 3) and, with all eigenvalues, ``spectrum.png``."""
     columns = context.measured
     if "eigenvalues" in columns:
         _plot_spectra(document, folder / "spectrum.png")
@@ -554,15 +551,15 @@ def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> 
         folder / "jacobian.png",
         {2: "", first: "largest", first + largest: "smallest in magnitude"},
         f"{plots.images_of(document)}: denoising, and {what} of the Jacobian (value, ± residual)",
-        "Differences and vectors are shown around gray, each vector scaled to the full range. "
-        '"noise": most of what $D_u$ removes lies along it.',
+        "Differences and vectors: gray is 0, each vector is scaled to the full range. "
+        '"noise": most of what $D_u$ removes lies along this vector.',
     )
 
 
 def magnification(difference: Tensor, factor: float = PAPER_FACTOR) -> float:
-    """``factor``, or the largest of 1, 2, 5, 10, ... below it that does not saturate.
+    """Return ``factor``, or the largest of 1, 2, 5, 10, ... below it that does not saturate.
 
-    An image saturates where more than 1 % of the values of ``factor * difference`` leave
+    A factor saturates if more than 1 % of the values of ``factor * difference`` are outside
     [-1/2, 1/2].
     """
     most = float(difference.abs().flatten().double().quantile(0.99))
@@ -574,7 +571,7 @@ def magnification(difference: Tensor, factor: float = PAPER_FACTOR) -> float:
 
 
 def _plot_spectra(document: dict[str, Any], path: Path) -> None:
-    """All eigenvalues of each image: sorted, and their magnitudes on a logarithmic axis."""
+    """Plot all eigenvalues of each image, sorted, and their magnitudes on a logarithmic axis."""
     figure = plots.new_figure(9.6, 4.1, layout="constrained")
     left, right = figure.subplots(1, 2)
     kind = "singular value" if document["singular"] else "eigenvalue"
@@ -598,10 +595,10 @@ def _plot_spectra(document: dict[str, Any], path: Path) -> None:
 
 
 def table(document: dict[str, Any]) -> Table:
-    """Of each image: trace, eigenvalues, asymmetry, PSNR.
+    """Trace, eigenvalues, asymmetry and PSNR of each image.
 
-    Below, the paper's eigenvalues, where data, noise level and quantity are the paper's; its
-    network and image are its own, as the caption says.
+    If data set, noise level and quantity are the paper's, the last row has the paper's eigenvalues,
+    which are for its own network and image.
     """
     heads = ("image", "trace", "> 1/2", "largest", "smallest", "asym.", "PSNR", "exp.")
     result = new_table(document, heads)

@@ -1,25 +1,25 @@
-r"""Suite ``linearity``: whether :math:`D(y) = \nabla D(y)\,y`, as CDN section 4.2 says.
+r"""Suite ``linearity``: does :math:`D(y) = \nabla D(y)\,y` hold, as CDN section 4.2 claims?
 
-Where D is homogeneous of degree 1 (Mohan et al., 2020, arXiv 1906.05478), the claim holds. For log
-p homogeneous of degree k, the score is so of degree k - 1, and by Euler's identity
+The claim holds if D is homogeneous of degree 1 (Mohan et al., 2020, arXiv 1906.05478). If log p is
+homogeneous of degree k, the score has degree k - 1, and by Euler's identity
 
 .. math:: D(y) - J(y)\,y = (2 - k)\, \sigma^2 \nabla\log p(y) = (2 - k)\,(D(y) - y) ,
 
-so it holds for k = 2 alone (`theory`: which k a network must have). Measured on
-:math:`y = x + \sigma\epsilon` are the errors and degrees of `Linearity`, with J the Jacobian of the
-unconditional denoiser, given sigma, and ``euler_degree`` :math:`\langle y, s\rangle / \log p`: k by
-Euler's identity, where log p has no unknown constant, as the linear-quadratic head's
-:math:`-\frac12 (w^\top f)^2`; else null.
+so it holds only for k = 2 (`theory` returns k for a network). The suite computes the errors and
+degrees of `Linearity` at :math:`y = x + \sigma\epsilon`, with J the Jacobian of the unconditional
+denoiser given sigma, and ``euler_degree`` :math:`\langle y, s\rangle / \log p`, which is k by
+Euler's identity. It is null unless log p has no unknown constant, as with the linear-quadratic
+head's :math:`-\frac12 (w^\top f)^2`.
 
 ``error``, ``unexplained`` and ``explained`` are means over images. The other three have
-denominators that may be near 0 at single images, where a mean of ratios would be one image's. So
-they are *pooled*: numerator and denominator are summed over images first,
+denominators that may be near 0 for single images, which would dominate a mean of ratios. They are
+*pooled*: numerator and denominator are summed over images before the division,
 
 .. math:: k = 2 - \frac{\sum \langle D - Jy,\; D - y\rangle}{\sum \|D - y\|^2}
 
 (the least-squares fit to all images), :math:`\sum\langle y, s\rangle / \sum\log p`, and
-``of_change`` :math:`(\sum\|D - Jy\|^2 / \sum\|D - y\|^2)^{1/2}`. Their intervals are the
-bootstrap's, over images.
+``of_change`` :math:`(\sum\|D - Jy\|^2 / \sum\|D - y\|^2)^{1/2}`. Their intervals are bootstraps
+over images.
 """
 
 from __future__ import annotations
@@ -63,13 +63,13 @@ SHOWN = {
     "euler_degree": "{:.3f}",
     "unexplained": "{:.3g}",
 }
-"""What the table shows of a level beside the error."""
+"""Formats of the table's columns after the error."""
 
 ROUNDING = 1e-5
-"""Relative error below which what is left of float32 is rounding."""
+"""Relative error below which ``explained`` is not reported: float32 rounding dominates."""
 
 MAX_BATCH = 64
-"""Images at a time: derivatives of derivatives take several times a forward pass's memory."""
+"""Maximum batch size: second derivatives need several times the memory of a forward pass."""
 
 
 class LinearityConfig(SuiteConfig):
@@ -82,17 +82,17 @@ class LinearityConfig(SuiteConfig):
 
 
 class Linearity(NamedTuple):
-    """How far a denoiser is from D(y) = J(y) y at images; all (B,).
+    """Deviation of a denoiser from D(y) = J(y) y at each image; all (B,).
 
     Attributes:
         error: ||D - J y|| / ||D||.
-        of_change: ||D - J y|| / ||D - y||, which is |2 - k| for log p homogeneous of degree k.
-        degree: the k that fits best, 2 - <D - J y, D - y> / ||D - y||^2.
-        unexplained: ||D - J y - (2 - degree)(D - y)|| / ||D||, what no degree explains.
-        explained: the share of ||D - J y||^2 that the degree explains; of rounding errors alone
-            where the error is about 1e-6 and less.
+        of_change: ||D - J y|| / ||D - y||, which is |2 - k| if log p is homogeneous of degree k.
+        degree: best-fitting k, 2 - <D - J y, D - y> / ||D - y||^2.
+        unexplained: ||D - J y - (2 - degree)(D - y)|| / ||D||, the remaining error.
+        explained: share of ||D - J y||^2 that the degree explains; only rounding if the error is
+            below about 1e-6.
         along: <y, D - y> / sigma^2 = <y, score>, which is k log p by Euler's identity.
-        moved: ||D - y||^2, by which ratios are pooled.
+        moved: ||D - y||^2, the denominator of pooled ratios.
     """
 
     error: Tensor
@@ -108,9 +108,9 @@ def linearity(model: ScoreModel, y: Tensor, sigma: float) -> Linearity:
     """Measure the local linearity of ``model``'s unconditional denoiser at ``y`` (CDN section 4.2).
 
     Args:
-        model: in evaluation mode.
+        model: a model in evaluation mode.
         y: noisy images (B, C, H, W).
-        sigma: their noise level, image units.
+        sigma: noise level of the images, image units.
     """
     symmetric = isinstance(model, EnergyModel)
     clean, product = directional(lambda images: model.denoise(images, sigma), y, y, symmetric)
@@ -135,13 +135,13 @@ def linearity(model: ScoreModel, y: Tensor, sigma: float) -> Linearity:
 def directional(
     denoise: Callable[[Tensor], Tensor], y: Tensor, v: Tensor, symmetric: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """D(y) and J(y) v for images ``y`` and directions ``v``, both (B, C, H, W), each on its own.
+    """Return D(y) and J(y) v for images ``y`` and directions ``v``, one direction per image.
 
     Args:
-        denoise: images to images of the same shape.
-        y: images.
-        v: directions.
-        symmetric: whether J is, so that it is its own transpose, which takes one derivative less.
+        denoise: function from images (B, C, H, W) to images.
+        y: images (B, C, H, W).
+        v: directions (B, C, H, W).
+        symmetric: whether J is symmetric; then J v is a VJP, which needs one derivative less.
     """
     with torch.inference_mode(False):
         at = y.clone(memory_format=torch.contiguous_format)
@@ -150,8 +150,7 @@ def directional(
 
 
 class Theory(NamedTuple):
-    """The degree k of homogeneity that log p must have, None if it has none, and one sentence
-    why."""
+    """Theoretical degree k of homogeneity of log p (None if not homogeneous), and the reason."""
 
     degree: float | None
     why: str
@@ -164,16 +163,14 @@ def theory(
     head: str = "linear-quadratic",
     input_mean: float | tuple[float, ...] = 0.0,
 ) -> Theory:
-    """The degree of homogeneity of log p of a GradResNet, and so its local linearity.
-
-    Up to what a norm's eps and rounding break.
+    """Degree of homogeneity of log p of a GradResNet, apart from rounding and the norms' eps.
 
     Args:
         norm: group, scale, batch or none, as in the backbone's configuration.
         activation: relu or gelu.
         bias: whether convolutions and norms have biases.
-        head: the head's kind.
-        input_mean: what is subtracted from images, one number or one per channel.
+        head: kind of the head.
+        input_mean: mean that is subtracted from images, one number or one per channel.
 
     >>> theory("scale", "relu", bias=False).degree
     2.0
@@ -195,7 +192,7 @@ def theory(
 
 
 def theory_of(model: ScoreModel) -> Theory | None:
-    """`theory` of a GradResNet with one of our heads, by its modules; None for other models."""
+    """`theory` for a GradResNet with an ebmkit head, from its modules; None for other models."""
     if not isinstance(model, JointModel) or not isinstance(model.backbone, GradResNet):
         return None
     if not isinstance(model.head, (LinearQuadraticHead, LogitHead)):
@@ -225,7 +222,7 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
 
         def of_batch(batch: Batch, sigma: float = sigma) -> dict[str, Tensor]:
             columns = linearity(model, batch.y, sigma)._asdict()
-            # log p up to no constant: the linear-quadratic head says -(w f)^2 / 2
+            # the linear-quadratic head's log p, -(w f)^2 / 2, has no unknown constant
             if isinstance(model, JointModel) and isinstance(model.head, LinearQuadraticHead):
                 columns["log_density"] = model.log_density(batch.y, sigma).double()
             return columns
@@ -249,8 +246,8 @@ def _level(columns: dict[str, Tensor], seed: int) -> dict[str, Any]:
         of_ratio: Callable[[float], float] = float,
         lowest: float = -math.inf,
     ) -> Estimate:
-        """``of_ratio`` of the sum of ``top`` (n,) by that of ``bottom`` (n,), no end below
-        ``lowest``; undefined (nan) where the latter is 0, its interval for a single image."""
+        """``of_ratio(sum(top) / sum(bottom))`` with an interval cut at ``lowest``; nan if the
+        denominator is 0. A single image has no interval."""
         over, under = top.numpy(), bottom.numpy()
 
         def ratio(rows: NDArray[np.intp]) -> float:
@@ -282,7 +279,7 @@ def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> 
     errors = {
         "error": "$\\|D - Jy\\| / \\|D\\|$",
         "of_change": "$\\|D - Jy\\| / \\|D - y\\|$, pooled",
-        "unexplained": "rest of $D - Jy$ that no k explains, by $\\|D\\|$",
+        "unexplained": "rest of $D - Jy$ for the best k, by $\\|D\\|$",
     }
     degrees = {"degree": "best fit", "euler_degree": "Euler's, $\\langle y, s\\rangle / \\log p$"}
     for axes, series, limits_of in ((left, errors, _log_limits), (right, degrees, _degree_limits)):
@@ -308,13 +305,13 @@ def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> 
 
 
 def linearity_grid(cells: Sequence[dict[str, Any]], path: Path, data: str = "") -> None:
-    """Local linearity of networks that differ in norm, activation and biases, beside the theory.
+    """Plot local linearity and theory of networks that differ in norm, activation and biases.
 
     Args:
-        cells: by network ``norm`` (group or scale), ``activation`` (gelu or relu), ``bias`` (bool),
-            ``levels`` and ``theory`` as in ``linearity.json``.
-        path: the PNG file.
-        data: which images, for the title.
+        cells: one dictionary per network: ``norm`` (group or scale), ``activation`` (gelu or relu),
+            ``bias`` (bool), and ``levels`` and ``theory`` as in ``linearity.json``.
+        path: PNG file.
+        data: description of the images, for the title.
     """
     figure = plots.new_figure(max(6.4, 1.15 * len(cells) + 1.4), 6.2, layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True)
@@ -352,19 +349,19 @@ def linearity_grid(cells: Sequence[dict[str, Any]], path: Path, data: str = "") 
 
 
 def _log_limits(estimates: Sequence[dict[str, Any]]) -> tuple[float, float]:
-    """What is drawn of ``estimates`` on a logarithmic axis, on which an interval may reach 0."""
+    """Limits of a logarithmic axis for ``estimates``, whose intervals may contain 0."""
     values, highs = ([e[key] for e in estimates if e[key]] for key in ("value", "high"))
     return min(values, default=0.1) / 5, max([*values, *highs], default=1.0)
 
 
 def _degree_limits(estimates: Sequence[dict[str, Any]]) -> tuple[float, float]:
-    """What is drawn of degrees: 0 and 2, and no more beyond than leaves these distinct."""
+    """Limits of the axis for degrees: contain 0 and 2, and lie within [-2, 5]."""
     ends = [e[k] for e in estimates for k in ("value", "low", "high") if e[k] is not None]
     return max(-2.0, min([-0.5, *ends])), min(5.0, max([2.5, *ends]))
 
 
 def table(document: dict[str, Any]) -> Table:
-    """By noise level: errors, the degree that fits best and Euler's, with the theory's below."""
+    """Errors, best-fitting degree and Euler's degree by noise level; theory in the last row."""
     heads = ("sigma", "error", "95 % interval", "of change", "degree k", "Euler's", "rest")
     result = new_table(document, heads)
     for level in document["levels"]:

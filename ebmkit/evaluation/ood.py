@@ -1,46 +1,44 @@
-r"""Suite ``ood``: whether the model knows images of its distribution from others.
+r"""Suite ``ood``: out-of-distribution (OOD) detection. Does the model separate the evaluated images
+from others?
 
-In distribution are the images evaluated; out of it are the images of each of several sets: other
-data sets, and what is made of the images or of nothing. A made set has as many images as it is made
-of, each a function of the seed and of its number alone, so that neither batches nor processes
-change it. Of files, all images are taken up to that number, in the order of their names, and
-brought to the model's size and channels by one rule: the shorter side resized (bicubic), the middle
-cut out; gray repeated to colour, colour weighted to gray.
+The evaluated images are in distribution. OOD sets are other data sets, or generated: random images
+or modified evaluated images, one per evaluated image. Random numbers depend only on the seed and
+the index of the image, not on batches or processes. Of other data sets the first images up to that
+number are used (files in the order of their names), converted to the model's size and channels: the
+shorter side is resized (bicubic), the centre is cropped, gray is repeated to colour, and colour
+becomes gray by a weighted mean.
 
-Each image x of d values gets scores, higher meaning "in". JEM's three (arXiv 1912.03263, section
-5.2):
+Each image x of d values gets several scores; higher means in distribution. JEM's scores (arXiv
+1912.03263, section 5.2):
 
 - ``log-density``: :math:`\log p(x)`, up to one constant, nats;
 - ``confidence``: :math:`\max_c p(c \mid x)`;
-- ``gradient``: :math:`-\|\nabla \log p(x)\|`, which is low where a density has its mass.
+- ``gradient``: :math:`-\|\nabla \log p(x)\|`; the norm is small where a density has its mass.
 
-A joint model is trained on noisy images, :math:`y = x + \sigma\epsilon`, and has more to say there.
-With the score s(y) and fixed noise :math:`\epsilon_1, \dots, \epsilon_n` for each image, at each
-level sigma,
+Joint models are trained on noisy images, :math:`y = x + \sigma\epsilon`. With the score s(y) and
+fixed noise :math:`\epsilon_1, \dots, \epsilon_n` for each image, at each level sigma,
 
 - ``residual``: :math:`-\frac1n \sum_i \|\sigma s(y_i) + \epsilon_i\|^2 / d`, minus the loss of
-  denoising score matching at this one image. Integrated over :math:`\log\sigma` it is the
-  log-likelihood up to a constant (Kong et al., arXiv 2302.03792), so each level is a share of it;
+  denoising score matching for this image. Its integral over :math:`\log\sigma` is the
+  log-likelihood up to a constant (Kong et al., arXiv 2302.03792);
 - ``noise-level``: :math:`-\bigl|\log\bigl(\frac1n \sum_i \|\sigma s(y_i)\|^2 / d\bigr)\bigr|`.
-  A model that knows such images reads off the noise level that is there, and
-  :math:`\|\sigma s\|^2` is near d: a test of typicality and not of likelihood;
-- ``noisy-density``: :math:`\frac1n \sum_i \log p(y_i)`. At sigma the density is one that training
-  saw, unlike at 0.
+  On images of its distribution a model estimates the true noise level, and
+  :math:`\|\sigma s\|^2` is near d. This is a test of typicality, not of likelihood;
+- ``noisy-density``: :math:`\frac1n \sum_i \log p(y_i)`, the density at a noise level seen in
+  training, unlike that at 0.
 
-With scores u of images in and v of images out, and a threshold t,
+With scores u of n in-distribution and v of m OOD images, and a threshold t,
 
 .. math:: \mathrm{TPR}(t) = P(u \ge t), \qquad \mathrm{FPR}(t) = P(v \ge t),
 
-- ``auroc``: the area under TPR against FPR, :math:`P(u > v) + \tfrac12 P(u = v)`;
-- ``aupr_in``: average precision with the images in as positives, :math:`\sum_t \Delta\mathrm{TPR}\,
-  \frac{n\,\mathrm{TPR}}{n\,\mathrm{TPR} + m\,\mathrm{FPR}}`; ``aupr_out``: with those out as
-  positives, by -score;
-- ``fpr95``: the share of images out that are taken for in at the highest threshold at which at
-  least 95 % of those in are.
+- ``auroc``: area under the curve of TPR against FPR, :math:`P(u > v) + \tfrac12 P(u = v)`;
+- ``aupr_in``: average precision with in-distribution images as positives,
+  :math:`\sum_t \Delta\mathrm{TPR}\, \frac{n\,\mathrm{TPR}}{n\,\mathrm{TPR} + m\,\mathrm{FPR}}`;
+  ``aupr_out``: with OOD images as positives, by -score;
+- ``fpr95``: FPR at the highest threshold with a TPR of at least 95 %.
 
-Ties count as scikit-learn counts them. Intervals are of the basic bootstrap
-(`ebmkit.evaluation.statistics`), kept within [0, 1], with the images in and the images out
-resampled apart.
+Ties count as in scikit-learn. Intervals are basic bootstraps (`ebmkit.evaluation.statistics`),
+clipped to [0, 1]; both sets are resampled independently.
 """
 
 from __future__ import annotations
@@ -103,8 +101,7 @@ class OodConfig(SuiteConfig):
 
 
 class OutSet(NamedTuple):
-    """A set of images out of distribution: its name, one line on it, and the images, of the model's
-    size and channels."""
+    """A set of OOD images of the model's size and channels, with its name and description."""
 
     name: str
     description: str
@@ -124,7 +121,7 @@ def _shuffled(x: Tensor, generator: torch.Generator) -> Tensor:
 GENERATORS: dict[str, tuple[Callable[[Tensor, torch.Generator], Tensor], str]] = {
     "constant": (
         lambda x, generator: torch.rand(len(x), 1, 1, generator=generator).expand(x.shape),
-        "one gray or colour all over",
+        "one gray level or colour",
     ),
     "uniform": (
         lambda x, generator: torch.rand(x.shape, generator=generator),
@@ -134,18 +131,18 @@ GENERATORS: dict[str, tuple[Callable[[Tensor, torch.Generator], Tensor], str]] =
     "inverted": (lambda x, generator: 1 - x, "1 - x"),
     "shuffled": (_shuffled, "the pixels of each image in random order"),
 }
-"""Made sets: an image (C, H, W) from one of the distribution and random numbers."""
+"""Functions from an evaluated image (C, H, W) and a generator to an OOD image, and descriptions."""
 
 MADE = ("interpolations", *GENERATORS)
-"""Sets that are made here."""
+"""Names of generated sets."""
 
 NAMED = ("cifar10", "cifar100", "digits", "patches")
-"""Data sets that are found by their name: their test images."""
+"""Names of data sets, whose test images are used."""
 
 
 @dataclass(frozen=True)
 class _Reader:
-    """Gives images (B, C, H, W) by their numbers."""
+    """Reads images (B, C, H, W) by index."""
 
     images: Callable[[Sequence[int]], Tensor]
 
@@ -154,7 +151,7 @@ class _Reader:
 
 
 class _MadeSet(StreamedSet):
-    """A set whose reader gives float32 in [0, 1]."""
+    """A set whose reader returns float32 in [0, 1]."""
 
     def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
         for start in range(0, len(self), size):
@@ -162,7 +159,7 @@ class _MadeSet(StreamedSet):
 
 
 def _made(name: str, source: Images, seed: int) -> Images:
-    """Images made one by one of those of ``source``."""
+    """The generated set ``name``, one image per image of ``source``."""
 
     def originals(numbers: Sequence[int]) -> Tensor:
         ((x, _),) = source.select(torch.as_tensor(numbers)).batches(len(numbers))
@@ -181,16 +178,16 @@ def _made(name: str, source: Images, seed: int) -> Images:
 
 
 def partners(labels: Tensor | None, count: int) -> list[int]:
-    """For each of ``count`` images the next one, cyclic, with another label (if there are labels).
+    """Index of the next image of another class (any, without labels) for each image, cyclically.
 
     Raises:
-        UserError: if there is none.
+        UserError: if all images have one label.
     """
     own = list(range(count)) if labels is None else labels.tolist()
     if len(set(own)) < 2:
         raise UserError(
             f"interpolations are means of two images of different classes, and all {count} are of "
-            "one: leave interpolations out of ood.sets, or take more images"
+            "one class: remove interpolations from ood.sets, or use more images"
         )
     after: list[int] = [0] * (2 * count)
     for i in reversed(range(2 * count - 1)):
@@ -200,7 +197,7 @@ def partners(labels: Tensor | None, count: int) -> list[int]:
 
 
 def standard_sets(images: Images, data_dir: Path | None) -> list[str]:
-    """What ``auto`` stands for: CIFAR-100 beside CIFAR-10 where it is found, and made sets."""
+    """Names of the sets of ``auto``: generated sets and, for CIFAR-10, CIFAR-100 if available."""
     if images.name != "cifar10":
         return list(MADE)
     where = data_dir or Path("data")
@@ -209,14 +206,14 @@ def standard_sets(images: Images, data_dir: Path | None) -> list[str]:
 
 
 def find_set(name: str, images: Images, data_dir: Path | None, seed: int) -> OutSet:
-    """The set ``name`` out of the distribution of ``images``.
+    """Find or generate the OOD set ``name``.
 
     Args:
         name: one of `MADE` or `NAMED`, an image folder, or an HDF5 file with images (N, H, W, C)
             uint8 at its root or in the group ``test``.
-        images: what the model is at home with; the set has no more, of the same shape.
-        data_dir: where data sets are looked for.
-        seed: of made sets.
+        images: in-distribution images; the set has at most as many, of the same shape.
+        data_dir: folder of the data sets.
+        seed: random seed of generated sets.
 
     Raises:
         UserError: if there is no such set, or its files cannot be read.
@@ -227,7 +224,7 @@ def find_set(name: str, images: Images, data_dir: Path | None, seed: int) -> Out
         return OutSet(name, description, _made(name, images, seed))
     if name in NAMED:
         if name == images.name:
-            raise UserError(f"ood.sets: {name!r} is the data set that is evaluated: name another")
+            raise UserError(f"ood.sets: {name!r} is the evaluated data set: name another")
         own = load_dataset(name, data_dir, "test", download=False, progress=False)
         return OutSet(name, f"{name} test images", _reshaped(own, images))
     path = Path(name).expanduser()
@@ -237,11 +234,11 @@ def find_set(name: str, images: Images, data_dir: Path | None, seed: int) -> Out
         return OutSet(path.name, f"images in the file {path.name}", _file(path, images))
     if os.sep in name or path.suffix:
         raise UserError(f"ood.sets: there is no folder or HDF5 file {name!r}")
-    raise unknown_name("set out of distribution", name, ["auto", *MADE, *NAMED])
+    raise unknown_name("OOD set", name, ["auto", *MADE, *NAMED])
 
 
 def _reshaped(other: AnyImages, like: Images) -> Images:
-    """The first images of ``other``, of the shape of ``like``."""
+    """The first images of ``other``, converted to the shape of ``like``."""
     other = other.first(len(like))
     if (other.channels, other.image_size) == (like.channels, like.image_size):
         return replace(other, labels=None, class_names=())
@@ -280,7 +277,7 @@ def _file(path: Path, like: Images) -> Images:
 
 
 def _fitted(name: str, count: int, read: Callable[[int], Any], like: Images) -> StreamedSet:
-    """``count`` images that ``read`` opens by their number, of the shape of ``like``."""
+    """Set of ``count`` images that ``read`` opens by index, converted to the shape of ``like``."""
     shape = like.channels, like.image_size
 
     def pixels(rows: Sequence[int]) -> Tensor:
@@ -302,7 +299,7 @@ NOISY = {
 
 
 def known_scores(model: ScoreModel, sigmas: Sequence[float]) -> dict[str, str]:
-    """The scores that ``model`` has, each with what it is in words."""
+    """Names and descriptions of the scores that ``model`` has."""
     density = isinstance(model, EnergyModel)
     clean = {
         name: description
@@ -321,14 +318,14 @@ def known_scores(model: ScoreModel, sigmas: Sequence[float]) -> dict[str, str]:
 def scores_of(
     model: ScoreModel, x: Tensor, sigmas: Sequence[float], draws: int, seed: int = 0
 ) -> dict[str, Tensor]:
-    """`known_scores` of images ``x`` (B, C, H, W), each (B,).
+    """Compute the `known_scores` (B,) of images.
 
     Args:
-        model: in evaluation mode.
-        x: in [0, 1].
+        model: a model in evaluation mode.
+        x: images (B, C, H, W) in [0, 1].
         sigmas: noise levels, image units.
-        draws: noise images for each image and level, from its content and ``seed``.
-        seed: of the noise.
+        draws: number of noise draws per image and level.
+        seed: random seed of the noise, which also depends on the image.
     """
     found: dict[str, Tensor] = {}
     if isinstance(model, EnergyModel):
@@ -360,7 +357,7 @@ def _at(name: str, sigma: float) -> str:
 
 
 METRICS = {"auroc": "AUROC", "aupr_in": "AUPR in", "aupr_out": "AUPR out", "fpr95": "FPR95"}
-"""By name, what tables call them."""
+"""Metrics and their names in tables."""
 
 TPR = 0.95
 
@@ -370,8 +367,14 @@ Counts = NDArray[np.float64]
 def detection(
     inside: Tensor, outside: Tensor, seed: int = 0, resamples: int = 400
 ) -> dict[str, Estimate]:
-    """`METRICS` of finite scores ``inside`` (n,) of images in distribution and ``outside`` (m,) of
-    others, with 95 % intervals of the bootstrap by ``seed``, of so many ``resamples``."""
+    """`METRICS` with 95 % bootstrap intervals, from finite scores.
+
+    Args:
+        inside: scores (n,) of in-distribution images.
+        outside: scores (m,) of OOD images.
+        seed: random seed of the bootstrap.
+        resamples: number of bootstrap resamples.
+    """
     scores = torch.cat([inside, outside]).double().cpu().numpy()
     levels, place = np.unique(scores, return_inverse=True)
     parts = np.split(place, [len(inside)])
@@ -394,7 +397,7 @@ def detection(
 
 
 def _of_counts(inside: Counts, outside: Counts) -> list[float]:
-    """`METRICS` where level k of the score, from low to high, has so many images in and out."""
+    """`METRICS` from the numbers of images at each distinct score, in ascending order."""
     n, m = inside.sum(), outside.sum()
     below = outside.cumsum() - outside
     hits, misses = inside[::-1].cumsum(), outside[::-1].cumsum()
@@ -413,11 +416,11 @@ def _of_counts(inside: Counts, outside: Counts) -> list[float]:
 
 
 def find_sets(context: EvaluationContext) -> list[OutSet]:
-    """The sets that the settings name; `UserError` if one is not there, or cannot be made."""
+    """The configured sets; raise `UserError` if one is missing or cannot be generated."""
     found: dict[str, OutSet] = {}
     for name in _names(context):
         own = find_set(name, context.images, context.data_dir, context.seed)
-        label = unique_name(own.name, {"in", *found})  # folders of one name in two places
+        label = unique_name(own.name, {"in", *found})  # two folders may have the same name
         found[label] = own._replace(name=label)
     return list(found.values())
 
@@ -429,7 +432,7 @@ def _names(context: EvaluationContext) -> list[str]:
 
 
 def measure(context: EvaluationContext) -> dict[str, Any]:
-    """Measure and return the document."""
+    """Compute scores and metrics; return the document."""
     options, model = context.option(OodConfig), context.model
     names = known_scores(model, options.sigmas)
 
@@ -448,8 +451,8 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
         finite = [n for n in names if own[n].isfinite().all() and inside[n].isfinite().all()]
         if len(finite) < len(names):
             warnings.append(
-                f"{', '.join(n for n in names if n not in finite)}: not finite on some images in "
-                f"or of {found.name}, so there is no measure"
+                f"{', '.join(n for n in names if n not in finite)}: NaN or Inf on some images, "
+                f"so there are no metrics for {found.name}"
             )
         sets[found.name] = {
             "about": found.description,
@@ -478,8 +481,8 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
 
 
 def _histogram(columns: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Counts over the range of the images in, and where there are others twice as far down and once
-    as far up again."""
+    """Histograms over the in-distribution range, extended to OOD scores by up to twice its width
+    below and once above."""
     finite = {name: c[c.isfinite()].double() for name, c in columns.items()}
     inside = finite["in"]
     counts: dict[str, list[int]] = {name: [] for name in columns}
@@ -506,7 +509,7 @@ def _warnings(model: ScoreModel, options: OodConfig) -> list[str]:
 
 
 def table(document: dict[str, Any]) -> Table:
-    """Of each set and score: AUROC with its interval, both AUPR and FPR95."""
+    """AUROC with its interval, both AUPRs and FPR95 by set and score."""
     heads = ("set, score", "AUROC", "95 % interval", *list(METRICS.values())[1:])
     result = new_table(document, heads)
     for name, found in document["sets"].items():
@@ -534,13 +537,13 @@ def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> 
         rows.append([(x, "") for x in [*shown, *[None] * (SHOWN - len(shown))]])
         value = document.get("energy", {}).get(name, {}).get("value")
         names.append(name if value is None else f"{name}\nenergy {value:.4g}")
-    title = f"In distribution, and out of it: {plots.images_of(document)}"
+    title = f"In-distribution and OOD images: {plots.images_of(document)}"
     path = folder / "ood-examples.png"
     plots.image_rows(rows, [""] * SHOWN, path, title=title, names=names)
 
 
 def _plot_auroc(document: dict[str, Any], path: Path) -> None:
-    """AUROC of every set (row) by every score (column); 50 % is a score that knows nothing."""
+    """Plot AUROC by set (rows) and score (columns); chance is 50 %."""
     sets, scores = document["sets"], list(document["scores"])
     unknown = {"auroc": {"value": np.nan}}
     values = [
@@ -553,13 +556,13 @@ def _plot_auroc(document: dict[str, Any], path: Path) -> None:
     image = plots.annotated_map(axes, np.array(values), scores, list(sets), "{:.1f}")
     axes.tick_params(labelsize=8)
     axes.set_xticks(range(len(scores)), scores, rotation=35, ha="right")
-    axes.set(xlabel="score", ylabel="set out of distribution")
+    axes.set(xlabel="score", ylabel="OOD set")
     figure.colorbar(image, ax=axes, label="AUROC (%)")
     plots.save_figure(figure, path, f"In distribution: {plots.images_of(document)}")
 
 
 def _plot_histograms(document: dict[str, Any], path: Path) -> None:
-    """One panel per score: its distribution in, filled, and on every set, as lines."""
+    """Plot one panel per score: its in-distribution histogram, filled, and those of the sets."""
 
     def shares(counts: Sequence[int]) -> NDArray[np.float64]:
         return 100 * np.array(counts) / max(1, sum(counts))
@@ -582,8 +585,8 @@ def _plot_histograms(document: dict[str, Any], path: Path) -> None:
         axes.locator_params(axis="x", nbins=5)
         axes.margins(x=0.01)
     figure.supylabel("share of the images (%)", fontsize=9)
-    title = f"Scores, higher is in distribution: {plots.images_of(document)}"
-    plots.save_figure(figure, path, f"{title}\n(outer bins hold all that is beyond)", legend=4)
+    title = f"Scores, higher means in distribution: {plots.images_of(document)}"
+    plots.save_figure(figure, path, f"{title}\n(outer bins include values beyond)", legend=4)
 
 
 OOD = Suite(

@@ -1,26 +1,26 @@
-r"""Suite ``robustness``: accuracy against the strength of attacks, and against noise beside it.
+r"""Suite ``robustness``: accuracy under attacks of increasing strength, also with added noise.
 
-With :math:`\epsilon^*` the smallest strength, on a grid, at which an image is given a wrong label,
+With :math:`\epsilon^*` the minimal strength, on a grid, at which an image is misclassified,
 
 .. math:: \text{accuracy}(\epsilon) = \text{share of images with } \epsilon^* > \epsilon ,
 
-an upper bound of the accuracy under the worst perturbation, as tight as the attack is good. The
-attack is PGD in :math:`\ell_\infty` and :math:`\ell_2`, through defences, both of
-`ebmkit.evaluation.attacks`. The *map* has the noise level as its second axis, as CDN section 5.1
-asks: row 0 is ``direct`` and row sigma is ``noise`` at that level.
+an upper bound of the accuracy under the worst perturbation, which is tighter for stronger attacks.
+The attack is PGD in :math:`\ell_\infty` and :math:`\ell_2` through defences; see
+`ebmkit.evaluation.attacks`. The *map* has the noise level as second axis (CDN section 5.1): row 0
+is ``direct``, row sigma is ``noise`` at that level.
 
-An attack that fails may be a bad attack. Signs of masked gradients (Athalye et al., arXiv
-1802.00420; Carlini et al., arXiv 1902.06705) are looked for, each of which makes a warning:
+Masked gradients let attacks fail on classifiers that are not robust (Athalye et al., arXiv
+1802.00420; Carlini et al., arXiv 1902.06705). The suite warns if one of these checks fails:
 
-- ``few_steps``, ``one_step``, ``random_noise``: at one strength the full attack is set against PGD
-  of a quarter of the steps, one step, and ten draws of noise of the same size. With b the number of
-  images that only the weaker attack breaks, and c the number that only the stronger does, luck
-  gives :math:`b \sim \text{Binomial}(b + c, 1/2)` at worst; a one-sided sign test at 1 % decides;
-- ``gray``: in the ball of radius 1/2 (:math:`\ell_\infty`) or :math:`\sqrt d/2` (:math:`\ell_2`)
-  every image can be turned into the gray one, which gets one label. So there no classifier is right
-  more often than the share of the commonest label (where noise is added: up to the draws, which
+- ``few_steps``, ``one_step``, ``random_noise``: compare the full attack at one strength with PGD of
+  a quarter of the steps, one step, and ten draws of noise of the same size. b images are broken by
+  the weaker attack only, c by the stronger only. By chance, at worst
+  :math:`b \sim \text{Binomial}(b + c, 1/2)`; the test is a one-sided sign test at 1 %;
+- ``gray``: the ball of radius 1/2 (:math:`\ell_\infty`) or :math:`\sqrt d/2` (:math:`\ell_2`)
+  around any image contains the gray image, which has one label. So the accuracy at this radius is
+  at most the share of the most frequent label (with added noise only approximately, because draws
   differ between images);
-- with ``autoattack``, the accuracy under AutoAttack and by how much PGD's is above it.
+- ``autoattack``: the accuracy under AutoAttack, and the excess of PGD's over it.
 """
 
 from __future__ import annotations
@@ -65,18 +65,18 @@ from ebmkit.randomness import image_noise
 from ebmkit.sampling.langevin import JEM_NOISE, JEM_STEP
 
 VALUES_PER_STEP = 32_768
-"""Pixel values that one step of an attack takes at least, if there are as many: 512 digits."""
+"""Minimum number of pixel values per batch of an attack, if available: 512 digits."""
 
 NOISE_TRIES = 10
 
 FAR = 0.25
-"""Root mean square per pixel, image units, by which a refinement may move images unwarned."""
+"""Root mean square change per pixel by ``refine``, image units, above which the suite warns."""
 
 SIGNIFICANT = 0.01
-"""The level of the sign test."""
+"""Level of the sign test."""
 
 TOLERATED_GAP = 0.05
-"""By how much PGD's accuracy may exceed AutoAttack's without a warning."""
+"""Maximum excess of PGD's accuracy over AutoAttack's without a warning."""
 
 WEAKER = {
     "few_steps": "PGD of a quarter of the steps",
@@ -134,11 +134,11 @@ class RobustnessConfig(SuiteConfig):
     """also run AutoAttack, at the strength of the checks (needs pyautoattack)"""
 
     def strengths(self, norm: Norm) -> tuple[float, ...]:
-        """The grid of ``norm``, from 0 up."""
+        """Strengths for ``norm``, ascending from 0."""
         return self.linf if norm == "linf" else self.l2
 
     def curve(self) -> dict[str, Defence]:
-        """The defences that get a curve, by name; refine gets one for each number of steps."""
+        """Defences with a curve, by name; ``refine`` has one for each number of steps."""
         found: dict[str, Defence] = {}
         chain = self.refine_step_size, self.refine_noise
         for name in self.defences:
@@ -149,26 +149,26 @@ class RobustnessConfig(SuiteConfig):
         return found
 
     def rows(self) -> list[Defence]:
-        """The rows of the map; none if there is but one noise level."""
+        """Rows of the map; none for a single noise level."""
         levels = self.noise_levels if len(self.noise_levels) > 1 else ()
         return [Defence("noise", sigma) if sigma else Defence("direct") for sigma in levels]
 
     def attacked(self) -> list[Defence]:
-        """All that is attacked, once each."""
+        """All attacked defences, without duplicates."""
         return list(dict.fromkeys([*self.curve().values(), *self.rows()]))
 
     def gradient_draws(self, defence: Defence) -> int:
-        """How many draws each gradient averages over."""
+        """Number of draws averaged in each gradient."""
         return self.eot if defence.random else 1
 
     def cost(self, defence: Defence) -> int:
-        """Passes for one attack on ``defence``; a gradient through a score takes three more."""
+        """Number of passes of an attack on ``defence``; each score in a gradient counts three."""
         scores = 1 if defence.denoises else defence.steps
         return self.gradient_draws(defence) * (1 + 3 * scores)
 
 
 def passes(context: EvaluationContext) -> int:
-    """Passes over the images: a PGD attack at one strength, with one draw of noise, is one."""
+    """Number of passes over the images: one is a PGD attack at one strength with one noise draw."""
     config = context.option(RobustnessConfig)
     total = 0
     for norm in config.norms:
@@ -180,8 +180,11 @@ def passes(context: EvaluationContext) -> int:
 
 
 def measure(context: EvaluationContext) -> dict[str, Any]:
-    """Measure and return the document; `UserError` if an image leaves [0, 1], or AutoAttack is
-    asked for and not installed."""
+    """Attack all defences; return the document.
+
+    Raises:
+        UserError: if an image is outside [0, 1], or AutoAttack is requested but not installed.
+    """
     config = context.option(RobustnessConfig)
     if config.autoattack:
         check_autoattack()
@@ -220,7 +223,7 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
 
 
 class _Attacks:
-    """The attacks on the first images of a context, shared among its processes."""
+    """Attacks on the first images of a context, distributed over its processes."""
 
     def __init__(self, context: EvaluationContext, config: RobustnessConfig) -> None:
         model = context.exact_model
@@ -229,7 +232,7 @@ class _Attacks:
         self.images = context.first(config.images)
 
     def minimal_epsilons(self, norm: Norm, defence: Defence) -> Tensor:
-        """The smallest strength that breaks each image, (N,); beyond the grid, the gray radius."""
+        """Minimal strength (N,) that breaks each image; beyond the grid, the gray radius."""
         epsilons = list(self.config.strengths(norm)[1:])
         if self.config.checks:
             epsilons.append(self._gray_radius(norm))
@@ -241,7 +244,7 @@ class _Attacks:
             assert batch.labels is not None
             at, noise = (batch.x, batch.labels, epsilons), self._noise(batch.x, defence)
 
-            def done() -> None:  # a step of the bisection, here and meanwhile elsewhere
+            def done() -> None:  # one bisection step, in all processes
                 context.skip(int(one * len(batch.x)))
 
             return {"smallest": self._pgd(norm).minimal_epsilons(target, *at, noise, seed, done)}
@@ -249,7 +252,7 @@ class _Attacks:
         return self._columns(measure, defence, cost * search_steps(len(epsilons)))["smallest"]
 
     def displacement(self, defence: Defence) -> float:
-        """Root mean square per pixel, image units, of how far ``defence`` refines clean images."""
+        """Root mean square change per pixel, image units, of clean images by ``defence``."""
         target = self._target(defence)
 
         def measure(batch: Batch) -> dict[str, Tensor]:
@@ -262,7 +265,7 @@ class _Attacks:
     def check(
         self, norm: Norm, defence: Defence, smallest: Tensor
     ) -> tuple[dict[str, Any], list[str]]:
-        """What speaks against the attack that gave ``smallest`` (N,): as JSON, and in words."""
+        """Check the attack that found ``smallest`` (N,); return JSON entry and warnings."""
         document, doubts = dict[str, Any](epsilon=None), list[str]()
         epsilon = telling_strength(smallest, self.config.strengths(norm))
         if epsilon is not None:
@@ -276,14 +279,14 @@ class _Attacks:
             document["gray"] = {"epsilon": radius, "accuracy": left, "bound": bound}
             if left.value > bound:
                 doubts.append(
-                    f"at {strength(norm, radius)} every image can be turned gray, so that at most "
-                    f"{bound:.1%} can be right, and PGD leaves {left.value:.1%}: gradients are "
+                    f"at {strength(norm, radius)} every image can be turned gray, so the accuracy "
+                    f"is at most {bound:.1%}, but it is {left.value:.1%} under PGD: gradients are "
                     "masked, and the accuracies are too high"
                 )
         return document, doubts
 
     def _broken_at(self, norm: Norm, defence: Defence, epsilon: float) -> dict[str, Tensor]:
-        """Which images (N,) each attack breaks at ``epsilon``."""
+        """Images (N,) bool that each attack breaks at ``epsilon``."""
         pgd, target = self._pgd(norm), self._target(defence)
         attacks = {"pgd": pgd}
         if self.config.checks:
@@ -305,7 +308,7 @@ class _Attacks:
     def _columns(
         self, measure: Callable[[Batch], dict[str, Tensor]], defence: Defence, cost: int
     ) -> dict[str, Tensor]:
-        """`EvaluationContext.columns` of attacked images, which count as ``cost`` passes."""
+        """`EvaluationContext.columns` of the attacked images, counted as ``cost`` passes."""
         channels, (height, width) = self.images.channels, self.images.image_size
         rows = max(self.context.batch_size, VALUES_PER_STEP // (channels * height * width))
         share = math.ceil(len(self.images) / self.context.world.size)
@@ -313,7 +316,7 @@ class _Attacks:
         return self.context.columns(0.0, measure, self.images, size, cost)
 
     def _gray_radius(self, norm: Norm) -> float:
-        """The radius of the ball about any image that holds the gray one, 1/2 everywhere."""
+        """Radius of a ball around any image that contains the gray image, 1/2 everywhere."""
         height, width = self.images.image_size
         return 0.5 if norm == "linf" else math.sqrt(self.images.channels * height * width) / 2
 
@@ -334,9 +337,13 @@ class _Attacks:
 
 
 def telling_strength(smallest: Tensor, grid: Sequence[float]) -> float | None:
-    """The strength of ``grid``, image units, at which about half of the images that were right are
-    still so: there attacks differ most. The largest if several are as near; None if there is
-    nothing to attack. ``smallest`` (N,) breaks each image, 0 if it is wrong anyway."""
+    """Strength at which about half of the correctly classified images are broken, where attacks
+    differ most. The largest of equally good ones; None if no image is classified correctly.
+
+    Args:
+        smallest: minimal strength (N,) that breaks each image; 0 if it is wrong unattacked.
+        grid: strengths, image units.
+    """
     right = int((smallest > 0).sum())
     strengths = sorted((epsilon for epsilon in grid if epsilon > 0), reverse=True) if right else []
     half = {epsilon: abs(int((smallest > epsilon).sum()) - right / 2) for epsilon in strengths}
@@ -346,13 +353,13 @@ def telling_strength(smallest: Tensor, grid: Sequence[float]) -> float | None:
 def compare_attacks(
     norm: Norm, epsilon: float, smallest: Tensor, broken: Mapping[str, Tensor]
 ) -> tuple[dict[str, Any], list[str]]:
-    """PGD set against other attacks: the accuracies, and what is wrong with PGD, in words.
+    """Compare PGD with other attacks; return accuracies and warnings about PGD.
 
     Args:
-        norm: of the attacks.
-        epsilon: their strength, image units.
-        smallest: the smallest strength that breaks each image, (N,); 0 if it is wrong anyway.
-        broken: by attack, which images (N,) bool it breaks; ``pgd`` is among them.
+        norm: norm of the attacks.
+        epsilon: strength of the attacks, image units.
+        smallest: minimal strength (N,) that breaks each image; 0 if it is wrong unattacked.
+        broken: images (N,) bool that each attack breaks, by attack, including ``pgd``.
     """
     from scipy.stats import binomtest
 
@@ -364,15 +371,15 @@ def compare_attacks(
         test = partial(binomtest, only, only + rest, alternative="greater")
         if name in WEAKER and only > rest and test().pvalue < SIGNIFICANT:
             doubts.append(
-                f"{WEAKER[name]} at {at} breaks {only} images that PGD does not, and PGD "
+                f"{WEAKER[name]} at {at} breaks {only} images that PGD does not, and PGD breaks "
                 f"{rest} others: gradients are masked, and the accuracies are too high"
             )
         if name == "autoattack":
             gap = document["gap"] = (only - rest) / len(right)
             if gap > TOLERATED_GAP:
                 doubts.append(
-                    f"AutoAttack at {at} leaves {left[name].value:.1%} right and PGD "
-                    f"{left['pgd'].value:.1%}: PGD is too weak, and the accuracies are too high"
+                    f"accuracy at {at} is {left[name].value:.1%} under AutoAttack and "
+                    f"{left['pgd'].value:.1%} under PGD, which is too weak: accuracies are too high"
                 )
     return document, doubts
 
@@ -381,7 +388,7 @@ def _warnings(
     context: EvaluationContext, config: RobustnessConfig, moved: dict[str, float]
 ) -> list[str]:
     found = [
-        f"{name} moves images by {rms:.3g} a pixel (root mean square, image units): steps of "
+        f"{name} moves images by {rms:.3g} per pixel (root mean square, image units): steps of "
         f"{config.refine_step_size:g} are too large for this model's score; set "
         "robustness.refine_step_size to about the square of its lowest noise level"
         for name, rms in moved.items()
@@ -396,24 +403,24 @@ def _warnings(
 
 
 def norm_name(norm: str) -> str:
-    """How tables name a norm."""
+    """Name of a norm in tables."""
     return "l_inf" if norm == "linf" else norm
 
 
 def strength(norm: str, epsilon: float) -> str:
-    """How tables name a strength: l_inf in 255ths, l2 in image units."""
+    """Format of a strength in tables: l_inf in 255ths, l2 in image units."""
     return f"{in_255ths(epsilon)}/255" if norm == "linf" else f"{epsilon:.4g}"
 
 
 def percent(estimate: Mapping[str, Any], with_interval: bool) -> str:
-    """An accuracy in %, as in 60.0 (31 to 83)."""
+    """Format of an accuracy in %, such as 60.0 (31 to 83)."""
     value, low, high = (100 * estimate[key] for key in ("value", "low", "high"))
     return f"{value:.1f} ({low:.0f} to {high:.0f})" if with_interval else f"{value:.1f}"
 
 
 def table(document: dict[str, Any]) -> Table:
-    """Accuracy at each strength, a column per defence, with intervals where there are up to two;
-    below, in the gray ball and under AutoAttack."""
+    """Accuracy by strength (rows) and defence (columns; with intervals for up to two), in the gray
+    ball, and under AutoAttack."""
     names = list(document["defences"])
     few = len(names) <= 2
     heads = [f"{name}, % (95 %)" if few else name for name in names]
@@ -442,7 +449,7 @@ UNITS = {"linf": "1/255", "l2": "image units"}
 
 
 class Curve(NamedTuple):
-    """Accuracies over strengths: estimates as in JSON, or published numbers, in a thin line."""
+    """Accuracies by strength: estimates as in JSON, or published numbers, drawn as a thin line."""
 
     label: str
     look: dict[str, Any]
@@ -453,7 +460,7 @@ class Curve(NamedTuple):
 def plot_curves(
     panels: Mapping[str, Sequence[Curve]], chance: float | None, title: str, path: Path
 ) -> None:
-    """Accuracy against the strength of attacks, one panel per norm, one legend below."""
+    """Plot accuracy against the strength of attacks, one panel per norm."""
     figure = plots.new_figure(0.6 + 4.3 * len(panels), 4.3, layout="constrained")
     for number, (norm, curves) in enumerate(panels.items()):
         axes = figure.add_subplot(1, len(panels), number + 1)
@@ -474,7 +481,7 @@ def plot_curves(
 
 
 def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
-    """Write ``robustness.png`` and, unless there is one noise level, ``robustness-map.png``."""
+    """Write ``robustness.png`` and, for several noise levels, ``robustness-map.png``."""
     panels = {
         norm: [
             Curve(f"{name}: {document['defences'][name]['about']}", plots.look(i), epsilons, curve)
@@ -489,7 +496,7 @@ def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> 
 
 
 def plot_map(document: dict[str, Any], path: Path) -> None:
-    """Accuracy over attack strength and the level of the noise that the classifier adds."""
+    """Plot accuracy by attack strength and by the noise level that the classifier adds."""
     maps = {norm: rows for norm, rows in document["map"].items() if rows}
     wide = max(len(document["epsilons"][norm]) for norm in maps)
     tall = max(map(len, maps.values()))
@@ -515,14 +522,14 @@ def plot_comparison(
     paper: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]] | None = None,
     defence: str = "direct",
 ) -> None:
-    """Several models in one figure, as in CDN figure 4: one panel per norm, one line per model.
+    """Plot several models, as in CDN figure 4: one panel per norm, one line per model.
 
     Args:
-        documents: by the model's name, as in ``robustness.json``; None is labelled "not run".
-        path: the PNG file.
+        documents: contents of ``robustness.json`` by model name; None is labelled "not run".
+        path: PNG file.
         paper: published points (strength in image units, accuracy 0..1) by model and norm
-            (``linf``, ``l2``), if any, in thin lines.
-        defence: whose curve is shown.
+            (``linf``, ``l2``), drawn as thin lines.
+        defence: name of the plotted defence.
     """
     run = {
         name: document

@@ -1,14 +1,14 @@
 r"""Suite ``robustness-grid``: accuracy by test epsilon and by training epsilon (RCG table 4.1).
 
-A row is the radius :math:`\epsilon` of the attack that images are tested with, a column a network
-and the radius that it was trained with. An image counts as right at :math:`\epsilon` where it is
-right as it is and no attack at :math:`\epsilon`, nor at a smaller radius of the grid, whose
-perturbations are allowed too, makes it wrong.
+A row is the radius :math:`\epsilon` of the test attack, a column is a network with the radius of
+its training attack. An image counts as correct at :math:`\epsilon` if its clean prediction is
+correct and no attack at :math:`\epsilon` or at a smaller radius of the grid (whose perturbations
+are also allowed) makes it wrong.
 
-The attack is PGD (`ebmkit.evaluation.attacks`) of 20 steps of 2.5 eps / 20 from a random start in
-the ball, directly on the network's labels. The networks are the one evaluated and those of the runs
-that ``beside`` names. What a run was trained with is read from its ``model.json``: 0 where its
-objective has no attack; unknown for an imported network, whose column has the name of its run.
+The attack is PGD (`ebmkit.evaluation.attacks`) with 20 steps of 2.5 eps / 20 from a random start in
+the ball, on the network without a defence. The networks are the evaluated one and those of the runs
+in ``beside``. The training radius is in the ``model.json`` of a run: 0 if its objective has no
+attack; unknown for an imported network, whose column has the name of its run.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from ebmkit.evaluation.suite import (
 )
 
 VALUES_PER_STEP = 800_000
-"""Pixel values in a step of the attack at most."""
+"""Maximum number of pixel values per batch of the attack."""
 
 THESIS = {
     (0.0, 0.0): 0.9525, (0.0, 0.25): 0.9277, (0.0, 0.5): 0.9083, (0.0, 1.0): 0.8162,
@@ -59,8 +59,8 @@ THESIS = {
     (1.0, 0.0): 0.0, (1.0, 0.25): 0.2118, (1.0, 0.5): 0.4048, (1.0, 1.0): 0.5272,
     (2.0, 0.0): 0.0, (2.0, 0.25): 0.0053, (2.0, 0.5): 0.0522, (2.0, 1.0): 0.1859,
 }  # fmt: skip
-"""(test radius, training radius), l2 for images in [0, 1] -> accuracy of a ResNet-50 on CIFAR-10
-(RCG table 4.1, whose "/255" is a slip)."""
+"""(test radius, training radius) -> accuracy of a ResNet-50 on CIFAR-10; l2, images in [0, 1]
+(RCG table 4.1; its "/255" is an error)."""
 
 
 class RobustnessGridConfig(SuiteConfig):
@@ -84,7 +84,7 @@ class RobustnessGridConfig(SuiteConfig):
 
 @dataclass(frozen=True)
 class _Column:
-    """A network of the grid; ``trained`` is None where nobody knows."""
+    """A network of the grid; ``trained`` is None if unknown."""
 
     name: str
     model: EnergyModel
@@ -92,7 +92,7 @@ class _Column:
 
 
 def trained(card: ModelCard | None) -> tuple[str, float] | None:
-    """Norm and radius of the attack in training, ("", 0.0) if there was none; None if unknown."""
+    """Norm and radius of the training attack, ("", 0.0) without one; None if unknown."""
     if card is None or not card.objective:
         return None
     norm, _, radius = card.attack.partition(" ")
@@ -100,8 +100,11 @@ def trained(card: ModelCard | None) -> tuple[str, float] | None:
 
 
 def load_columns(context: EvaluationContext) -> list[_Column]:
-    """The networks, by training radius, those of which it is not known last; `UserError` if a run
-    beside is not there, or knows other labels or images."""
+    """Load the networks, sorted by training radius, unknown ones last.
+
+    Raises:
+        UserError: if a run of ``beside`` is missing, or has other classes or channels.
+    """
     config, model = context.option(RobustnessGridConfig), context.exact_model
     assert isinstance(model, EnergyModel)
     found = [_Column(config.name, model, trained(context.model.card))]
@@ -111,7 +114,7 @@ def load_columns(context: EvaluationContext) -> list[_Column]:
 
 
 def measure(context: EvaluationContext) -> dict[str, Any]:
-    """Measure and return the document; `UserError` if an image leaves [0, 1]."""
+    """Attack all networks; return the document. `UserError` if an image is outside [0, 1]."""
     config = context.option(RobustnessGridConfig)
     images = context.first(config.images)
     columns = []
@@ -137,8 +140,7 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
 def _minimal_epsilons(
     context: EvaluationContext, images: Images, model: EnergyModel, config: RobustnessGridConfig
 ) -> Tensor:
-    """The smallest radius of the grid that breaks each image, (N,), tried in turn from 0 up; inf
-    where none does."""
+    """Smallest radius (N,) of the grid that breaks each image, found in ascending order; or inf."""
     target = DefendedClassifier(model, Defence("direct"))
     attack = Attack(config.norm, "pgd", config.steps, config.restarts, 2.5 / config.steps)
 
@@ -163,7 +165,7 @@ def _minimal_epsilons(
 
 
 def column_names(document: dict[str, Any]) -> list[str]:
-    """What each column is called: its training radius, and its run where others have the same."""
+    """Column names: the training radius, and the run if several have the same radius."""
     names = []
     for column in document["columns"]:
         norm, radius = column["trained"] or ("", None)
@@ -180,8 +182,8 @@ def column_names(document: dict[str, Any]) -> list[str]:
 
 
 def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
-    """Write ``robustness-grid.png``: accuracy against the test radius, a line per network, the
-    thesis's thin beside them."""
+    """Write ``robustness-grid.png``: accuracy against the test radius, one line per network, thin
+    lines for the thesis."""
     curves: list[Curve] = []
     colours: dict[float, str] = {}
     names = column_names(document)
@@ -200,7 +202,7 @@ def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> 
 
 
 def table(document: dict[str, Any]) -> Table:
-    """Accuracy in % by test radius (rows) and network (columns), the thesis's beside ours."""
+    """Accuracy in % by test radius (rows) and network (columns, then the thesis's)."""
     cell = partial(percent, with_interval=len(document["columns"]) <= 3)
     theirs = {(e["test"], e["train"]): e["accuracy"] for e in document["thesis"]}
     train = sorted({radius for _, radius in theirs})

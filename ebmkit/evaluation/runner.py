@@ -1,20 +1,17 @@
-"""Running suites: `evaluate` writes what they measure, `evaluation_folder` says where.
+"""Running suites: `evaluate` runs them and writes results, `evaluation_folder` chooses the folder.
 
-Results are derived data: evaluating again replaces the files of the same suite in the same folder.
+A new evaluation replaces the files of the same suite in the same folder. The fields of the JSON
+files are documented in docs/guide/evaluation-json.md. Several processes (`ebmkit.distributed`)
+share the images; all of them return the same results, and only the first one writes files.
 
-The fields of the JSON files are documented in docs/guide/evaluation-json.md.
-
-Several processes (`ebmkit.distributed`) share the images; all of them get the same results, and the
-first alone writes.
-
-Where results cannot be compared, they go to different folders:
+Results that cannot be compared go to different folders:
 
 ::
 
-    RUN/evaluation/                   test images of the data set trained on, all or the first
-    RUN/evaluation/cifar100-test/     anything else: other images, other weights
+    RUN/evaluation/                   test split of the training data set, all or first images
+    RUN/evaluation/cifar100-test/     other images or other weights
       classify.json  denoise.json  calibration.json  and plots
-    RUN/evaluation/digits-test-steps=100/  settings of a suite's own
+    RUN/evaluation/digits-test-steps=100/  changed settings of a suite
 """
 
 from __future__ import annotations
@@ -89,23 +86,23 @@ SUITES: dict[str, Suite] = Registry(
 )
 
 FORMER_NAMES = {"shift": "corruptions"}
-"""Of suites, as in older documents, with the names of today."""
+"""Former names of suites, as in older documents, and their current names."""
 
 VALUES_PER_BATCH = 1_500_000
-"""Pixel values in a batch at most, where the caller does not say: 488 colour images of 32x32."""
+"""Maximum number of pixel values in a batch of the default size: 488 colour images of 32x32."""
 
 SHOWN = 5
-"""Images left out whose reasons a document holds."""
+"""Maximum number of unreadable images whose errors a document lists."""
 
 SHARES = 8
-"""The number of batches is a multiple of this, so that 2, 4 or 8 processes have equal shares."""
+"""The default number of batches is a multiple of this, so 2, 4 or 8 processes get equal shares."""
 
 
 def find_suite(name: str) -> Suite:
-    """The suite called ``name``.
+    """Return the suite called ``name``.
 
     Raises:
-        UserError: if there is none, or it has another name now.
+        UserError: if ``name`` is unknown, or a former name.
     """
     if name in FORMER_NAMES:
         new = FORMER_NAMES[name]
@@ -114,12 +111,14 @@ def find_suite(name: str) -> Suite:
 
 
 def parse_suites(text: str, model: ScoreModel, images: Images) -> list[str]:
-    """The suites that ``text`` names, as in ``classify,denoise``.
+    """Parse a list of suites, as in ``classify,denoise``.
 
-    ``standard``: the quick ones that apply; ``all``: every one that applies and needs no setting.
+    ``standard`` selects the quick suites that apply to model and images; ``all`` every suite that
+    applies and has no required setting.
 
     Raises:
-        UserError: if a name is unknown, a suite named does not suit model and images, or none does.
+        UserError: if a name is unknown, a named suite does not apply to model and images, or no
+            suite is left.
     """
 
     def applies(suite: Suite) -> bool:
@@ -140,7 +139,7 @@ def parse_suites(text: str, model: ScoreModel, images: Images) -> list[str]:
         raise UserError(f"no suite to run: name some of {', '.join([*groups, *SUITES])}")
     for name in names:
         if name in groups:
-            raise UserError(f"suite {name!r} stands alone: leave out the others, or leave it out")
+            raise UserError(f"suite {name!r} cannot be combined with others: give it alone")
         find_suite(name).check(model, images)
     return list(dict.fromkeys(names))
 
@@ -148,15 +147,15 @@ def parse_suites(text: str, model: ScoreModel, images: Images) -> list[str]:
 def parse_options(
     options: Mapping[str, Mapping[str, Any]], chosen: Container[str]
 ) -> dict[type[BaseModel], BaseModel]:
-    """Settings of suites, by their class.
+    """Validate settings of suites and return them by settings class.
 
     Args:
-        options: by suite, fields and their values.
-        chosen: the suites that will run.
+        options: by suite name, the fields and their values.
+        chosen: names of the suites that will run.
 
     Raises:
-        UserError: if there is no such suite, it is not among ``chosen``, it has no settings, or one
-            is not legal.
+        UserError: if a suite does not exist, is not among ``chosen`` or has no settings, or a
+            setting is not legal.
     """
     found: dict[type[BaseModel], BaseModel] = {}
     for name, values in options.items():
@@ -175,8 +174,7 @@ def parse_options(
 
 @dataclass(frozen=True)
 class Result:
-    """What the suite of this name measured, what its JSON file holds, and that file's path; the
-    plots are beside it."""
+    """Name of a suite, and content and path of its JSON file; its plots are in the same folder."""
 
     suite: str
     document: dict[str, Any]
@@ -203,35 +201,35 @@ def evaluate(
     world: DistributedContext | None = None,
     data_dir: Path | None = None,
 ) -> dict[str, Result]:
-    """Run ``suites`` and write their JSON files and plots into ``out_dir``, each in one move.
+    """Run ``suites`` and write their JSON files and plots into ``out_dir``, each file atomically.
 
     Args:
-        model: any energy model; evaluated in evaluation mode, without gradients.
+        model: the model; runs in evaluation mode, without gradients of parameters.
         images: the whole split.
         suites: names from `SUITES`.
-        out_dir: made if it is not there; see `ebmkit.evaluation.evaluation_folder`.
-        limit: use only the first so many images.
-        seed: of the noise.
-        batch_size: images at a time; changes time and memory, not the results. None: up to 500
-            and up to about 1.5 million pixel values, in a number of batches that 8 divides.
+        out_dir: output folder, created if missing; see `ebmkit.evaluation.evaluation_folder`.
+        limit: maximum number of images, from the first; None: all.
+        seed: random seed of the noise.
+        batch_size: images per batch; changes time and memory, not the results. None: up to 500
+            images and about 1.5 million pixel values, with a multiple of 8 batches.
         sigmas: noise levels of the suite ``denoise``, image units.
         noise_levels: noise levels of the suite ``classify``, image units.
-        weights: which of the run's weights the model has; only written down.
-        precision: auto (fp32, so that results can be compared), fp32, tf32 or bf16.
-        compile: on, off or auto: on CUDA, once minutes of work are left; see
-            `ebmkit.optimize`. A wrapper that the model has already is left out.
-        options: by suite, settings of its own, as in ``{"robustness": {"steps": 10}}``.
-        plots: write the plots, too.
+        weights: name of the model's weights (``last`` or ``best``), for the JSON files.
+        precision: auto (fp32, so that results are comparable), fp32, tf32 or bf16.
+        compile: on, off or auto (on CUDA, if minutes of work are left); see `ebmkit.optimize`. An
+            existing wrapper of the model is ignored.
+        options: settings by suite, as in ``{"robustness": {"steps": 10}}``.
+        plots: write plots.
         progress: show a progress bar.
-        world: the processes that share the work, all of which must call this.
-        data_dir: where the data set's files are; the suite ``ood`` looks for others there.
+        world: the processes that share the work; each must call this function.
+        data_dir: folder of data sets, for suites that load further ones.
 
     Returns:
-        The results by suite, in the order asked for.
+        Results by suite name, in the order of ``suites``.
 
     Raises:
-        UserError: if a suite does not suit model and images, a number is illegal, the device lacks
-            the precision, or a file cannot be written. Suites already done stay written.
+        UserError: if a suite does not apply to model and images, a number is illegal, the device
+            does not support the precision, or a file cannot be written. Finished files are kept.
     """
     world = world or DistributedContext()
     chosen = {name: find_suite(name) for name in suites}
@@ -303,7 +301,7 @@ def evaluate(
 
 
 def tables(results: dict[str, Result]) -> list[Table]:
-    """One table for the terminal per suite: measures, values, 95 % intervals."""
+    """One table for the terminal per suite: metrics, values and 95 % intervals."""
     return [
         SUITES[FORMER_NAMES.get(name, name)].table(result.document)
         for name, result in results.items()
@@ -318,21 +316,21 @@ def evaluation_folder(
     weights: str = "last",
     options: Mapping[type[BaseModel], BaseModel] | None = None,
 ) -> Path:
-    """Where results of this model on these images belong; not made yet.
+    """Return the folder for results of ``model`` on ``images``, without creating it.
 
-    ``RUN/evaluation`` for the test split of the data set that the model was trained on, else a
-    folder in it that is named by what differs. Results of more images are never replaced by those
-    of fewer: these go to a folder named by the limit. A folder that holds results of other images
-    of the same name (two image folders, say) is left alone: the name gets the images' fingerprint.
-    Results with settings of their own go to a folder that is named by these settings.
+    This is ``RUN/evaluation`` for the test split of the data set that the model was trained on,
+    otherwise a subfolder named after the data set and split, the weights if they are not ``last``,
+    and changed settings. If the folder holds results of other images of the same name (from another
+    image folder), the name gets the fingerprint of the images. If it holds results of more images,
+    the name gets the number of images.
 
     Args:
         run: the run folder.
-        model: its ``card`` says what it was trained on.
+        model: the model, whose ``card`` names its training data.
         images: the whole split.
-        limit: how many of them are used; None: all.
+        limit: number of images used; None: all.
         weights: ``last`` or ``best``.
-        options: settings of suites by their class, as `parse_options` makes them.
+        options: settings of suites by class, from `parse_options`.
     """
     home = run / "evaluation"
     used = len(images) if limit is None else min(limit, len(images))
@@ -357,7 +355,7 @@ def evaluation_folder(
 
 
 def _changed(options: Mapping[type[BaseModel], BaseModel]) -> str:
-    """Settings that are not the defaults, as in ``images=5-steps=2``; a digest if they are long."""
+    """Settings that differ from the defaults, as in ``images=5-steps=2``; hashed if long."""
     fields = {
         name: value
         for kind, given in options.items()
@@ -377,7 +375,7 @@ def _check_images(model: ScoreModel, images: Images) -> None:
     channels = model.card.channels if model.card else getattr(model, "in_channels", None)
     if channels is not None and images.channels != channels:
         raise UserError(
-            f"data set {images.name!r} has images of {images.channels} channel(s) and this model "
+            f"data set {images.name!r} has images with {images.channels} channel(s) and this model "
             f"takes {channels}: choose a data set with {channels}"
         )
 
@@ -392,16 +390,15 @@ def _check_finite(model: ScoreModel, images: Images) -> None:
         found.append(model.energies(x, 25 / 255).logits)
     if not all(output.isfinite().all() for output in found):
         raise UserError(
-            "this model gives values that are not finite: its training diverged, or its weights "
-            "are damaged"
+            "outputs of this model are not finite: its training diverged, or its weights are "
+            "damaged"
         )
 
 
 def _plot(
     suite: Suite, context: EvaluationContext, document: dict[str, Any], path: Path
 ) -> list[str]:
-    """Put the plots of ``document`` beside ``path``, in place of those of the one there; their
-    names."""
+    """Replace the plots beside the file ``path`` by those of ``document``; return their names."""
     old = read_document(path).get("pictures", [])
     with tempfile.TemporaryDirectory(prefix="ebmkit-plots-") as folder:
         suite.plot(context, document, Path(folder))
@@ -410,13 +407,13 @@ def _plot(
             own = isinstance(name, str) and Path(name).name == name and name.endswith(".png")
             if own and name not in new:
                 remove_file(path.parent / name)
-        for name in new:  # before the document: who finds it finds its plots
+        for name in new:  # before the document, so that the plots of every document exist
             write_atomically(path.parent / name, (Path(folder) / name).read_bytes())
     return new
 
 
 def _circumstances(context: EvaluationContext, split: Images, weights: str) -> dict[str, Any]:
-    """What every JSON file says of how its numbers came about."""
+    """The fields common to all JSON files: data, seed, model, environment and device."""
     card = context.model.card
     trained = card and {"objective": card.objective, "steps": card.steps, "dataset": card.dataset}
     lost = getattr(split, "left_out", ())

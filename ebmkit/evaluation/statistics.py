@@ -1,17 +1,14 @@
-r"""Confidence intervals: how far a figure from n images may be from the figure for all images.
+r"""Two-sided 95 % confidence intervals of statistics over n images.
 
-All are two-sided at 95 %.
-
-- A proportion k/n (accuracy): Wilson's score interval, which keeps its coverage near 0 and 1,
-  where accuracies live.
+- A proportion k/n (accuracy): Wilson's score interval, whose coverage also holds near 0 and 1.
 - A mean over images (PSNR, SSIM, log-likelihood): :math:`\bar v \pm t_{n-1}\, s/\sqrt n`.
-- A statistic that is no mean (calibration error): the basic bootstrap,
+- Other statistics (calibration error): the basic bootstrap,
   :math:`[2\hat\theta - q_{97.5},\; 2\hat\theta - q_{2.5}]` with the quantiles q of the statistic
-  over resampled images. The usual percentile interval :math:`[q_{2.5}, q_{97.5}]` would be wrong
-  here: noise moves every bin away from calibration, so a calibration error is biased upwards, and
-  on resampled images twice so. The basic interval takes that bias off.
-  Simulated with 360 and 2000 images at errors of 3 and 10 %, it covers the truth in 85 to 95 % of
-  draws (the percentile interval in 11 to 96 %), and in 60 % where the truth is 0, the edge.
+  over resampled images. The usual percentile interval :math:`[q_{2.5}, q_{97.5}]` is wrong here:
+  sampling noise moves every bin away from calibration, so a calibration error is biased upwards,
+  and twice as much on resampled images. The basic interval removes this bias. In simulations with
+  360 and 2000 images at errors of 3 and 10 %, it covers the true value in 85 to 95 % of draws (the
+  percentile interval in 11 to 96 %), and in 60 % if the true value is 0, the boundary.
 """
 
 from __future__ import annotations
@@ -27,15 +24,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 LEVEL = 0.95
-"""The level of every interval."""
+"""Confidence level of every interval."""
 
 GROUPS = 10
-"""Of the jackknife."""
+"""Number of groups of the jackknife."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure with its 95 % confidence interval, and how many images it rests on."""
+    """An estimate with its 95 % confidence interval and the number of images."""
 
     value: float
     low: float
@@ -43,18 +40,18 @@ class Estimate:
     count: int
 
     def document(self) -> dict[str, Any]:
-        """The estimate as JSON has it; null where there is no finite number."""
+        """Convert to JSON types; NaN and Inf become null."""
         document: dict[str, Any] = to_json(self)
         return document
 
 
 def finite(number: float) -> float | None:
-    """``number``, or None where it is infinite or undefined, for which JSON has no word."""
+    """Return ``number``, or None if it is NaN or Inf, which JSON cannot represent."""
     return number if math.isfinite(number) else None
 
 
 def to_json(value: Any) -> Any:
-    """A document as JSON has it: estimates and tuples spelled out, null for NaN and Inf."""
+    """Convert a document to JSON types: estimates become objects, NaN and Inf become null."""
     if isinstance(value, Estimate):
         return {key: finite(number) for key, number in asdict(value).items()}
     if isinstance(value, dict):
@@ -65,12 +62,12 @@ def to_json(value: Any) -> Any:
 
 
 def accuracy(right: Tensor) -> Estimate:
-    """The share of ``right`` (n,) that is true, as a `proportion`."""
+    """The share of true entries of ``right`` (n,), as a `proportion`."""
     return proportion(int(right.sum()), len(right))
 
 
 def proportion(hits: int, count: int) -> Estimate:
-    """``hits`` of ``count``, with Wilson's score interval; undefined (nan) where ``count`` is 0.
+    """``hits / count`` with Wilson's score interval; NaN if ``count`` is 0.
 
     Source: E. B. Wilson, J. Am. Stat. Assoc. 22 (1927); scipy's implementation.
     """
@@ -83,7 +80,7 @@ def proportion(hits: int, count: int) -> Estimate:
 
 
 def mean(values: Tensor) -> Estimate:
-    """The mean of ``values`` (n,), with Student's t interval, undefined (nan) for one value."""
+    """The mean of ``values`` (n,) with Student's t interval; the interval of one value is NaN."""
     numbers, count = values.double(), len(values)
     if count < 2:
         return without_interval(float(numbers.mean()), count)
@@ -91,8 +88,8 @@ def mean(values: Tensor) -> Estimate:
 
 
 def student(value: float, spread: float, freedom: float, count: int, root: float = 1.0) -> Estimate:
-    """``value`` of standard error ``spread / root``, with Student's interval of ``freedom``
-    degrees."""
+    """``value`` with Student's t interval, of standard error ``spread / root`` and ``freedom``
+    degrees of freedom."""
     from scipy.stats import t
 
     half = float(t.ppf((1 + LEVEL) / 2, freedom)) * spread / root
@@ -100,7 +97,7 @@ def student(value: float, spread: float, freedom: float, count: int, root: float
 
 
 def without_interval(value: float, count: int) -> Estimate:
-    """``value``, which may be nan, whose interval is not known."""
+    """``value``, which may be NaN, with an unknown (NaN) interval."""
     return Estimate(value, math.nan, math.nan, count)
 
 
@@ -111,14 +108,14 @@ def bootstrap(
     resamples: int = 1000,
     lowest: float = -math.inf,
 ) -> Estimate:
-    """A statistic of ``count`` images, with the basic bootstrap interval.
+    """A statistic of ``count`` images with the basic bootstrap interval.
 
     Args:
-        statistic: its value on the images with the given indices (n,), repeats included.
+        statistic: function from image indices (n,), which may repeat, to the statistic.
         count: number of images n.
-        seed: of the resampling.
-        resamples: how many.
-        lowest: no end of the interval is below it (0 for an error that cannot be negative).
+        seed: random seed of the resampling.
+        resamples: number of resamples.
+        lowest: lower bound of the interval's ends (0 for an error that cannot be negative).
 
     Source: A. Davison, D. Hinkley, Bootstrap Methods and their Application (1997), eq. 5.6.
     """
@@ -141,10 +138,10 @@ def bootstrap(
 
 
 def jackknife(statistic: Callable[..., float], *parts: Tensor) -> Estimate:
-    """A statistic of independent ``parts`` (n_k, ...), with an interval of the grouped jackknife.
+    """A statistic of independent samples ``parts`` (n_k, ...) with a grouped jackknife interval.
 
-    Each part is left out by tenths in turn; the variances that this gives add up. The interval is
-    Student's with 9 degrees of freedom; a bias is not taken off.
+    For each sample, the jackknife omits one tenth at a time; the variances of the samples add up.
+    The interval is Student's with 9 degrees of freedom. Bias is not corrected.
 
     Source: B. Efron, The Jackknife, the Bootstrap and Other Resampling Plans (1982), chapter 2.
     """

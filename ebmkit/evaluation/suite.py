@@ -1,16 +1,16 @@
-r"""What a suite is, and what suites share: model, images, noise, seed; settings, checks, tables.
+r"""The `Suite` interface and shared tools: context, noise, settings, checks and tables.
 
-A suite is one file: its mathematics, its settings (`SuiteConfig`), and three functions, of which
-`Suite` is made: ``measure`` (context -> document), ``plot`` (context, document, folder: writes PNG
+A suite is one module: its mathematics, its settings (`SuiteConfig`), and the three functions of
+its `Suite`: ``measure`` (context -> document), ``plot`` (context, document, folder: writes PNG
 files) and ``table`` (document -> table for the terminal).
 
-Noise at level sigma is drawn on the CPU, image after image, from one generator per (seed, sigma).
-So the n-th image gets the same noise whatever the model, the device, the batch size, or a limit on
-the number of images.
+Noise at level sigma is drawn on the CPU, image by image, from one generator per (seed, sigma). The
+n-th image therefore gets the same noise for every model, device, batch size and limit on the number
+of images.
 
-A suite measures images one by one and then sums up. Of W processes the r-th measures batches r,
-r + W, ...; the columns of measures, one entry per image, are gathered and put in order, so that
-each process sums up what a single one would have.
+A suite measures each image and then aggregates. With W processes, process r measures batches r,
+r + W, ...; the columns of measurements, one entry per image, are gathered in image order, so every
+process aggregates the same values as a single process.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ Positive = Annotated[int, Field(ge=1)]
 
 
 def distinct(values: tuple[T, ...]) -> tuple[T, ...]:
-    """``values`` without repeats, in order; for settings."""
+    """Remove repeated ``values``, keeping the order; a validator of settings."""
     return tuple(dict.fromkeys(values))
 
 
 Distinct = Annotated[tuple[T, ...], AfterValidator(distinct)]
 Several = Annotated[tuple[T, ...], Field(min_length=1), AfterValidator(distinct)]
-"""One value or more, without repeats."""
+"""At least one value; repeats are removed."""
 
 SIGMAS = (15 / 255, 25 / 255, 50 / 255)
 """Noise levels at which denoising is measured, image units."""
@@ -66,7 +66,7 @@ NOISE_LEVELS = tuple(s / 255 for s in (0, 5, 10, 20, 30, 50, 75, 100))
 
 
 class Images(Protocol):
-    """The side of a set of images that an evaluation needs; `ebmkit.data.ImageSet` is one."""
+    """The interface of an image set that evaluation uses, as `ebmkit.data.ImageSet` has it."""
 
     @property
     def name(self) -> str: ...
@@ -89,8 +89,8 @@ class Images(Protocol):
 
 
 class Batch(NamedTuple):
-    """Images x, noisy images y = x + sigma * eps, both (B, C, H, W), labels (B,), if any, and the
-    number of the first image."""
+    """Images x and noisy images y = x + sigma * eps, both (B, C, H, W), labels (B,) or None, and
+    the index of the first image."""
 
     x: Tensor
     y: Tensor
@@ -99,7 +99,7 @@ class Batch(NamedTuple):
 
 
 def noise_generator(seed: int, sigma: float) -> torch.Generator:
-    """The generator of the noise at level ``sigma`` (image units)."""
+    """The generator of the noise of ``seed`` at level ``sigma`` (image units)."""
     return hashed_generator("evaluation noise", str(seed), f"{sigma:.9g}")
 
 
@@ -111,9 +111,9 @@ def noisy_batches(
     device: torch.device | str = "cpu",
     world: DistributedContext | None = None,
 ) -> Iterator[Batch]:
-    """All ``images`` in order, noisy at level ``sigma``, on ``device``; at 0 the clean ones.
+    """Yield ``images`` in order with noise at level ``sigma`` (0: none), on ``device``.
 
-    Of several processes each gets every W-th batch; the noise of the others is drawn all the same.
+    Each of W processes gets every W-th batch, and also draws the noise of the other batches.
     """
     world = world or DistributedContext()
     generator, first = noise_generator(seed, sigma), 0
@@ -130,22 +130,22 @@ def noisy_batches(
 
 @dataclass
 class EvaluationContext:
-    """One model, one set of images, and the protocol.
+    """A model, a set of images, and the settings of their evaluation.
 
     Args:
-        model: in evaluation mode.
-        images: all of them are used.
-        seed: of the noise, and of the bootstrap.
-        batch_size: changes the time taken, not the results.
-        sigmas: levels for denoising, image units.
-        noise_levels: levels for classification, image units; 0 is always among them.
+        model: the model, in evaluation mode.
+        images: the images to use.
+        seed: random seed of the noise and the bootstrap.
+        batch_size: images per batch; changes the run time, not the results.
+        sigmas: noise levels for denoising, image units.
+        noise_levels: noise levels for classification, image units; 0 is always added.
         world: the processes that share the work.
-        options: settings of suites that have some, by their class (`option`).
-        data_dir: where the data set's files are, for suites that look for others beside them.
-        advance: called with the number of images more that are done.
-        left: how many images are left to measure, over all passes of a suite.
-        inference: how the model is computed, which may be a wrapper.
-        measured: tensors that a suite measured and its plots show, beside the document.
+        options: settings of suites, by settings class (`option`).
+        data_dir: folder of data sets, for suites that load further ones.
+        advance: progress callback, called with the number of images done since the last call.
+        left: number of images left to measure, over all passes of a suite.
+        inference: precision and compilation of the model, which may be a wrapper.
+        measured: tensors for plots that are not in the document.
     """
 
     model: ScoreModel
@@ -168,26 +168,26 @@ class EvaluationContext:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The device of the model."""
         return device_of(self.model)
 
     @property
     def exact_model(self) -> ScoreModel:
-        """The model computed in float32 and eagerly, for what is sensitive to rounding."""
+        """The model in float32 and eager mode, for computations that are sensitive to rounding."""
         return unwrapped(self.model)
 
     def model_in(self, precision: Precision) -> ScoreModel:
-        """`exact_model`, or a copy of it in float64."""
+        """Return `exact_model`, or a float64 copy if ``precision`` is ``double``."""
         model = self.exact_model
         return copy.deepcopy(model).double() if precision == "double" else model
 
     def option(self, kind: type[O]) -> O:
-        """The settings of class ``kind`` that were given, or its defaults."""
+        """Return the given settings of class ``kind``, or its defaults."""
         found = self.options.get(kind)
         return found if isinstance(found, kind) else kind()
 
     def first(self, count: int) -> Images:
-        """The first ``count`` images, or all if they are fewer."""
+        """Return the first ``count`` images, or all if there are fewer."""
         return self.images.first(min(count, len(self.images)))
 
     def columns(
@@ -198,18 +198,18 @@ class EvaluationContext:
         batch_size: int | None = None,
         passes: float = 1,
     ) -> dict[K, Tensor]:
-        """``measure`` of all images at noise level ``sigma``; the same noise in every suite.
+        """Apply ``measure`` to all images with noise at level ``sigma``, the same in every suite.
 
         Args:
-            sigma: image units.
-            measure: what it gives has one entry per image of the batch, (B, ...).
-            images: others than the context's.
-            batch_size: images at a time, if not the context's; processes share batches.
-            passes: over the context's images that this counts as, for the progress bar, which
-                ``measure`` may move itself (`skip`) by its share of them.
+            sigma: noise level, image units.
+            measure: function from a batch to columns with one entry per image, (B, ...).
+            images: the images; default: the context's.
+            batch_size: images per batch; default: the context's.
+            passes: what this call adds to the progress bar, as passes over the context's images;
+                ``measure`` may report a part of them itself (`skip`).
 
         Returns:
-            Its columns over all images, (N, ...), on the CPU; the same in every process.
+            The columns over all images, (N, ...), on the CPU; the same in every process.
         """
         images = self.images if images is None else images
         batch_size = batch_size or self.batch_size
@@ -220,7 +220,7 @@ class EvaluationContext:
             start = time.perf_counter()
             own.append({key: column.cpu() for key, column in measure(batch).items()})
             seconds = time.perf_counter() - start
-            done = min(count, done + share)  # with what the others do meanwhile
+            done = min(count, done + share)  # including the batches of the other processes
             self.skip(total * done // count - (before - self.left))
             if len(own) > 1 and total:  # the first warms up
                 ahead = self.left * count / total
@@ -231,13 +231,13 @@ class EvaluationContext:
         return {key: torch.cat([columns[key] for columns in batches]) for key in batches[0]}
 
     def predictions(self, sigma: float) -> dict[str, Tensor]:
-        """What the classifier predicts at noise level ``sigma``; computed once.
+        """Predictions of the classifier at noise level ``sigma``; cached.
 
         Returns:
-            Of each image, (N,), on the CPU: ``labels``, the true ones; ``predicted``, the most
-            probable label; whether it is ``right``; ``confidence``, its probability; ``nll``,
-            -log p(c|y) of the true label, nats; ``brier``, the sum over labels of
-            (p(k|y) - 1[k = c])^2, 0 to 2.
+            Columns (N,) on the CPU: ``labels``, the true labels; ``predicted``, the most probable
+            labels; ``right``, whether they are equal; ``confidence``, the probability of the
+            predicted label; ``nll``, -log p(c|y) of the true label, nats; ``brier``, the sum over
+            labels of (p(k|y) - 1[k = c])^2, 0 to 2.
 
         Raises:
             UserError: if a probability is NaN or Inf.
@@ -248,8 +248,8 @@ class EvaluationContext:
         found = self.columns(sigma, lambda batch: self._predict(batch, sigma))
         if not found["brier"].isfinite().all():
             raise UserError(
-                "this model gives probabilities that are not finite: its training diverged, or its "
-                "weights are damaged"
+                "probabilities of this model are not finite: its training diverged, or its weights "
+                "are damaged"
             )
         self._predictions[sigma] = found
         return found
@@ -272,37 +272,36 @@ class EvaluationContext:
         }
 
     def skip(self, count: int) -> None:
-        """Report to the progress bar that ``count`` images more are done."""
+        """Advance the progress bar by ``count`` images."""
         self.left -= count
         self.advance(count)
 
 
 class SuiteConfig(BaseModel):
-    """The base of settings of suites, all with defaults; what is below a field describes it."""
+    """Base class of suite settings; every field has a default and a docstring."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 @dataclass(frozen=True)
 class Suite:
-    """A kind of evaluation; `ebmkit.evaluation.SUITES` is the table of them.
+    """An evaluation suite; `ebmkit.evaluation.SUITES` lists all suites.
 
     Attributes:
         description: one line for ``ebmkit list``.
-        measure: what the JSON file holds beside the common entries (`run`). Its entry ``warnings``,
-            if any, is a list of sentences.
+        measure: returns the fields of the JSON file except the common ones. The optional field
+            ``warnings`` is a list of sentences.
         plot: writes PNG files into a folder, from the document.
         table: turns the document into a table for the terminal.
-        check: raises `UserError` where model and images cannot be evaluated so.
-        passes: how many passes over the images `measure` makes, for the progress bar.
-        prepare: raises `UserError` where its settings name what is not there, before any suite
-            runs.
-        options: the class of the suite's own settings; None: it has none. Those in force are in its
-            JSON file as ``options``.
-        exact: whether it is computed eagerly in float32, or in the ``precision`` of its settings,
-            whatever the evaluation has.
-        standard: whether it is quick enough to be run unasked, at the end of training.
-        needs: the setting without which it has nothing to measure, so that ``all`` leaves it out.
+        check: raises `UserError` if the suite cannot evaluate this model on these images.
+        passes: number of passes over the images that `measure` makes, for the progress bar.
+        prepare: called before any suite runs; raises `UserError` if a file or run named in the
+            settings is missing.
+        options: class of the suite's settings, which its JSON file holds as ``options``; or None.
+        exact: whether the suite always runs eagerly, in float32 or the ``precision`` of its
+            settings.
+        standard: whether the suite is among the quick ones that run by default and after training.
+        needs: name of a required setting; ``all`` skips a suite that has one.
     """
 
     description: str
@@ -318,7 +317,7 @@ class Suite:
     needs: str = ""
 
     def run(self, context: EvaluationContext) -> dict[str, Any]:
-        """`measure`, with estimates and numbers as JSON has them (`to_json`)."""
+        """Run `measure` and convert its document to JSON types (`to_json`)."""
         with in_float32(context.device) if self.exact else contextlib.nullcontext():
             document: dict[str, Any] = to_json(self.measure(context))
         if not self.exact:
@@ -329,7 +328,7 @@ class Suite:
 
 
 def check_classifies(model: ScoreModel, images: Images) -> None:
-    """Raise `UserError` where model or images have no labels, or they have different ones."""
+    """Raise `UserError` if model or images have no labels, or different numbers of classes."""
     if not classifies(model):
         raise UserError(
             "this model was trained without labels and cannot classify: choose suites that need "
@@ -341,13 +340,13 @@ def check_classifies(model: ScoreModel, images: Images) -> None:
         )
     if images.num_classes != model.num_classes:
         raise UserError(
-            f"data set {images.name!r} has {images.num_classes} classes and this model knows "
+            f"data set {images.name!r} has {images.num_classes} classes and this model has "
             f"{model.num_classes}: choose a data set with the classes that it was trained on"
         )
 
 
 def check_one_size(suite: str, images: Images) -> None:
-    """Raise `UserError` where images are pictures of any size."""
+    """Raise `UserError` if the images have different sizes."""
     if not getattr(images, "one_size", True):
         raise UserError(
             f"suite {suite!r} compares images of one size, and those of {images.name!r} differ: "
@@ -356,14 +355,14 @@ def check_one_size(suite: str, images: Images) -> None:
 
 
 def noise_warnings(model: ScoreModel, sigmas: Sequence[float]) -> list[str]:
-    """A sentence if ``model`` was not trained to denoise, or not at some of ``sigmas``."""
+    """A warning if ``model`` was not trained to denoise, or not at some of ``sigmas``."""
     card = model.card
     if card is None:
         return []
     if card.sigma_range is None:
         return [
             f"this model was not trained to denoise (its objective is {card.objective!r}): its "
-            "score means little; add dsm to the objective"
+            "score is not meaningful; add dsm to the objective"
         ]
     outside = outside_range(sigmas, card.sigma_range)
     low, high = map(format_sigma, card.sigma_range)
@@ -377,18 +376,18 @@ def noise_warnings(model: ScoreModel, sigmas: Sequence[float]) -> list[str]:
 def load_beside(
     context: EvaluationContext, runs: Iterable[Path | str], option: str
 ) -> Iterator[tuple[str, EnergyModel]]:
-    """Names and models of other ``runs``, which ``option`` names, to compare with the context's.
+    """Yield names and models of ``runs``, given in the setting ``option``, for comparison.
 
     Raises:
-        UserError: if one is not there, or knows other classes or channels.
+        UserError: if a run is missing, or its model has other classes or channels.
     """
     images, classes = context.images, context.model.num_classes
     for run in runs:
         model = load(run, device=str(context.device))
         if not classifies(model) or model.num_classes != classes:
             raise UserError(
-                f"{option}: the model in {str(run)!r} knows {model.num_classes} classes and the "
-                f"one evaluated {classes}: name runs with labels of the same classes"
+                f"{option}: the model in {str(run)!r} has {model.num_classes} classes and the "
+                f"evaluated model {classes}: name runs with the same classes"
             )
         channels = model.card.channels if model.card else images.channels
         if channels != images.channels:
@@ -400,13 +399,13 @@ def load_beside(
 
 
 def unique_name(name: str, taken: Container[str]) -> str:
-    """``name``, with a number where it is ``taken``."""
+    """Return ``name``, with a number appended if it is ``taken``."""
     names = (f"{name}-{k}" if k > 1 else name for k in itertools.count(1))
     return next(own for own in names if own not in taken)
 
 
 def class_name(images: Images, label: int) -> str:
-    """The name of a class of ``images`` as plots show it; its number, where there is none."""
+    """The name of a class of ``images`` for plots; ``label`` itself if the class has no name."""
     names = images.class_names
     return shown_name(names[label]) if label < len(names) else str(label)
 
@@ -428,7 +427,7 @@ def new_table(document: dict[str, Any], columns: Sequence[str]) -> Table:
 def estimate_table(
     document: dict[str, Any], rows: Iterable[tuple[str, Mapping[str, Any], str]]
 ) -> Table:
-    """A `new_table` of estimates with their intervals: of each its name, itself and its format."""
+    """A `new_table` of estimates with intervals; ``rows`` are (name, estimate, number format)."""
     result = new_table(document, ("metric", "value", "95 % interval"))
     for name, estimate, form in rows:
         result.add_row(name, number(estimate, form), interval(estimate, form))
@@ -436,12 +435,12 @@ def estimate_table(
 
 
 def add_note(table: Table, text: str) -> None:
-    """Put ``text`` below ``table``, above the warnings."""
+    """Add ``text`` below ``table``, above the warnings."""
     table.caption = Text.assemble(text, *(("\n", table.caption) if table.caption else ()))
 
 
 def number(value: float | Mapping[str, Any] | None, form: str) -> str:
-    """A number, or the value of an estimate; a dash where there is no finite one.
+    """Format a number or the value of an estimate; a dash for None.
 
     >>> number(0.98765, "{:.2%}")
     '98.77%'
@@ -453,7 +452,7 @@ def number(value: float | Mapping[str, Any] | None, form: str) -> str:
 
 
 def interval(estimate: Mapping[str, Any], form: str) -> str:
-    """Both ends of an estimate's interval; a dash where they are unknown.
+    """Format the interval of an estimate; a dash if an end is None.
 
     >>> interval({"low": 29.01, "high": 29.2}, "{:.2f}")
     '29.01 to 29.20'

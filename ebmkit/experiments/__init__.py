@@ -1,4 +1,4 @@
-"""The tables and figures of the two papers, each out of one command, at three scales."""
+"""Tables and figures of the two papers, one command each, at three scales."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,36 +33,35 @@ EXPERIMENTS: dict[str, Experiment] = {
     "guidance": GUIDANCE_EXPERIMENT,
     "claims": CLAIMS_EXPERIMENT,
 }
-"""All experiments, by the name on the command line."""
+"""All experiments, by their name on the command line."""
 
 
 def reproduce(name: str, runs: ExperimentRuns, only: Sequence[str] = ()) -> list[Path]:
-    """Train, measure and report the experiment called ``name``; the paths written.
+    """Train, evaluate and report the experiment ``name``; return the paths written.
 
     Args:
-        name: of `EXPERIMENTS`.
-        runs: the run folders.
-        only: names of the variants to run; all if empty. Those that were finished before stay in
-            the report.
+        name: key of `EXPERIMENTS`.
+        runs: run folders.
+        only: names of the variants to run; empty: all. Other finished variants stay in the report.
 
     Raises:
-        Interrupted: if training was; calling again resumes it.
-        UserError: if a variant does not exist or does not suit this machine.
+        Interrupted: if training is interrupted; the same call resumes it.
+        UserError: if a variant does not exist, or data or memory do not suffice.
     """
     return write(name, EXPERIMENTS[name].run(runs, only), runs.out)
 
 
 def experiments_of(name: str, only: Sequence[str]) -> list[str]:
-    """The experiments that ``name`` means; ``all``: each of them.
+    """The experiments that ``name`` selects; ``all`` selects every one.
 
     Raises:
-        UserError: if there is no such experiment, or a variant of ``only`` is none of it.
+        UserError: if there is no such experiment, or it has no variant of a name in ``only``.
     """
     if name == "all":
         if only:
-            raise UserError("--only picks rows of one target: name it instead of all")
+            raise UserError("--only picks rows of one target: give its name instead of all")
         return list(EXPERIMENTS)
-    experiment = find("target", EXPERIMENTS | {"all": None}, name)  # 'all' is suggested, too
+    experiment = find("target", EXPERIMENTS | {"all": None}, name)  # also suggests 'all'
     assert experiment is not None
     if only and not experiment.variants:
         raise UserError(f"{name} has no rows to pick from: leave out --only")

@@ -1,9 +1,9 @@
 """The figures of "Classification-denoising networks" (CDN).
 
 - ``fig1``: bias and variance of generative and discriminative fits; no networks.
-- ``fig3``: of the joint model, the plots and spectra of the suite ``jacobian``; of a grid of
-  networks, {plain, scale-keeping norm} x {GELU, ReLU} x {no bias, biases}, the suite ``linearity``.
-- ``fig4``: accuracy under attack of ResNet18 and the joint model, by the suite ``robustness``.
+- ``fig3``: the suite ``jacobian`` on the joint model, and the suite ``linearity`` on a grid of
+  networks, {plain, scale-keeping norm} x {GELU, ReLU} x {no bias, biases}.
+- ``fig4``: the suite ``robustness`` on ResNet18, GradResNet, JEM and the joint model.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ ATTACKED = (*(TABLES["table1"].variant(name) for name in ("resnet18", "gradresne
 
 
 def run_fig1(runs: ExperimentRuns, only: Sequence[str]) -> Report:
-    """Figure 1: constants of real families, unless a document of this scale and seed exists."""
+    """Figure 1; a document of the same scale and seed is not computed again."""
     expected = {"scale": runs.scale.name, "seed": runs.seed}
     document = read_document(runs.out / "fig1.json")
     made = document.get("made")
@@ -54,7 +54,7 @@ def run_fig1(runs: ExperimentRuns, only: Sequence[str]) -> Report:
     title = "Figure 1: bias and variance of generative and discriminative fits (CDN figure 1)"
     head = "Computed from the constants of equation (4), and measured over many training sets."
     notes = [
-        f"the paper's constants, illustrations of no family: {constants}",
+        f"the paper's constants, assumed for illustration: {constants}",
         f"command: `{runs.command('fig1')}`",
         f"seed: {runs.seed}",
         f"hardware: CPU, {made['threads']} of {made['cores']} cores, {made['hours']:.2f} hours; "
@@ -108,7 +108,7 @@ def _fig3_text(report: Mapping[str, Any]) -> str:
             first = ["", ""]
     lines = [
         f"Eigenvalues at sigma {in_255ths(found['sigma'])}/255, three largest and two smallest in "
-        "magnitude. The paper's, on an image of its own: "
+        "magnitude. The paper's, for another image: "
         + ", ".join(f"{v:g}" for v in [*found["paper"]["largest"], *found["paper"]["smallest"]])
         + ".",
         "",
@@ -128,13 +128,13 @@ def _fig3_text(report: Mapping[str, Any]) -> str:
 
 
 def run_fig4(runs: ExperimentRuns, only: Sequence[str]) -> Report:
-    """Figure 4: accuracy against the strength of attacks."""
+    """Figure 4: accuracy against attack strength."""
     from ebmkit.evaluation.robustness import plot_comparison
 
     options = runs.scale.options
 
     def protocol(variant: Variant) -> Protocol:
-        """A network that denoises defends itself by that, too."""
+        """The joint network is also evaluated with denoising as a defence."""
         own = dict(options["robustness"])
         if variant.task == "joint" and variant is not JEM:
             own |= {"defences": ["direct", "noise", "denoise"]}

@@ -1,34 +1,33 @@
-"""Experiment ``guidance``: the second paper (RCG), measured with networks trained for it.
+"""Experiment ``guidance``: evaluates the methods of the thesis (RCG) with newly trained networks.
 
-- the grid of robust accuracy (RCG table 4.1), by the suite ``robustness-grid``;
+- robust accuracy by training and test radius (RCG table 4.1), by the suite ``robustness-grid``;
 - accuracy and energies along the diffusion (figures 4.5, 4.6, 4.9, 4.12), by ``diffusion-path``;
 - eta and the number of steps of DDIM (table 2.1), unguided;
-- what the paper lacks: of each guidance method, how often the evaluation classifier recognises the
-  label, distance to real images and diversity by class, saturation, energy gap.
+- for each guidance method (not in the thesis): share of images that the evaluation classifier
+  assigns to the label, distance to real images and diversity by class, saturation, energy gap.
 
-The networks (``guidance.yaml``) are of four groups, all trained on one data set: a *diffusion
-model* with label dropout of a tenth, so that its unconditional and its conditional prediction are
-one network's; the *guides*, classifiers and joint models, plain, robust (l2 0.25, 0.5, 1.0 as in
-RCG section 4.2) or trained on noise; the two alternatives that the thesis argues against, a
-time-dependent classifier and a robust one of Kawar et al. 2023; and the *evaluation classifier*
-(``judge``), of another architecture, which guides nothing.
+All networks (``guidance.yaml``) are trained on one data set: a *diffusion model* with label dropout
+0.1, so that one network makes the unconditional and the conditional prediction; the *guides*,
+classifiers and joint models, plain, robust (l2 0.25, 0.5, 1.0 as in RCG section 4.2) or trained on
+noise; the two alternatives that the thesis argues against, a time-dependent classifier and the
+robust one of Kawar et al. 2023; and the *evaluation classifier* (``judge``), of another
+architecture, which guides no method.
 
-The methods are the thesis's, with its schedules and eta where it gives them, and one common setting
-(``common``) in which guides, and their input, are compared with each other. Scales are the thesis's
-times the `Amount.strength` of a scale of reproduction, for what moves an image of another size, and
-classifiers trained for minutes, is another number.
+The methods have the schedules and eta of the thesis where it states them; guides and their inputs
+are compared in one common setting (``common``). Guidance scales are the thesis's times
+`Amount.strength`, because other image sizes and classifiers trained for minutes need other scales.
 
-Chain n of every method starts from the same numbers and takes the same draws at each step, keyed by
-(seed, batch, step). What differs between two methods is then what guidance does, not luck.
+Chain n of every method has the same starting noise and the same random numbers at each step, keyed
+by (seed, batch, step), so methods differ only in their guidance.
 
 ::
 
     OUT/guidance.md  guidance.json  guidance*.png
     OUT/rows/guidance/NETWORK/   run folders
     OUT/guidance/METHOD.h5       images (N, H, W, C) uint8 and their labels (N,)
-    OUT/guidance/METHOD.json     what was measured of them
+    OUT/guidance/METHOD.json     their metrics
 
-A method is drawn again where its settings, or the weights of the networks, are others than before.
+A method is drawn again if its settings or the weights of its networks change.
 """
 
 from __future__ import annotations
@@ -79,7 +78,7 @@ _NETWORKS = {
     name: Variant(name, family="guidance", **fields) for name, fields in _DATA["networks"].items()
 }
 NETWORKS = tuple(_NETWORKS.values())
-"""All networks, in the order in which they are trained."""
+"""All networks, in training order."""
 DIFFUSION, EVALUATION_CLASSIFIER, PLAIN = (
     _NETWORKS[name] for name in ("diffusion", "judge", "plain")
 )
@@ -87,24 +86,24 @@ ROBUST = tuple(_NETWORKS[f"robust-{eps}"] for eps in ("0.25", "0.5", "1"))
 ON_GRID = (PLAIN, *ROBUST, _NETWORKS["robust-dsm"])
 """Networks of the robustness grid."""
 ON_PATH = (*ON_GRID, *(_NETWORKS[name] for name in ("joint", "of-time", "kawar")))
-"""Networks of the curves along the diffusion."""
+"""Networks of the curves along the diffusion path."""
 
 
 @dataclass(frozen=True)
 class GuidanceMethod:
-    """One way to draw images of a label."""
+    """A guidance method: how images of a label are drawn."""
 
-    name: str  # unique; of its files, too
+    name: str  # unique; also names its files
     description: str
-    guide: str | None = None  # name of the network that guides, if one does
-    settings: Mapping[str, Any] = field(default_factory=dict)  # of `GuidanceConfig`; none: unguided
-    eta: float = 0.8  # of DDIM
-    base: str = "diffusion"  # name of the network that is guided
-    group: str = "thesis"  # of the report
-    fixed: bool = False  # whether the scale is not multiplied with `Amount.strength`
+    guide: str | None = None  # name of the guiding network; None: no guide
+    settings: Mapping[str, Any] = field(default_factory=dict)  # of `GuidanceConfig`; {}: unguided
+    eta: float = 0.8  # eta of DDIM
+    base: str = "diffusion"  # name of the guided network
+    group: str = "thesis"  # section of the report
+    fixed: bool = False  # whether `Amount.strength` does not apply to the scale
 
     def times(self, strength: float) -> GuidanceMethod:
-        """The same with its scale multiplied, unless it is fixed."""
+        """The method with its scale multiplied by ``strength``, unless the scale is fixed."""
         if self.fixed or not self.settings:
             return self
         return replace(self, settings={**self.settings, "scale": strength * self.settings["scale"]})
@@ -115,39 +114,39 @@ METHODS = tuple(GuidanceMethod(**fields) for fields in _DATA["methods"])
 
 @dataclass(frozen=True)
 class Amount:
-    """How much is trained, drawn and measured at a scale."""
+    """What one scale of reproduction trains, draws and measures."""
 
-    per_class: int  # images of each class that a method draws
-    steps: int  # of DDIM
-    strength: float  # factor of all scales of guidance
-    real: int  # test images that measures compare with, at most
-    etas: Sequence[float]  # of the table of DDIM
-    lengths: Sequence[int]  # its numbers of steps
+    per_class: int  # images per class and method
+    steps: int  # steps of DDIM
+    strength: float  # factor of the guidance scales
+    real: int  # maximum number of test images to compare with
+    etas: Sequence[float]  # values of eta in the DDIM table
+    lengths: Sequence[int]  # numbers of steps in the DDIM table
     path: Mapping[str, Any]  # settings of the suite ``diffusion-path``
     grid: Mapping[str, Any]  # settings of the suite ``robustness-grid``
     path_images: int | None = None  # test images of the suite ``diffusion-path``
-    networks: Sequence[str] = ()  # names of those trained; empty: all
-    methods: Sequence[str] = ()  # names of those drawn; empty: all
+    networks: Sequence[str] = ()  # names of networks to train; empty: all
+    methods: Sequence[str] = ()  # names of methods to draw; empty: all
 
 
 AMOUNTS = {name: Amount(**fields) for name, fields in _DATA["amounts"].items()}
-"""By the name of a scale."""
+"""Amounts by name of the scale."""
 
 CLASSIFY = Protocol("guidance", ("classify",), images={"classify": 1000})
 
 BATCH = 100
-"""Chains that are moved together."""
+"""Number of chains per batch."""
 
 
 def run_guidance(
     runs: ExperimentRuns, only: Sequence[str] = (), amount: Amount | None = None
 ) -> Report:
-    """Train the networks called ``only``, all if empty; measure with all that are trained.
+    """Train the networks named in ``only`` (empty: all); evaluate with all trained networks.
 
     Raises:
-        Interrupted: if training was; calling again resumes it.
-        UserError: if a network does not suit this machine. One that stops later is named in
-            ``runs.stopped`` and in the report.
+        Interrupted: if training is interrupted; the same call resumes it.
+        UserError: if data or memory do not suffice for a network. Later failures are listed
+            in ``runs.stopped`` and in the report.
     """
     amount = amount or AMOUNTS[runs.scale.name]
     every = [v for v in NETWORKS if not amount.networks or v.name in amount.networks]
@@ -176,35 +175,35 @@ def run_guidance(
 
 
 class Drawn(NamedTuple):
-    """Images of a method."""
+    """Images drawn by a method."""
 
     images: Tensor  # (N, C, H, W) uint8
-    seconds: float  # that they took
+    seconds: float  # drawing time
 
 
 @dataclass
 class Drawing:
-    """Draws images by DDIM, once: they are stored."""
+    """Draws images by DDIM and stores them."""
 
-    folder: Path  # of the images
+    folder: Path  # folder of the image files
     models: Callable[[str], ScoreModel]  # trained networks by name
-    digests: Callable[[str], str]  # of their weights, by name
+    digests: Callable[[str], str]  # digests of their weights, by name
     classes: int  # number of labels
-    per_class: int  # images of each
-    seed: int  # of starts and steps
-    train: Images  # with labels, for mean energies of labels
+    per_class: int  # images per label
+    seed: int  # seed of starting noise and steps
+    train: Images  # labelled training images, for mean energies
     _means: dict[str, list[float]] = field(default_factory=dict)
 
     @property
     def labels(self) -> Tensor:
-        """The labels (N,), in turn: 0, 1, ..., C - 1, 0, ..."""
+        """Cyclic labels (N,): 0, 1, ..., C - 1, 0, ..."""
         return torch.arange(self.classes * self.per_class) % self.classes
 
     def stored(self, method: GuidanceMethod, steps: int) -> Drawn:
-        """The stored images of ``method``, or those drawn and stored now, by ``steps`` of DDIM.
+        """Load the images of ``method`` with ``steps`` of DDIM, or draw and store them.
 
         Raises:
-            UserError: as `draw` does, or if a file cannot be written.
+            UserError: as in `draw`, or if a file cannot be written.
         """
         import h5py
 
@@ -241,10 +240,10 @@ class Drawing:
         return Drawn(pixels, seconds)
 
     def draw(self, method: GuidanceMethod, steps: int) -> Tensor:
-        """Images (N, C, H, W) in [0, 1] of `labels`, by ``steps`` of DDIM.
+        """Draw images (N, C, H, W) in [0, 1] of `labels` with ``steps`` of DDIM.
 
         Raises:
-            UserError: if networks do not fit, or chains become NaN or Inf.
+            UserError: if base and guide do not match, or chains become NaN or Inf.
         """
         model, card = self._model(method), self.models(method.base).card
         assert card is not None
@@ -270,7 +269,7 @@ class Drawing:
         return torch.cat(found)
 
     def _model(self, method: GuidanceMethod) -> ScoreModel:
-        """The model that ``method`` samples: guided, or the base itself."""
+        """The model that ``method`` samples: guided, or the base."""
         base = self.models(method.base)
         if not method.settings:
             return base
@@ -284,12 +283,12 @@ class Drawing:
 
 
 def _all_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """All settings of guidance; earlier names are understood."""
+    """Complete guidance settings; earlier names are accepted."""
     return make_guidance(**settings).model_dump()
 
 
 def _read(path: Path, settings: Mapping[str, Any]) -> Drawn | None:
-    """What is stored in ``path``; None if there are no images of these settings."""
+    """Read the images in ``path``; None if there are none with these settings."""
     what = repr(str(path))
     damaged = (UserError, ValueError, TypeError, AttributeError)
     with contextlib.suppress(*damaged), open_hdf5(path) as file:
@@ -307,12 +306,12 @@ def _read(path: Path, settings: Mapping[str, Any]) -> Drawn | None:
 
 
 class _Study:
-    """What is measured of trained networks."""
+    """Measurements of trained networks."""
 
     def __init__(self, runs: ExperimentRuns, amount: Amount, trained: Sequence[Variant]) -> None:
         self.runs, self.amount, self.trained = runs, amount, list(trained)
         self.names = {network.name for network in trained}
-        self.shown: dict[str, Tensor] = {}  # by method, images for the plot
+        self.shown: dict[str, Tensor] = {}  # images for the plot, by method
         self.copies: dict[str, Path] = {}  # plots of suites, by file name
         self._loaded: dict[str, ScoreModel] = {}
         self._classifier: Extractor | None = None
@@ -326,7 +325,7 @@ class _Study:
         self.energy = next(iter(energies), None)  # E(x) of the most robust classifier
 
     def networks(self, results: Sequence[Result]) -> tuple[list[dict[str, Any]], list[Result]]:
-        """What each network is; and what was measured of those that classify."""
+        """Descriptions of all networks, and results of the classifiers."""
         documents, classifiers = [], []
         for one in (result for result in results if result.status == "done"):
             found: dict[str, Any] = {}
@@ -343,8 +342,10 @@ class _Study:
     def suite(
         self, name: str, networks: Sequence[Variant], options: dict[str, Any], images: int | None
     ) -> dict[str, Any] | None:
-        """The document of a suite of the first of ``networks``, the plain one if it is trained,
-        with the others beside; its plots are copied."""
+        """Run the suite ``name`` on ``networks``, the plain classifier first; return its document.
+
+        The report copies its plots.
+        """
         chosen = [network for network in networks if network in self.trained]
         chosen.sort(key=lambda network: network is not PLAIN)
         if not chosen:
@@ -370,12 +371,12 @@ class _Study:
         document: dict[str, Any] = read_json(path)
         for plot in document["pictures"]:
             if Path(plot).name != plot:
-                raise UserError(f"{str(path)!r} is damaged: it names a plot elsewhere")
+                raise UserError(f"{str(path)!r} is damaged: it names a plot in another folder")
             self.copies[f"guidance-{plot}"] = self.folder / plot
         return document
 
     def ddim(self) -> list[dict[str, Any]]:
-        """Distances of unguided images by eta and number of steps."""
+        """Metrics of unguided images by eta and number of steps."""
         if not {DIFFUSION.name, EVALUATION_CLASSIFIER.name} <= self.names:
             return []
         found = []
@@ -387,7 +388,7 @@ class _Study:
         return found
 
     def methods(self) -> list[dict[str, Any]]:
-        """Everything about each method whose networks are trained."""
+        """Settings and metrics of each method whose networks are trained."""
         found = []
         for method in (method.times(self.amount.strength) for method in METHODS):
             if self.amount.methods and method.name not in self.amount.methods:
@@ -412,7 +413,7 @@ class _Study:
         return self.drawing.stored(method, steps)
 
     def _measured(self, method: GuidanceMethod, drawn: Drawn, labelled: bool) -> dict[str, Any]:
-        """What is measured of the images of ``method``, stored beside them."""
+        """Metrics of the images of ``method``, stored next to the images."""
         key = {
             "images": hashlib.sha256(drawn.images.numpy().tobytes()).hexdigest(),
             "judge": self._digest(EVALUATION_CLASSIFIER.name),

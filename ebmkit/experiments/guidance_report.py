@@ -1,4 +1,4 @@
-"""The report of the experiment ``guidance``: tables as Markdown, plots of its methods."""
+"""Report of the experiment ``guidance``: Markdown tables and plots."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ebmkit.plots import GRAY, ORANGE, new_figure, save_figure, show_image
 
 _DATA = read_data("guidance.yaml")
 GROUPS: dict[str, str] = _DATA["groups"]
-"""Titles of groups of methods."""
+"""Titles of the groups of methods."""
 TABLE_2_1: dict[float, dict[int, float]] = _DATA["table_2_1"]
 """FID of DDIM on CIFAR-10 by eta and steps (RCG table 2.1, of Song et al. 2021)."""
 COLUMNS = ("s", "eta", "recognised", "distance (real)", "diversity", "saturated", "gap", "time")
@@ -176,7 +176,7 @@ def samples_of_methods(methods: Sequence[tuple[str, str, Tensor]], path: Path) -
 
 
 def compare_methods(methods: Sequence[dict[str, Any]], path: Path) -> None:
-    """Recognised, distance by class, diversity, saturation and energy gap of each method."""
+    """Plot accuracy, distance by class, diversity, saturation and energy gap of each method."""
     figure = new_figure(14.0, 0.25 * len(methods) + 1.4, layout="constrained")
     axes = figure.subplots(1, 5, sharey=True)
     for at, method in enumerate(methods):

@@ -1,8 +1,7 @@
-"""The engine: trains and measures a grid of variants, and writes the report of what was found.
+"""Experiments: train and evaluate a grid of variants, and write the report.
 
 An experiment is a title, its grid, and a function from the runs to a `Report`: a JSON document,
-its text in Markdown, and plots. Below every table or figure stand its circumstances: command, data,
-hardware, versions, commits.
+its text in Markdown, and plots. Every report states command, data, hardware, versions and commits.
 """
 
 from __future__ import annotations
@@ -23,30 +22,30 @@ if TYPE_CHECKING:
 
 
 class Report(NamedTuple):
-    """What an experiment found."""
+    """Results of an experiment."""
 
-    document: dict[str, Any]  # as JSON has it
-    text: str  # the same as Markdown
-    plots: Mapping[str, Callable[[Path], None]] = {}  # by file name, what draws it
-    copies: Mapping[str, Path] = {}  # by file name, a plot of an evaluation suite to be copied
+    document: dict[str, Any]  # content of the JSON file
+    text: str  # content of the Markdown file
+    plots: Mapping[str, Callable[[Path], None]] = {}  # drawing functions by file name
+    copies: Mapping[str, Path] = {}  # plots of evaluation suites to copy, by file name
 
 
 class Experiment(NamedTuple):
-    """A table or figure: ``run`` trains, measures and reports the named variants (none: all)."""
+    """A table or figure; ``run`` trains, evaluates and reports the named variants (none: all)."""
 
     title: str
     run: Callable[[ExperimentRuns, Sequence[str]], Report]
-    variants: tuple[Variant, ...] = ()  # its grid; none where nothing is trained
+    variants: tuple[Variant, ...] = ()  # its grid; empty if nothing is trained
 
 
 @dataclass(frozen=True)
 class Result:
-    """What is known of a variant; documents and facts are empty if it is not finished."""
+    """Results of a variant; documents and facts are empty if it is not finished."""
 
     variant: Variant
-    documents: dict[str, dict[str, Any]] = field(default_factory=dict)  # of its suites
-    facts: dict[str, Any] = field(default_factory=dict)  # how it was trained and measured
-    status: str = "done"  # or why not
+    documents: dict[str, dict[str, Any]] = field(default_factory=dict)  # by suite
+    facts: dict[str, Any] = field(default_factory=dict)  # of training and evaluation
+    status: str = "done"  # or the reason why it is not done
 
 
 def run_grid(
@@ -55,14 +54,14 @@ def run_grid(
     only: Sequence[str],
     protocol: Callable[[Variant], Protocol | None],
 ) -> list[Result]:
-    """Train and measure the variants that are ``only``, all if empty; what is known of every one.
+    """Train and evaluate the variants named in ``only`` (empty: all); return results of every one.
 
-    ``protocol`` says how a variant is measured; None: it is only trained.
+    ``protocol`` returns the evaluation protocol of a variant; None: it is only trained.
 
     Raises:
-        Interrupted: if training was; calling again resumes it.
-        UserError: if a variant does not suit this machine. One that stops later is named in
-            ``runs.stopped`` and in the report.
+        Interrupted: if training is interrupted; the same call resumes it.
+        UserError: if data or memory do not suffice for a variant. Later failures are listed
+            in ``runs.stopped`` and in the report.
     """
     chosen = [v.run or v for v in variants if not only or v.name in only]
     owners = {own.folder: own for own in chosen}
@@ -82,7 +81,7 @@ def _result(runs: ExperimentRuns, variant: Variant, protocol: Protocol | None) -
 
 
 def measured_facts(documents: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Which images were measured, and by which commit."""
+    """The evaluated images, and the commits of evaluation."""
     found, data = list(documents), []
     for one in found:
         some, of = one["images"], one["of"]
@@ -92,7 +91,7 @@ def measured_facts(documents: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
 
 def circumstances(runs: ExperimentRuns, target: str, results: Sequence[Result]) -> dict[str, Any]:
-    """What stands below a table or figure: data, hardware, versions, commits, command."""
+    """Notes below a table or figure: command, data, hardware, versions, commits."""
     ran = [one for one in results if one.status == "done"]
     facts = [one.facts for one in ran]
     owned = [(one.variant, one.facts) for one in ran if one.variant.run is None]
@@ -133,7 +132,7 @@ def line(cells: Iterable[object]) -> str:
 
 
 def table_lines(names: Sequence[str], rows: Iterable[Iterable[object]], left: int = 1) -> list[str]:
-    """A Markdown table, the first ``left`` columns left-aligned, numbers right."""
+    """A Markdown table; the first ``left`` columns are left-aligned, others right."""
     rule = ["---"] * left + ["---:"] * (len(names) - left)
     return [line(names), line(rule), *map(line, rows)]
 
@@ -152,7 +151,7 @@ def text_of(title: str, lines: Iterable[str], notes: Iterable[str]) -> str:
 def mark(
     axis: Axes, place: int, estimate: Any, look: str = "o", colour: str = BLUE, size: int = 4
 ) -> None:
-    """A number, or an estimate with its interval, in the row ``place``; nothing for None."""
+    """Plot a number, or an estimate with its interval, in row ``place``; skip None."""
     found = estimate if isinstance(estimate, dict) else {"value": estimate}
     if found["value"] is not None:
         axis.plot(found["value"], place, look, color=colour, markersize=size)
@@ -161,9 +160,9 @@ def mark(
 
 
 def write(name: str, report: Report, folder: Path) -> list[Path]:
-    """Write ``NAME.md``, ``NAME.json`` and the plots into ``folder``; their paths."""
+    """Write ``NAME.md``, ``NAME.json`` and the plots into ``folder``; return their paths."""
     paths = [folder / f"{name}.md", folder / f"{name}.json"]
-    content = json.dumps(report.document, indent=2, allow_nan=False)  # nothing written if it fails
+    content = json.dumps(report.document, indent=2, allow_nan=False)  # first: it may fail
     write_atomically(paths[0], report.text.encode())
     write_atomically(paths[1], content.encode())
     for file, draw in report.plots.items():

@@ -1,8 +1,8 @@
-"""Variants as run folders: trained once, resumed, evaluated once; at three scales.
+"""Run folders of experiment variants: training, resume and evaluation, at three scales.
 
-A variant names the configuration that differs from its scale's, and the figures that the paper
-prints for it. Variants of one configuration are one run: what table 1 calls "joint" is the first
-row of table 3, and is trained once.
+A variant has the fields in which its configuration differs from that of its scale, and the paper's
+values. Variants with the same configuration share a run: "joint" of table 1 is the first row of
+table 3, and is trained once.
 
 ========= ============================== ================== =============================
 scale     data                           network            training of a variant
@@ -12,24 +12,24 @@ cpu       CIFAR-10                       width 16           1,000 steps: minutes
 full      CIFAR-10 (table 2: ImageNet)   width 64           the paper's recipe, on a GPU
 ========= ============================== ================== =============================
 
-Nothing else differs between the variants of a table than what each names, with one exception: below
-``full`` those that denoise alone learn at a third of the rate, with clipped gradients. At the
-rate of the others, which the small recipes have so that minutes suffice, they fell back to the
-identity after some hundred steps and stayed there. Table 2 follows the ImageNet recipe at every
-scale, crops that grow and batches that shrink included; below ``full`` on the small images.
+Variants of a table differ only in the fields that each names, with one exception: below ``full``,
+variants that only denoise use a third of the learning rate and clipped gradients. At the rate of
+the others, which is high so that minutes suffice, they fell back to the identity after some hundred
+steps and stayed there. Table 2 follows the ImageNet recipe at every scale, with growing crops and
+shrinking batches; below ``full`` on small images.
 
 ::
 
     OUT/rows/joint/                      a run folder like any other: ebmkit evaluate OUT/rows/joint
-    OUT/rows/joint/evaluation/table/     what the tables read: classify.json, denoise.json
+    OUT/rows/joint/evaluation/table/     input of the tables: classify.json, denoise.json
     OUT/table1.md  table1.json  table1.png
 
-A variant is finished when its checkpoint and its model are of the last step, and a suite when its
-JSON file is complete and says that it was measured as asked. Whatever is less is done again: a
-model that is missing, damaged or of an earlier step is written again from the checkpoint; a run
-whose configuration or checkpoint does not read is moved aside, to ``rows/joint.broken-1``, and
-trained anew. A run of another configuration is never touched. A variant that cannot be finished,
-because it diverged, leaves its reason in ``rows/NAME.stopped.txt``, and the others continue.
+A variant is finished if its checkpoint and its model are of the last step, a suite if its JSON file
+is complete and has the requested settings. Everything else is repeated: a model that is missing,
+damaged or of an earlier step is rewritten from the checkpoint; a run whose configuration or
+checkpoint is unreadable is moved to ``rows/joint.broken-1`` and trained again. A run of another
+configuration is never changed. If a variant cannot be finished, for example because it diverged,
+the reason is in ``rows/NAME.stopped.txt``, and the other variants continue.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ REPORTED = {
     "linearity": ("levels",),
     "jacobian": ("per_image", "paper"),
 }
-"""By suite, the entries of its document that reports are made of."""
+"""By suite, the fields of its document that reports use."""
 
 
 @dataclass(frozen=True)
@@ -75,33 +75,33 @@ class Scale:
     name: str
     description: str
     recipe: Mapping[str, str]  # by family of variants (cifar10, imagenet, guidance)
-    layer: Mapping[str, Mapping[str, Any]]  # by family, the configuration over the recipe
-    images: Mapping[str, int] = field(default_factory=dict)  # by suite, test images at most
-    by_task: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # over these, by task
-    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # of suites of figures
-    threads: int | None = None  # of a CPU at most; None: as many as there are
+    layer: Mapping[str, Mapping[str, Any]]  # by family, fields over the recipe
+    images: Mapping[str, int] = field(default_factory=dict)  # by suite, max. test images
+    by_task: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # by task, over these
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # of suites, for figures
+    threads: int | None = None  # maximum number of CPU threads; None: all
 
     def resolve(self, family: str, task: str, *layers: Mapping[str, Any]) -> TrainConfig:
-        """The whole configuration of a variant of ``family`` and ``task``, ``layers`` on top."""
+        """The complete configuration of a variant, with ``layers`` on top."""
         own = (self.layer[family], self.by_task.get(task, {}))
         return resolve(*own, *layers, recipe=self.recipe[family])
 
 
 def _cpu_precision() -> str:
-    """bf16 where the processor has it in hardware, which about halves the time; else fp32."""
+    """bf16 if the processor has it in hardware (about half the time), else fp32."""
     names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     checks = [getattr(torch.cpu, name, None) for name in names]
     return "bf16" if any(check() for check in checks if check is not None) else "fp32"
 
 
 def read_data(name: str) -> Any:
-    """A YAML file of this package."""
+    """Read a YAML file of this package."""
     text = importlib.resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
     return yaml.safe_load(text)
 
 
 def over_recipe(layer: Mapping[str, Any]) -> dict[str, Any]:
-    """``layer`` over the configuration of the recipe that its entry ``recipe`` names, if any."""
+    """``layer`` over the configuration of the recipe in its entry ``recipe``, if any."""
     own = dict(layer)
     recipe = own.pop("recipe", None)
     return {**(RECIPES[recipe].config if recipe else {}), **own}
@@ -123,15 +123,15 @@ class Variant:
     """One configuration of an experiment.
 
     Attributes:
-        name: for ``--only``; of the run's folder, too, unless ``run`` says otherwise.
-        label: what it is, in words.
+        name: name for ``--only``, and of the run's folder if ``run`` is None.
+        label: description in reports.
         task: classification, denoising or joint; or another key of `Scale.by_task`.
-        layer: the configuration, over the scale's (nested fields of `TrainConfig`).
-        paper: the paper's figures, by `ebmkit.experiments.tables.METRICS`; empty if it has none.
-        run: the variant whose run this one reads; None: its own.
-        reads: which denoiser of the suite ``denoise`` its PSNR is of.
-        at_full: configuration over ``layer`` at the scale ``full``, whose recipe differs.
-        family: which of a scale's settings it is trained with: cifar10, imagenet or guidance.
+        layer: configuration over the scale's (nested fields of `TrainConfig`).
+        paper: the paper's values, by `ebmkit.experiments.tables.METRICS`; may be empty.
+        run: variant whose run this one uses; None: its own run.
+        reads: denoiser of the suite ``denoise`` whose PSNR is reported.
+        at_full: configuration over ``layer`` at scale ``full``, whose recipe differs.
+        family: group of the scale's settings for training: cifar10, imagenet or guidance.
     """
 
     name: str
@@ -146,7 +146,7 @@ class Variant:
 
     @property
     def folder(self) -> str:
-        """The run's folder, below that of all; names of other experiments occur in guidance."""
+        """The run's folder below ``rows``; guidance has its own, as its names are not unique."""
         if self.run is not None:
             return self.run.folder
         return f"guidance/{self.name}" if self.family == "guidance" else self.name
@@ -154,16 +154,16 @@ class Variant:
 
 @dataclass(frozen=True)
 class Protocol:
-    """How a trained variant is measured."""
+    """Evaluation settings of a variant."""
 
-    name: str  # of the folder of results
+    name: str  # name of the folder of results
     suites: tuple[str, ...]
-    sigmas: tuple[float, ...] = SIGMAS  # of the suite ``denoise``, image units
-    images: Mapping[str, int] = field(default_factory=dict)  # by suite, test images at most
+    sigmas: tuple[float, ...] = SIGMAS  # levels of the suite ``denoise``, image units
+    images: Mapping[str, int] = field(default_factory=dict)  # by suite, max. test images
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # by suite
 
     def document_in(self, folder: Path, suite: str, of: int) -> dict[str, Any] | None:
-        """The document of ``suite`` of ``of`` images, if it is complete and measured as asked."""
+        """The document of ``suite`` on ``of`` images, if complete and with these settings."""
         expected: dict[str, Any] = {"suite": suite, "of": of, "seed": 0}
         sigmas = {"denoise": list(self.sigmas), "classify": [0.0]}
         if suite in sigmas:
@@ -171,7 +171,7 @@ class Protocol:
         kind = SUITES[suite].options
         if kind is None:
             expected["images"] = min(of, self.images.get(suite, of))
-        else:  # its settings say how many
+        else:  # the number of images is a setting
             given = parse_options({suite: self.options.get(suite, {})}, [suite])[kind]
             expected["options"] = given.model_dump(mode="json")
         document = read_document(folder / f"{suite}.json")
@@ -181,10 +181,10 @@ class Protocol:
 
 @contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Keeps other processes from training the variant in ``folder``; stale locks are released.
+    """Lock the variant in ``folder`` for training; stale locks are released.
 
     Raises:
-        Busy: if one does.
+        Busy: if another process trains it.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with held(folder.parent, "training", name=folder.name):
@@ -196,14 +196,14 @@ class ExperimentRuns:
     """The runs of all experiments in the folder ``out``, on ``device`` and with ``seed``.
 
     Args:
-        scale: how large.
-        data_dir: where CIFAR-10 is, for scales that need it.
-        precision: of training; None: the scale's.
-        fit: trains (`Trainer.fit`), showing progress under a name.
-        log: called with a sentence about what is being done.
-        progress: whether evaluations show bars.
-        imagenet_dir: where ImageNet is, for table 2 at full scale.
-        stopped: variants that could not be finished, and why.
+        scale: scale of the experiments.
+        data_dir: folder of CIFAR-10, for scales that need it.
+        precision: training precision; None: the scale's.
+        fit: function that trains (`Trainer.fit`) and shows progress under a name.
+        log: function called with a sentence about the current work.
+        progress: whether evaluations show progress bars.
+        imagenet_dir: folder of ImageNet, for table 2 at full scale.
+        stopped: variants that could not be finished, with the reasons.
     """
 
     out: Path
@@ -224,7 +224,7 @@ class ExperimentRuns:
         return self.out / "rows" / variant.folder
 
     def config(self, variant: Variant) -> TrainConfig:
-        """The resolved configuration of ``variant``, which must be one with a run of its own."""
+        """The resolved configuration of ``variant``, which must have its own run."""
         given: dict[str, Any] = {"seed": self.seed, "device": self.device}
         data_dir = self.imagenet_dir if self._needs_imagenet(variant) else self.data_dir
         if data_dir is not None:
@@ -236,7 +236,7 @@ class ExperimentRuns:
                                   given)  # fmt: skip
 
     def command(self, target: str) -> str:
-        """What was typed, with names for the folders of this machine."""
+        """The command line of ``target``, with placeholders for folders."""
         words = ["ebmkit reproduce", target, "--scale", self.scale.name]
         words += ["--data-dir DIR"] if self.data_dir is not None else []
         words += ["--imagenet-dir DIR"] if self.imagenet_dir is not None else []
@@ -248,7 +248,7 @@ class ExperimentRuns:
         return variant.family == "imagenet" and self.scale.name == "full"
 
     def try_run(self, variant: Variant, protocol: Protocol | None) -> None:
-        """`measure`, or without a protocol `train`; why it cannot be finished goes to `stopped`."""
+        """`measure`, or without a protocol `train`; the reason of a failure goes to `stopped`."""
         note = self._note(variant)
         note.unlink(missing_ok=True)
         try:
@@ -263,7 +263,7 @@ class ExperimentRuns:
                 write_atomically(note, f"{error}\n".encode())
 
     def why_stopped(self, variant: Variant) -> str | None:
-        """Why ``variant`` could not be finished when it was last tried; None if it was not."""
+        """Why the last attempt to finish ``variant`` failed; None if it did not fail."""
         try:
             return read_text(self._note(variant), MIB).strip()
         except UserError:
@@ -274,15 +274,15 @@ class ExperimentRuns:
         return folder.with_name(f"{folder.name}.stopped.txt")
 
     def check(self, variants: Sequence[Variant]) -> None:
-        """All mistakes first: whether data, models and memory suit what is not yet trained.
+        """Check data, models and memory for all unfinished variants, before training any.
 
         Raises:
-            UserError: if one does not, or a run folder holds another run.
+            UserError: if a check fails, or a run folder holds another run.
         """
         for variant in variants:
             if self._needs_imagenet(variant) and self.imagenet_dir is None:
                 raise UserError(
-                    "table2 at full scale needs ImageNet: name its folder, --imagenet-dir"
+                    "table2 at full scale needs ImageNet: give its folder with --imagenet-dir"
                 )
             config = self.config(variant)
             if self._state(variant, config) == "finished":
@@ -301,10 +301,10 @@ class ExperimentRuns:
                 self.log(f"{variant.name}: at least {format_seconds(seconds)} on this CPU")
 
     def train(self, variant: Variant) -> RunFolder:
-        """The finished run of ``variant``, trained now as far as it is not.
+        """Train ``variant`` as far as it is not finished; return its run.
 
         Raises:
-            Interrupted: if training was; calling again resumes it.
+            Interrupted: if training is interrupted; the same call resumes it.
             UserError: if it cannot be trained, or the folder holds another run.
         """
         config, folder = self.config(variant), self.folder(variant)
@@ -315,7 +315,7 @@ class ExperimentRuns:
             if state == "broken":
                 names = (f"{folder.name}.broken-{number}" for number in itertools.count(1))
                 aside = next(p for name in names if not (p := folder.with_name(name)).exists())
-                self.log(f"{folder} does not read: moved to {aside.name}, and trained anew")
+                self.log(f"{folder} cannot be read: moved to {aside.name} and trained again")
                 folder.rename(aside)
                 state = "new"
             if state == "finished":
@@ -328,7 +328,7 @@ class ExperimentRuns:
         return run
 
     def measure(self, variant: Variant, protocol: Protocol) -> dict[str, dict[str, Any]]:
-        """The documents by suite of ``variant``, trained and measured now if need be."""
+        """Train and evaluate ``variant`` if needed; return its documents by suite."""
         run = self.train(variant)
         found, model = self._documents(variant, protocol), None
         for suite in (suite for suite, document in found.items() if document is None):
@@ -349,7 +349,7 @@ class ExperimentRuns:
         return found
 
     def measured(self, variant: Variant, protocol: Protocol | None) -> dict[str, Any] | None:
-        """`measure` of a variant that is trained and measured already; else None.
+        """The documents of ``variant`` by suite if it is trained and evaluated, else None.
 
         Raises:
             UserError: if the folder holds a run of another configuration.
@@ -360,13 +360,13 @@ class ExperimentRuns:
         return None if None in found.values() else found
 
     def _documents(self, variant: Variant, protocol: Protocol) -> dict[str, Any]:
-        """The documents by suite that are complete; None of others."""
+        """The complete documents by suite; None for incomplete ones."""
         folder = self.folder(variant) / "evaluation" / protocol.name
         count = len(self.images(variant, "test"))
         return {suite: protocol.document_in(folder, suite, count) for suite in protocol.suites}
 
     def facts(self, variant: Variant) -> dict[str, Any]:
-        """How ``variant`` was trained: seconds, steps, parameters, precision, machine, commit."""
+        """Facts about training: seconds, steps, parameters, precision, machine, commit."""
         run = RunFolder.open(self.folder(variant))
         state = run.load_checkpoint()
         assert state is not None
@@ -377,14 +377,14 @@ class ExperimentRuns:
             "seconds": state.get("seconds"),
             "steps": state["step"],
             "parameters": sum(p.numel() for p in load(run.path).parameters()),
-            "precision": state.get("precision", own_config.compute.precision),  # older: as asked
+            "precision": state.get("precision", own_config.compute.precision),  # older: as set
             "seed": config.seed,
             "lr": config.optimizer.lr,
             **{name: own.get(name) for name in names},
         }
 
     def images(self, variant: Variant, split: Split) -> AnyImages:
-        """The images of ``split`` that ``variant`` is trained or measured on."""
+        """The images of ``split`` for training or evaluation of ``variant``."""
         data = self.config(variant).dataset
         if split != "test":
             return images_of(data, split)
@@ -394,7 +394,7 @@ class ExperimentRuns:
         return self._test[key]
 
     def _state(self, variant: Variant, config: TrainConfig) -> str:
-        """``new``, ``begun``, ``finished`` or ``broken``.
+        """State of the run: ``new``, ``begun``, ``finished`` or ``broken``.
 
         Raises:
             UserError: if the folder holds a run of another configuration.
@@ -413,7 +413,7 @@ class ExperimentRuns:
         found = difference(saved.model_dump(mode="json"), config.model_dump(mode="json"))
         if found is not None:
             key, old, new = found
-            if not _has_field(run.config(), key):  # cut short
+            if not _has_field(run.config(), key):  # truncated
                 return "broken"
             raise UserError(
                 f"{str(folder)!r} holds row {variant.folder!r} of another configuration: {key} was "
@@ -424,12 +424,12 @@ class ExperimentRuns:
         try:
             card = load(folder).card
         except UserError:
-            return "begun"  # the checkpoint has it all: the model is written again
+            return "begun"  # the model can be rewritten from the checkpoint
         return "finished" if card is not None and card.steps == checkpoint["step"] else "begun"
 
 
 def _has_field(values: Any, key: str) -> bool:
-    """Whether nested ``values`` have the field called ``key``, with dots."""
+    """Whether nested ``values`` have the field ``key``, written with dots."""
     for part in key.split("."):
         if not isinstance(values, dict) or part not in values:
             return False

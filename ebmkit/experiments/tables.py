@@ -1,18 +1,18 @@
-"""The tables of "Classification-denoising networks" (CDN), ours beside the paper's figures.
+"""The tables of "Classification-denoising networks" (CDN): our values and the paper's.
 
-A cell is "ours (the paper's)"; a dash stands where the paper has no figure, and where a variant did
-not run its cells say so. Below come the circumstances, and each ordering that the paper reports
-with whether ours has it. An ordering is called open where the 95 % intervals of the two accuracies
-overlap, or the PSNRs are within 0.1 dB: all is from one seed.
+A cell is "ours (the paper's)"; a dash means that the paper has no value. A variant that was not run
+shows its status. The report also states for each ordering in the paper whether it holds here. An
+ordering is open if the 95 % intervals of the two accuracies overlap, or the PSNRs are within 0.1
+dB: all values are from one seed.
 
-Table 1 has rows beside the paper's: what the denoisers know of the noise level differs (Tweedie's
-formula needs sigma, a blind DnCNN does not), so GradResNet stands there with the level that it
-estimates itself as well, and DRUNet with its published noise map; and the gradient-step denoisers
-that the paper argues against. JEM's row is the published recipe at full scale; below, a small
-network and five Langevin steps. Nothing trains it to denoise, and its PSNR says so.
+Table 1 has additional rows. Denoisers differ in their knowledge of the noise level (Tweedie's
+formula needs sigma, a blind DnCNN does not), so there are rows for GradResNet with its own estimate
+of the level and for DRUNet with its published noise map. Other rows are the gradient-step denoisers
+that the paper argues against. JEM follows the published recipe at full scale, else it is a small
+network with five Langevin steps; it is not trained to denoise, as its PSNR shows.
 
-``claims`` holds each variant of the paper's side claims against the joint model, and denoises
-beyond the noise of training, too.
+``claims`` compares each variant of the paper's further claims with the joint model, also at noise
+levels above those of training.
 """
 
 from __future__ import annotations
@@ -53,22 +53,22 @@ METRICS: dict[str, str] = {
     "50": "PSNR at 50/255, dB",
     "hours": "training, hours",
 }
-"""Figures of a variant, in the order of the paper's columns, with their units."""
+"""Metrics of a variant with their units, in the order of the paper's columns."""
 
 PSNR = ("15", "25", "50")
 
 CLOSE = 0.1
-"""PSNRs that are no further apart, in dB, are called open: one seed cannot distinguish them."""
+"""Largest difference of PSNRs, in dB, that is open: one seed cannot distinguish them."""
 
 SUITES_OF = {
     "classification": ("classify",),
     "denoising": ("denoise",),
     "joint": ("classify", "denoise"),
 }
-"""What a variant is measured by, by its task."""
+"""Evaluation suites of a variant, by its task."""
 
 CLAIM_SIGMAS = tuple(s / 255 for s in (15, 25, 50, 75, 100, 150, 200))
-"""Noise levels of ``claims``: training ends at 100/255."""
+"""Noise levels of ``claims``; the largest of training is 100/255."""
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,9 @@ class Table:
     """A table of the paper.
 
     Attributes:
-        name: as on the command line.
-        variants: in the paper's order.
-        orderings: that the paper reports: better, worse, and by which of `METRICS`.
+        name: name on the command line.
+        variants: rows in the paper's order.
+        orderings: orderings in the paper, each (better, worse, key of `METRICS`).
     """
 
     name: str
@@ -90,7 +90,7 @@ class Table:
         """The variant called ``name``.
 
         Raises:
-            UserError: if there is none; it names the nearest.
+            UserError: if there is none; the message suggests the nearest name.
         """
         return find(f"row of {self.name}", {v.name: v for v in self.variants}, name)
 
@@ -112,11 +112,11 @@ def _table(name: str, title: str, rows: list[str], orderings: Sequence[list[str]
 
 
 TABLES = {name: _table(name, **fields) for name, fields in _DATA["tables"].items()}
-"""By name."""
+"""Tables by name, without ``claims``."""
 CLAIMS = TABLES.pop("claims")
 JOINT, JEM = ROWS["joint"], ROWS["jem"]
 GRID = tuple(replace(ROWS[name], label=label) for name, label in _DATA["grid"].items())
-"""{plain, scale-keeping norm} x {GELU, ReLU} x {no bias, biases}, for the local linearity."""
+"""{plain, scale-keeping norm} x {GELU, ReLU} x {no bias, biases}, for local linearity."""
 
 
 # --- the reports ---------------------------------------------------------------------------------
@@ -125,14 +125,14 @@ GRID = tuple(replace(ROWS[name], label=label) for name, label in _DATA["grid"].i
 def run_table(
     table: Table, runs: ExperimentRuns, only: Sequence[str] = (), sigmas: Sequence[float] = SIGMAS
 ) -> Report:
-    """Train and measure the variants of ``table`` that are ``only``, all if empty.
+    """Train and evaluate the variants of ``table`` named in ``only`` (empty: all).
 
-    Variants that are not among them but were finished before stay in the report.
+    Other variants stay in the report if they are finished.
 
     Raises:
-        Interrupted: if training was; calling again resumes it.
-        UserError: if a variant does not exist or does not suit this machine. One that stops later
-            is named in ``runs.stopped`` and in the report.
+        Interrupted: if training is interrupted; the same call resumes it.
+        UserError: if a variant does not exist, or data or memory do not suffice. Later
+            failures are listed in ``runs.stopped`` and in the report.
     """
     for name in only:
         table.variant(name)
@@ -154,9 +154,9 @@ def run_table(
 
 
 def figures_of(result: Result) -> dict[str, dict[str, float]]:
-    """The figures of a variant by `METRICS`, with ``low`` and ``high`` where there is an interval.
+    """Metrics of a variant, by `METRICS`, with ``low`` and ``high`` if there is an interval.
 
-    Accuracies in percent, PSNR in dB; PSNR only of variants that were trained to denoise.
+    Accuracy is in percent, PSNR in dB; each only for variants that were trained for it.
     """
     variant, documents, figures = result.variant, result.documents, {}
     if "classify" in documents and variant.task != "denoising":
@@ -177,7 +177,7 @@ def figures_of(result: Result) -> dict[str, dict[str, float]]:
 def table_document(
     table: Table, scale: str, results: Sequence[Result], about: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Everything about ``table``, as JSON has it."""
+    """The JSON document of ``table``."""
     heading, data = table.title, about["dataset"]
     if scale != "full" and data and data not in heading.lower().replace("-", ""):
         heading = f"{heading}, here on {data}"
@@ -210,7 +210,7 @@ def table_document(
 def _ordering(
     better: str, worse: str, metric: str, rows: Mapping[str, dict[str, Any]]
 ) -> dict[str, Any] | None:
-    """How ours stand in an ordering of the paper; None where a figure is missing."""
+    """Compare an ordering in the paper with our values; None if a value is missing."""
     pair = [rows[name] for name in (better, worse) if name in rows]
     figures = [row["ours"].get(metric, {"value": None}) for row in pair]
     if len(pair) < 2 or any(one["value"] is None for one in figures):
@@ -226,7 +226,7 @@ def _ordering(
 
 
 def _is_open(a: Mapping[str, float], b: Mapping[str, float], metric: str) -> bool:
-    """Whether two figures are too close to be distinguished by one seed."""
+    """Whether two values are too close to be distinguished by one seed."""
     if metric == "accuracy":
         return a["low"] <= b["high"] and b["low"] <= a["high"]
     return abs(a["value"] - b["value"]) <= CLOSE
@@ -286,7 +286,7 @@ def _ours_and_paper(metric: str, row: Mapping[str, Any]) -> str:
 
 
 def run_claims(runs: ExperimentRuns, only: Sequence[str]) -> Report:
-    """The side claims: a table like the others, with differences and more noise levels."""
+    """The further claims: a table with differences to the joint model and more noise levels."""
     report = run_table(CLAIMS, runs, only, CLAIM_SIGMAS)
     plots = dict(report.plots)
     plots["claims-beyond.png"] = partial(beyond_training, report.document)
@@ -310,8 +310,8 @@ def claims_text(report: Mapping[str, Any]) -> str:
     names = ["variant", "accuracy, %", "PSNR at 15/255", "at 25/255", "at 50/255"]
     lines = [
         table_text(report),
-        "Each variant minus the joint network (*: a difference by the rule for orderings, of one "
-        "seed; the paper found none for ce+cdsm and ce+dsm+cdsm):",
+        "Each variant minus the joint network (*: not open by the rule for orderings, one seed; "
+        "the paper found no difference for ce+cdsm and ce+dsm+cdsm):",
         "",
         *table_lines(names, differences),
         "",
@@ -333,7 +333,7 @@ def _difference(ours: Mapping[str, Any], base: Mapping[str, Any], metric: str) -
 
 
 def compare_with_paper(report: dict[str, Any], path: Path) -> None:
-    """One line per row of `table_document`: our value (dot, 95 % interval), the paper's (cross)."""
+    """Plot each row of `table_document`: our value (dot, 95 % interval), the paper's (cross)."""
     rows = report["rows"]
     panels = {
         metric: title
@@ -368,7 +368,7 @@ def compare_with_paper(report: dict[str, Any], path: Path) -> None:
 
 
 def beyond_training(report: dict[str, Any], path: Path, trained: float = 100.0) -> None:
-    """PSNR by noise level, a line per row; ``trained``, in 255ths, is the largest of training."""
+    """Plot PSNR by noise level, a line per row; ``trained``: largest training noise, in 255ths."""
     figure = new_figure(7.6, 4.2, layout="constrained")
     axes = figure.subplots()
     done = [row for row in report["rows"] if row["status"] == "done"]

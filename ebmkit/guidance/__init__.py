@@ -1,4 +1,4 @@
-"""Guidance of diffusion models, and of any sampler, by the energies of a classifier."""
+"""Guidance of diffusion models and other samplers by the energies of a classifier."""
 
 from ebmkit.guidance.guides import (
     CLASSIFIER_FREE,

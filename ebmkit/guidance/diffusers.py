@@ -1,26 +1,26 @@
-r"""Guidance of the pipelines of `diffusers`, by any classifier, energy model or joint model.
+r"""Guidance of `diffusers` pipelines by a classifier, energy model or joint model.
 
-A pipeline asks its UNet for a prediction at (u_t, t) and leaves the rest to its scheduler. So a
-UNet whose prediction is guided guides the pipeline, whatever the scheduler (DDPM, DDIM,
-DPM-Solver, Euler, ...). `GuidedUNet` is one: it has the configuration, type and signature of the
-UNet that it wraps. With :math:`\bar\alpha` of the scheduler and images in [a, b], usually
-[-1, 1], the noise is an affine function of each prediction,
+A pipeline calls its UNet for a prediction at (u_t, t); its scheduler does the rest. `GuidedUNet`
+wraps the UNet and guides the prediction, so it works with any scheduler (DDPM, DDIM, DPM-Solver,
+Euler, ...). It has the configuration, dtype and call signature of the UNet. With
+:math:`\bar\alpha` of the scheduler and images in [a, b], usually [-1, 1], the noise is an affine
+function of each prediction,
 
 .. math::
     \hat\epsilon = \sqrt{\bar\alpha}\,\hat v + \sqrt{1 - \bar\alpha}\,u
                  = (u - \sqrt{\bar\alpha}\,\hat u_0) / \sqrt{1 - \bar\alpha}
                  = p \cdot \text{prediction} + q\,u ,
 
-guidance changes it by :math:`\Delta = -s\,g(t)\,\nabla_u h` (`ebmkit.guidance.guided_noise`, where
+guidance changes the noise by :math:`\Delta = -s\,g(t)\,\nabla_u h` (`ebmkit.guidance.guided_noise`;
 the guide gets images in [0, 1]), and so the prediction by :math:`\Delta / p`.
 
-Channels beyond the images' own are variances, and stay. Where there is noise alone
-(:math:`\bar\alpha` below 1e-7, as at the end of a rescaled schedule), the prediction stays.
+Additional output channels are variances and are not changed. If u_t is pure noise
+(:math:`\bar\alpha` below 1e-7, as at the end of a rescaled schedule), the guide is not applied.
 
-Where the scheduler clips the predicted clean image, the guided noise is derived from the clipped
-one (``clip``): DDIM's of `diffusers` keeps the noise as it was predicted, and under strong guidance
-what is cut off then pushes *away* from the label. A class-conditional UNet gets the label itself,
-or with ``classifier_free`` = w the mixture of `ebmkit.guidance.score`.
+If the scheduler clips the predicted clean image, the guided noise is recomputed from the clipped
+image (``clip``): the DDIM scheduler of `diffusers` keeps the unclipped noise, and under strong
+guidance this mismatch pushes the image *away* from the label. A class-conditional UNet gets the
+label as an input; ``classifier_free`` = w mixes its predictions as in `ebmkit.guidance.score`.
 
 >>> guided(pipeline, classifier, label=3, scale=4)(batch_size=16)        # doctest: +SKIP
 """
@@ -46,17 +46,17 @@ from ebmkit.noise import Schedule
 from ebmkit.sampling.base import DensityFunction
 
 LATENT = ("vae", "vqvae", "vqgan", "movq", "prior")
-"""Components of pipelines whose UNet works on codes of images."""
+"""Components that only latent pipelines have."""
 
 PREDICTIONS: dict[str, Callable[[float], tuple[float, float]]] = {
     "epsilon": lambda abar: (1.0, 0.0),
     "v_prediction": lambda abar: (math.sqrt(abar), math.sqrt(1 - abar)),
     "sample": lambda abar: (-math.sqrt(abar / (1 - abar)), 1 / math.sqrt(1 - abar)),
 }
-"""By name, p and q of the noise = p * prediction + q * u_t."""
+"""By prediction type, abar to (p, q) of noise = p * prediction + q * u_t."""
 
 NOISE_ALONE = 1e-7
-"""Below this share of the image in the variance there is nothing to guide by."""
+"""Smallest abar at which a guide is applied; below it u_t is pure noise."""
 
 P = TypeVar("P")
 
@@ -79,30 +79,29 @@ def guided(
     clip: bool | None = None,
     **settings: Any,
 ) -> P:
-    """A pipeline like ``pipeline`` whose samples are guided to ``label``.
+    """Return a copy of ``pipeline`` whose samples are guided to ``label``.
 
-    It shares the weights, and has a scheduler of its own; ``pipeline`` is left as it is. Guiding
-    the result again adds another guide. ``guidance``, ``scale``, ``schedule``, ``view``,
-    ``backpropagate`` and ``start`` are those of `ebmkit.guidance.GuidanceConfig`.
+    The copy shares the weights and has its own scheduler; ``pipeline`` is not changed. Guiding the
+    copy again adds another guide. ``guidance``, ``scale``, ``schedule``, ``view``,
+    ``backpropagate`` and ``start`` are fields of `ebmkit.guidance.GuidanceConfig`.
 
     Args:
-        pipeline: of `diffusers`, with a UNet on images, as DDPMPipeline and DDIMPipeline.
-        model: what knows the labels: a classifier or joint model of ours, or any network that
-            gives logits of images in [0, 1] (`LogitModel` for other ranges); None for
-            ``classifier-free``.
-        label: of all images, or one for each, (B,).
-        means: (C,) mean E of each label's training images, for ``dual``.
-        classifier_free: w, in addition to a guide, for a class-conditional UNet; None: it gets the
-            label itself.
-        null_label: the UNet's label for none; None: its last.
-        image_range: where clean images of the UNet live.
-        clip: whether the guided prediction of the clean image is held to the scheduler's
-            ``clip_sample_range``, and the noise derived from it; None: if the scheduler clips.
-        **settings: of the guide, as n and gamma of ``pgd``.
+        pipeline: `diffusers` pipeline with a UNet on images, such as DDPMPipeline or DDIMPipeline.
+        model: classifier or joint model of ebmkit, or any network from images in [0, 1] to logits
+            (`LogitModel` for other ranges); None for ``classifier-free``.
+        label: one label for all images, or one per image, (B,).
+        means: (C,) mean E over each label's training images, for ``dual``.
+        classifier_free: weight w for a class-conditional UNet, in addition to a guide; None: no
+            mixing.
+        null_label: label that means "no label" to the UNet; None: its last one.
+        image_range: range of clean images of the UNet.
+        clip: whether to clip the guided prediction of the clean image to the scheduler's
+            ``clip_sample_range`` and recompute the noise; None: if the scheduler clips.
+        **settings: settings of the guide, such as n and gamma of ``pgd``.
 
     Raises:
         UserError: if the pipeline works on latents or has no UNet, UNet and guide differ in size,
-            channels or labels, or a setting is not legal.
+            channels or labels, or a setting is invalid.
 
     >>> images = guided(pipeline, robust, 3, "pgd", scale=4, n=20)()     # doctest: +SKIP
     """
@@ -110,12 +109,12 @@ def guided(
     for part in LATENT:
         if getattr(pipeline, part, None) is not None:
             raise UserError(
-                f"{name} works on latents (it has {part!r}), and a guide takes images: take a "
-                "pipeline on pixels, as DDPMPipeline"
+                f"{name} works on latents (it has {part!r}), and a guide takes images: use a "
+                "pipeline on pixels, such as DDPMPipeline"
             )
     for part in ("unet", "scheduler"):
         if getattr(pipeline, part, None) is None:
-            raise UserError(f"{name} has no {part}: take a pipeline of diffusers with a UNet")
+            raise UserError(f"{name} has no {part}: use a diffusers pipeline with a UNet")
     config = make_guidance(
         guidance=guidance, scale=scale, schedule=schedule, view=view, backpropagate=backpropagate,
         start=start, options=settings,
@@ -131,20 +130,20 @@ def guided(
 
 
 class GuidedUNet(nn.Module):
-    """A UNet of `diffusers` whose prediction is guided, for pipelines and custom loops.
+    """A `diffusers` UNet whose prediction is guided, for pipelines and custom loops.
 
-    It is called as the UNet is, ``(sample, timestep, ...)``, gives what that gives, and passes
-    other attributes on to it. A timestep is a number or tensor, of all images or one of each,
-    between two of the schedule's where a scheduler asks for that.
+    It has the call signature ``(sample, timestep, ...)``, outputs and attributes of the UNet. A
+    timestep is a number or tensor, for all images or one per image, and may be fractional.
 
     Args:
-        unet: predicts noise, v or clean images at u_t (B, C, H, W), and perhaps C variances.
-        scheduler: of `diffusers`; its ``alphas_cumprod`` and ``prediction_type`` are read.
-        model: as for `guided`, like ``label`` and all keyword arguments.
-        config: how it is guided.
+        unet: network that predicts noise, v or clean images at u_t (B, C, H, W), and optionally C
+            variances.
+        scheduler: `diffusers` scheduler, for its ``alphas_cumprod`` and ``prediction_type``.
+        model: as in `guided`, as are ``label`` and all keyword arguments.
+        config: settings of guidance.
 
     Raises:
-        UserError: as `guided`.
+        UserError: as in `guided`.
 
     >>> unet = GuidedUNet(pipeline.unet, pipeline.scheduler, robust, 3)  # doctest: +SKIP
     >>> unet(u, t).sample                                                # doctest: +SKIP
@@ -171,7 +170,7 @@ class GuidedUNet(nn.Module):
         if self.prediction not in PREDICTIONS:
             raise UserError(
                 f"the scheduler's prediction_type {self.prediction!r} is not known: "
-                f"{', '.join(PREDICTIONS)} are"
+                f"use one of {', '.join(PREDICTIONS)}"
             )
         clips = getattr(scheduler.config, "clip_sample", False) if clip is None else clip
         limit = getattr(scheduler.config, "clip_sample_range", None) or 1.0
@@ -179,9 +178,9 @@ class GuidedUNet(nn.Module):
         self.channels, embedded = _check_unet(unet)
         self.label = _check_labels(label)
         self.guide = None if model is None else _check_guide(model, unet, self.channels)
-        own = self.guidance(self.label)  # settings and labels that do not suit it are refused
+        own = self.guidance(self.label)  # raises for invalid settings and labels
         if self.guide is None and classifier_free is not None:
-            raise UserError("classifier_free is in addition to a guide: give w as scale")
+            raise UserError("classifier_free needs a guide: without one, give w as scale")
         self.mixing = own if self.guide is None else None
         if classifier_free is not None:
             self.mixing = Guidance(None, classifier_free, diffusion=self.schedule)
@@ -219,21 +218,21 @@ class GuidedUNet(nn.Module):
         self, sample: Tensor, timestep: Tensor | float, *args: Any, return_dict: bool = True,
         **kwargs: Any,
     ) -> Any:  # fmt: skip
-        """The guided prediction, as the UNet's own output; no gradients go back through it.
+        """The guided prediction in the UNet's output type; it has no gradients.
 
-        ``sample`` is u_t (B, C, H, W), ``timestep`` a number, or a tensor of one or of (B,);
-        without ``return_dict`` a tuple is returned; the rest is passed on to the UNet.
+        ``sample`` is u_t (B, C, H, W), ``timestep`` a number, or a tensor with one entry or (B,).
+        If ``return_dict`` is False, the output is a tuple. The UNet gets all other arguments.
 
         Raises:
-            UserError: if there are other labels than images, the images have another size than the
-                guide takes, a timestep is out of range, or the guide is on another device.
+            UserError: if the numbers of labels and images do not match, the guide takes another
+                image size, a timestep is out of range, or the guide is on another device.
         """
         batch, outs, kind = len(sample), [], None
         labels = self._check_sample(sample)
         for part, t in _parts(timestep, batch):
 
             def own(value: Any, part: slice = part) -> Any:
-                """Of an argument what belongs to these images."""
+                """The part of an argument that belongs to these images."""
                 each = isinstance(value, Tensor) and value.ndim and len(value) == batch
                 return value[part] if each else value
 
@@ -258,15 +257,15 @@ class GuidedUNet(nn.Module):
     def _guided(
         self, u: Tensor, t: Any, labels: Tensor, own: Tensor | None, call: Callable[..., Tensor]
     ) -> Tensor:
-        """The UNet's output at images ``u`` of one timestep ``t``, its prediction guided.
+        """The UNet's output for images ``u`` of one timestep ``t``, with guided prediction.
 
-        ``labels`` (b,) are those of guidance, ``own`` those that the UNet was called with, if any;
-        ``call`` is the UNet, given images and arguments to add.
+        ``labels`` (b,) are the labels of guidance, ``own`` the UNet's ``class_labels``, if any;
+        ``call`` calls the UNet with images and additional arguments.
         """
         abar, channels = self.schedule.abar(t), self.channels
 
         def predict(u: Tensor) -> Tensor:
-            """(b, C or 2C, H, W); with classifier-free guidance mixed with that of no label."""
+            """The UNet's output (b, C or 2C, H, W), after classifier-free mixing."""
             if not self.embedded:
                 return call(u, {})
             c = labels if own is None else own
@@ -304,7 +303,7 @@ class GuidedUNet(nn.Module):
         return torch.cat([first.to(out.dtype), out[:, channels:]], dim=1)
 
     def _check_sample(self, sample: Tensor) -> Tensor:
-        """The labels (B,) of images that suit the guide."""
+        """Check device and size of ``sample``, and return its labels (B,)."""
         own = None if self.guide is None else next(self.guide.parameters(), None)
         if own is not None and own.device != sample.device:
             raise UserError(
@@ -322,7 +321,7 @@ class GuidedUNet(nn.Module):
 
 
 def _parts(timestep: Tensor | float, batch: int) -> list[tuple[slice, float]]:
-    """Neighbouring images of one timestep."""
+    """Slices of consecutive images with the same timestep, each with that timestep."""
     times = torch.as_tensor(timestep, dtype=torch.float64).reshape(-1).tolist()
     if len(times) not in (1, batch):
         raise UserError(f"{batch} images need 1 timestep or {batch}, not {len(times)}")
@@ -333,28 +332,28 @@ def _parts(timestep: Tensor | float, batch: int) -> list[tuple[slice, float]]:
 
 @dataclass(frozen=True)
 class _Levels(Schedule):
-    """A scheduler's noise levels, also between two of its timesteps."""
+    """A scheduler's noise levels, interpolated between timesteps."""
 
     def abar(self, t: float) -> float:
         low = math.floor(t)
         if t == low:
             return super().abar(low)
         before, after = (math.sqrt((1 - a) / a) for a in map(super().abar, (low, low + 1)))
-        level = before + (t - low) * (after - before)  # linear, as Euler's of diffusers
+        level = before + (t - low) * (after - before)  # linear, as in diffusers' Euler scheduler
         return 1 / (1 + level**2)
 
 
 def schedule_of(scheduler: Any, image_range: tuple[float, float] = (-1.0, 1.0)) -> Schedule:
-    """The noise levels of a ``scheduler`` of `diffusers`, to its own precision.
+    """The noise levels of a `diffusers` ``scheduler``, to the precision of ``alphas_cumprod``.
 
     Raises:
-        UserError: if it has none: the input of its model is not u_t.
+        UserError: if it has no ``alphas_cumprod``, so that its model's input is not u_t.
     """
     abar = getattr(scheduler, "alphas_cumprod", None)
     if not isinstance(abar, Tensor) or not len(abar):
         raise UserError(
             f"{type(scheduler).__name__} has no alphas_cumprod: only schedulers of "
-            "variance-preserving diffusion can be guided, as DDPM, DDIM and DPM-Solver"
+            "variance-preserving diffusion can be guided, such as DDPM, DDIM and DPM-Solver"
         )
     known = abar.detach().double().cpu().clamp_min(NOISE_ALONE / 2)
     before = torch.cat([known.new_ones(1), known[:-1]])
@@ -362,7 +361,7 @@ def schedule_of(scheduler: Any, image_range: tuple[float, float] = (-1.0, 1.0)) 
 
 
 def _in_precision_of(model: nn.Module, guide: DensityFunction) -> DensityFunction:
-    """``guide`` in the number type of the model's parameters, its gradient in that of v."""
+    """``guide`` computed in the dtype of the model's parameters; results in the dtype of v."""
     own = next(model.parameters(), None)
     if own is None:
         return guide
@@ -376,13 +375,13 @@ def _in_precision_of(model: nn.Module, guide: DensityFunction) -> DensityFunctio
 
 
 def _check_unet(unet: nn.Module) -> tuple[int, int | None]:
-    """The channels C of its images, and the number of labels that it embeds, if any."""
+    """Number of image channels C, and number of class embeddings, if any."""
     config: Any = getattr(unet, "config", None)
     taken, given = (getattr(config, name, None) for name in ("in_channels", "out_channels"))
     if not isinstance(taken, int) or given not in (taken, 2 * taken):
         raise UserError(
-            f"{type(unet).__name__} takes {taken} channels and gives {given}: it must give as many "
-            "as it takes, or twice as many with variances"
+            f"{type(unet).__name__} takes {taken} channels and gives {given}: it must return as "
+            "many as it takes, or twice as many with variances"
         )
     return taken, getattr(config, "num_class_embeds", None)
 
@@ -396,13 +395,13 @@ def _check_labels(label: int | Tensor | Sequence[int]) -> int | Tensor:
 
 
 def _check_guide(model: nn.Module, unet: Any, channels: int) -> EnergyModel:
-    """``model`` as a guide, in evaluation mode and of the UNet's kind of images."""
+    """Check ``model``, and return it as a guide for the UNet's images."""
     if not isinstance(model, nn.Module):
         raise UserError(f"{type(model).__name__} is no network and cannot guide")
     random = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
     if any(isinstance(m, random) and m.training for m in model.modules()):
         raise UserError(
-            "the guide is in training mode, where its norms or dropout mix images or draw: call "
+            "the guide is in training mode, and BatchNorm or dropout would change its output: call "
             "model.eval()"
         )
     size = getattr(unet.config, "sample_size", None)
@@ -428,9 +427,9 @@ def _check_size(size: tuple[int, ...], guide: EnergyModel) -> None:
 
 
 def _of_logits(model: nn.Module, channels: int, size: tuple[int, ...] | None) -> LogitModel:
-    """A custom network, with as many labels as it gives logits for one black image."""
+    """Wrap a custom network; its logits for a black image give the number of labels."""
     if size is None:
-        raise UserError("the UNet does not say its sample_size: wrap the network in LogitModel")
+        raise UserError("the UNet's config has no sample_size: wrap the network in LogitModel")
     own = next(model.parameters(), torch.empty(0))
     black = torch.zeros(1, channels, *size, dtype=own.dtype, device=own.device)
     try:
@@ -441,6 +440,6 @@ def _of_logits(model: nn.Module, channels: int, size: tuple[int, ...] | None) ->
         raise UserError(f"{what}: {first_line(error)}") from None
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 1:
         raise UserError(
-            "the network must give logits (B, labels): wrap it in a module that gives them alone"
+            "the network must return only logits (B, labels): wrap it in a module that does"
         )
     return LogitModel(model, logits.shape[1], in_channels=channels)

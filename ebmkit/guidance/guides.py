@@ -1,40 +1,39 @@
 r"""Guides: functions of an image, with their gradients, that guidance increases.
 
-A classifier's logits are energies (RCG eq. 2.32-2.38), :math:`E(v, c) = -\log p(v, c)` and
-:math:`E(v) = -\log p(v)`, whose difference classifies,
-:math:`\log p(c \mid v) = E(v) - E(v, c)`. With them a guide h of a label c is
+The logits of a classifier define energies (RCG eq. 2.32-2.38), :math:`E(v, c) = -\log p(v, c)` and
+:math:`E(v) = -\log p(v)`; their difference is the label posterior,
+:math:`\log p(c \mid v) = E(v) - E(v, c)`. The guides h of a label c are
 
 =============== ================================================================================
-guide           h(v), to be increased, in nats
+guide           h(v), in nats; guidance increases it
 =============== ================================================================================
 ``classifier``  :math:`\log p(c \mid v)`
 ``energy``      :math:`\log p(v, c) = -E(v, c)` (RCG section 4.6)
 ``dual``        :math:`-\bigl(E(v, c) + \lambda\, |\bar E_c - E(v)|\bigr)` (eq. 4.5-4.6), with
                 :math:`\bar E_c` the mean of E over training images of the label
-``pgd``         :math:`h(v_n)` with the gradient there (section 4.9)
-``accumulated`` the sum of :math:`h(v_i)` and of the gradients there, i from 0 to n - 1
+``pgd``         :math:`h(v_n)` and the gradient there (section 4.9)
+``accumulated`` the sums of :math:`h(v_i)` and of the gradients there, i from 0 to n - 1
                 (section 4.3)
 =============== ================================================================================
 
-The energies of a model that was trained to classify alone are those of its logits
-(`ebmkit.models.heads.LogitEnergy`). The last two take an inner guide h and n normalised steps up
-it,
+For a model that was trained only to classify, both energies come from its logits
+(`ebmkit.models.heads.LogitEnergy`). ``pgd`` and ``accumulated`` make normalised gradient ascent
+steps on an inner guide h,
 
-.. math:: v_0 = v, \qquad v_{i+1} = v_i + \gamma \frac{\nabla h(v_i)}{\|\nabla h(v_i)\|_2} ,
+.. math:: v_0 = v, \qquad v_{i+1} = v_i + \gamma \frac{\nabla h(v_i)}{\|\nabla h(v_i)\|_2} .
 
-the steps of ``pgd``, for ``accumulated`` as well, whose images RCG does not define. The gradient of
-neither is that of its value: the path from v to :math:`v_n` is not differentiated.
+RCG does not define those of ``accumulated``. Neither gradient is the gradient of the value: the
+path from v to :math:`v_n` is not differentiated.
 
-The strength of guidance depends on the timestep by a schedule g(t) (`ebmkit.guidance.score`).
-Where h is the exact log-posterior of the noisy image and s = 1,
-:math:`g = \sqrt{1 - \bar\alpha_t}` gives the exact conditional noise. ``constant`` and ``step``
-multiply that factor (RCG section 4.5: s = 30, then 11 from the middle of the chain, ``low`` =
-11/30); the others replace it (section 4.7), ``sigmoid`` by
-:math:`(1 - y_0) / (1 + e^{-k (t - t_0)}) + y_0` (eq. 4.4).
+A schedule g(t) sets the strength of guidance at each timestep (`ebmkit.guidance.score`). If h is
+the exact log-posterior of the noisy image and s = 1, :math:`g = \sqrt{1 - \bar\alpha_t}` gives the
+exact conditional noise. ``constant`` and ``step`` multiply this factor (RCG section 4.5: s = 30,
+then 11 from the middle of the chain, ``low`` = 11/30); the other schedules replace it (section
+4.7), ``sigmoid`` by :math:`(1 - y_0) / (1 + e^{-k (t - t_0)}) + y_0` (eq. 4.4).
 
-A guide is a `ebmkit.sampling.base.DensityFunction`: v (B, ...) and the noise level of v in image
-units, or None, to the value (B,) and the gradient. RCG is the thesis "Classifier-free Diffusion
-Guidance with a Robust Energy-Based Classifier" (Sapienza, 2024) here and in all docstrings.
+A guide is a `ebmkit.sampling.base.DensityFunction`: it maps v (B, ...) and its noise level (image
+units, or None) to the value (B,) and the gradient. In all docstrings RCG is the thesis
+"Classifier-free Diffusion Guidance with a Robust Energy-Based Classifier" (Sapienza, 2024).
 """
 
 from __future__ import annotations
@@ -63,29 +62,29 @@ from ebmkit.sampling.base import (
 )
 
 CLASSIFIER_FREE = "classifier-free"
-"""Guidance that needs no guide: the sampled model itself knows labels."""
+"""Guidance by the labels of the sampled model itself, without a guide."""
 
 Labels = Tensor | int
 Means = Sequence[float] | None
 Inner = Literal["classifier", "energy", "dual"]
-_INNER = "inner guide that is increased: classifier, energy or dual"
+_INNER = "inner guide of the ascent: classifier, energy or dual"
 
 
 def classifier_guide(model: EnergyModel, c: Labels) -> DensityFunction:
-    """log p(c|v) of labels ``c``, a number or (B,): classifier guidance.
+    """Classifier guidance: log p(c|v) of labels ``c``, an integer or (B,).
 
     Raises:
-        UserError: if the model has no labels that were trained, or one is out of range.
+        UserError: if the model was trained without labels, or a label is out of range.
     """
     model = LogitEnergy.of(check_guide(model))
     return _at_clean_level(model, label_density_of(model, c))
 
 
 def energy_guide(model: EnergyModel, c: Labels) -> DensityFunction:
-    """log p(v, c) = -E(v, c), up to a constant: joint-energy guidance (RCG section 4.6).
+    """Joint-energy guidance: log p(v, c) = -E(v, c), up to a constant (RCG section 4.6).
 
     Raises:
-        UserError: as `classifier_guide`.
+        UserError: as in `classifier_guide`.
     """
     model = LogitEnergy.of(check_guide(model))
     return _at_clean_level(model, density_of(model, c))
@@ -94,13 +93,13 @@ def energy_guide(model: EnergyModel, c: Labels) -> DensityFunction:
 def dual_guide(
     model: EnergyModel, c: Labels, means: Tensor | Means, weight: float = 0.15
 ) -> DensityFunction:
-    """-(E(v, c) + weight |means[c] - E(v)|): images as likely as the label's own (RCG eq. 4.6).
+    """Dual guidance: -(E(v, c) + weight |means[c] - E(v)|) (RCG eq. 4.6).
 
-    ``means`` (C,) are those of E over training images of each label, nats
+    ``means`` (C,) is the mean E over the training images of each label, in nats
     (`ebmkit.guidance.class_energies`); ``weight`` is lambda, 0 or more (RCG section 4.8).
 
     Raises:
-        UserError: as `classifier_guide`, or if there is not one finite mean for each label.
+        UserError: as in `classifier_guide`, or if ``means`` is not one finite number per label.
     """
     model = LogitEnergy.of(check_guide(model))
     check_positive("lambda", weight, zero=True)
@@ -127,13 +126,13 @@ def dual_guide(
 
 
 def pgd_guide(inner: DensityFunction, steps: int = 100, step_size: float = 0.01) -> DensityFunction:
-    """``inner`` and its gradient after ``steps`` normalised steps up it (RCG section 4.9).
+    """``inner`` and its gradient after normalised gradient ascent (RCG section 4.9).
 
-    ``steps``, n, may be 0: ``inner`` itself. ``step_size`` is gamma, the l2 length of a step, in
-    image units of the guide's input.
+    ``steps`` is n, 0 or more; 0 is ``inner`` itself. ``step_size`` is gamma, the l2 length of a
+    step, in image units of the guide's input.
 
     Raises:
-        UserError: if a number is not legal.
+        UserError: if ``steps`` or ``step_size`` is invalid.
     """
     _check_steps(steps, 0, step_size)
     return lambda v, sigma=None: _ascent(inner, v, sigma, steps, step_size)[-1]
@@ -142,10 +141,10 @@ def pgd_guide(inner: DensityFunction, steps: int = 100, step_size: float = 0.01)
 def accumulated_guide(
     inner: DensityFunction, steps: int, step_size: float = 0.01
 ) -> DensityFunction:
-    """The sums of ``inner`` and of its gradient along normalised steps up it (RCG section 4.3).
+    """Sums of ``inner`` and of its gradient along normalised gradient ascent (RCG section 4.3).
 
-    ``steps``, n, is the number of gradients added; 1 is ``inner`` itself. The rest is as of
-    `pgd_guide`.
+    ``steps`` is n, the number of gradients in the sum; 1 is ``inner`` itself. ``step_size`` and
+    errors are as in `pgd_guide`.
     """
     _check_steps(steps, 1, step_size)
 
@@ -160,7 +159,7 @@ def accumulated_guide(
 def _ascent(
     inner: DensityFunction, v: Tensor, sigma: Noise | None, steps: int, step_size: float
 ) -> list[tuple[Tensor, Tensor]]:
-    """h and its gradient at v_0, ..., v_steps; where the gradient is 0 nothing moves."""
+    """h and its gradient at v_0, ..., v_steps; a step along a zero gradient is zero."""
     found = [inner(v, sigma)]
     for _ in range(steps):
         v = v + step_size * unit_length(found[-1][1])
@@ -178,7 +177,7 @@ class DualTarget(NamedTuple):
     """-(E(v, c) + lambda |mean - E(v)|) (RCG eq. 4.6)."""
 
     labels: Tensor  # c (B,)
-    means: Tensor  # (B,), mean E of training images of these labels, nats
+    means: Tensor  # (B,), mean E over the training images of each label, nats
     weight: Tensor  # lambda, a scalar
 
     def __call__(self, energies: Energies) -> Tensor:
@@ -188,24 +187,24 @@ class DualTarget(NamedTuple):
 
 
 def check_guide(model: object) -> EnergyModel:
-    """``model``, which can be a guide.
+    """Return ``model`` if it can be a guide.
 
     Raises:
-        UserError: if it gives no energies, or has no labels that were trained.
+        UserError: if it has no energies, or was trained without labels.
     """
     if not isinstance(model, EnergyModel):
         raise UserError(
-            f"{type(model).__name__} gives no energies and cannot guide: take a classifier or a "
-            "joint model, or wrap a network that gives logits in ebmkit.guidance.LogitModel"
+            f"{type(model).__name__} gives no energies and cannot guide: use a classifier or a "
+            "joint model, or wrap a network that returns logits in ebmkit.guidance.LogitModel"
         )
     if not classifies(model):
-        known = "a guide must know labels, and this model was trained without"
-        raise UserError(f"{known}: take one that was trained to classify")
+        known = "a guide needs labels, and this model was trained without them"
+        raise UserError(f"{known}: use one that was trained to classify")
     return model
 
 
 def _at_clean_level(model: EnergyModel, guide: DensityFunction) -> DensityFunction:
-    """``guide`` at `clean_level` where no noise level is given."""
+    """``guide``, with `clean_level` as the default noise level."""
     lowest = clean_level(model)
     if lowest is None:
         return guide
@@ -216,7 +215,7 @@ def _at_clean_level(model: EnergyModel, guide: DensityFunction) -> DensityFuncti
 
 
 class GuideSettings(BaseModel):
-    """Settings of guides that have none."""
+    """Base class of guide settings, without fields."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", allow_inf_nan=False, populate_by_name=True
@@ -251,10 +250,10 @@ class AccumulatedSettings(PGDSettings):
 
 
 class Guide(NamedTuple):
-    """A guidance method that has a name.
+    """A named guidance method.
 
-    ``make`` takes the guiding model, labels, settings and mean energies (C,) or None to the guide;
-    it is None where there is no guide.
+    ``make`` maps the guiding model, labels, settings and mean energies ((C,) or None) to the guide;
+    it is None for classifier-free guidance.
     """
 
     description: str
@@ -287,19 +286,19 @@ GUIDES: dict[str, Guide] = Table(
             lambda model, c, own, means: dual_guide(model, c, means, own.lambda_),
         ),
         "pgd": Guide(
-            "a guide's gradient after n normalised steps up it (RCG section 4.9)",
+            "gradient of an inner guide after n normalised ascent steps (RCG section 4.9)",
             PGDSettings,
             lambda model, c, own, means: pgd_guide(_inner(model, c, own, means), own.n, own.gamma),
         ),
         "accumulated": Guide(
-            "the sum of a guide's gradients along n normalised steps up it (RCG section 4.3)",
+            "sum of n gradients of an inner guide along normalised ascent steps (RCG section 4.3)",
             AccumulatedSettings,
             lambda model, c, own, means: accumulated_guide(
                 _inner(model, c, own, means), own.n, own.gamma
             ),
         ),
         CLASSIFIER_FREE: Guide(
-            "by the sampled model's own labels, w = scale: 0 without, 1 with (Ho & Salimans 2021)",
+            "no guide; w = scale: 0 unconditional, 1 conditional (Ho & Salimans 2021)",
             GuideSettings,
             None,
         ),
@@ -312,7 +311,7 @@ GUIDES: dict[str, Guide] = Table(
 
 
 class GuidanceSchedule(BaseModel, ABC):
-    """g(t). A subclass has a ``name``, a ``description``, an example ``form``, and `factor`."""
+    """A schedule g(t); a subclass defines ``name``, ``description``, a ``form`` and `factor`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -322,18 +321,18 @@ class GuidanceSchedule(BaseModel, ABC):
 
     @abstractmethod
     def factor(self, t: Tensor, abar: Tensor, total: int) -> Tensor:
-        """g(t), shape of ``t``: timesteps from 0 to ``total`` - 1, whole or between two, float64.
+        """g(t), shape of ``t``: float64 timesteps from 0 to ``total`` - 1, may be fractional.
 
-        ``abar`` is the share of the image in the variance there, of the same shape.
+        ``abar`` is the cumulative product of 1 - beta at ``t``, of the same shape.
         """
 
     def weight(self, t: Tensor, abar: Tensor, total: int) -> Tensor:
-        """w(t) = g(t) / sqrt(1 - abar), shape of ``t``; 1 where there is no noise."""
+        """w(t) = g(t) / sqrt(1 - abar), shape of ``t``; 1 without noise."""
         exact = (1 - abar).sqrt()
         return torch.where(exact > 0, self.factor(t, abar, total) / exact, 1.0)
 
     def __str__(self) -> str:
-        """The written form, that `parse_schedule` reads."""
+        """The text form that `parse_schedule` reads."""
         values = ",".join(f"{k}={v:g}" if float(f"{v:g}") == v else f"{k}={v!r}"
                           for k, v in self.model_dump().items())  # fmt: skip
         return f"{self.name}:{values}" if values else self.name
@@ -349,16 +348,16 @@ class Exact(GuidanceSchedule):
 
 class Constant(Exact):
     name = form = "constant"
-    description = "the exact factor at every timestep: the scale does not change"
+    description = "the same as exact: a constant scale"
 
 
 class Step(GuidanceSchedule):
     name = "step"
     form = "step:at=500,low=0.37"
-    description = "the exact factor, times low below timestep at (RCG section 4.5)"
+    description = "the exact factor, multiplied by low below timestep at (RCG section 4.5)"
 
-    at: float = Field(500.0, ge=0, description="timestep at which the scale changes")
-    low: float = Field(11 / 30, ge=0, description="factor of the scale below this timestep")
+    at: float = Field(500.0, ge=0, description="timestep below which low applies")
+    low: float = Field(11 / 30, ge=0, description="factor below this timestep")
 
     def factor(self, t: Tensor, abar: Tensor, total: int) -> Tensor:
         return self.weight(t, abar, total) * (1 - abar).sqrt()
@@ -402,16 +401,16 @@ class Sigmoid(GuidanceSchedule):
 GUIDANCE_SCHEDULES: dict[str, type[GuidanceSchedule]] = {
     kind.name: kind for kind in (Exact, Constant, Step, Linear, Power, Sigmoid)
 }
-"""All schedules of guidance, by name."""
+"""All guidance schedules, by name."""
 
 
 def parse_schedule(text: str) -> GuidanceSchedule:
-    """The schedule that ``text`` names, as ``sigmoid:t0=500,y0=0.05,k=0.02``.
+    """Parse a schedule such as ``sigmoid:t0=500,y0=0.05,k=0.02``.
 
-    Parameters that are left out have the values of RCG; a number may be a fraction, 11/30.
+    Omitted parameters have RCG's values; a number may be a fraction such as 11/30.
 
     Raises:
-        UserError: if it does not parse; it shows the form of each schedule.
+        UserError: if ``text`` is invalid; the message shows the form of each schedule.
 
     >>> str(parse_schedule("power:k=1/4"))
     'power:k=0.25'

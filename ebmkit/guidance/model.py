@@ -1,15 +1,15 @@
-r"""A guided model: a model of images and a guide, together a model of images of a label.
+r"""Guided models: a base model of images with a guide, as a model of images of a label.
 
-Its score of a label is that of `ebmkit.guidance.score`, :math:`s(y) + s\,w\,\nabla_y h_c(v(y))`,
-and without a label that of the base alone. It is a `ebmkit.energy.ScoreModel`, so every sampler
-that can drive the base drives it.
+The score for a label is :math:`s(y) + s\,w\,\nabla_y h_c(v(y))` (`ebmkit.guidance.score`), without
+a label that of the base. A guided model is a `ebmkit.energy.ScoreModel` and works with every
+sampler that works with the base.
 
-If the base has a log-density, so has the guided model, :math:`\log p(y) + s\,w\,h_c(v(y))` up to a
-constant, for samplers that accept or reject.
+If the base has a log-density, the guided model has the log-density
+:math:`\log p(y) + s\,w\,h_c(v(y))` up to a constant, for samplers that accept or reject.
 
-Mean energies of each label's images, which the guide ``dual`` needs, are computed once and stored
-with the guide's run, in ``RUN/energies/DATASET-FINGERPRINT.json`` of the images' fingerprint. The
-file names the digest of the weights; with other weights it is computed anew.
+The guide ``dual`` needs the mean energies of each label's images. They are computed once and stored
+in the guide's run, in ``RUN/energies/DATASET-FINGERPRINT.json`` with the fingerprint of the images
+and the digest of the weights; if the weights change, they are computed again.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ def guided_model(
     config: GuidanceConfig | None = None,
     means: Sequence[float] | None = None,
 ) -> GuidedModel:
-    """``base`` guided by ``guide``: with a log-density if the base has one and the view allows.
+    """Guide ``base``; the result has a log-density if the base has one, except for view x0_hat.
 
     Args:
-        base: what is sampled.
-        guide: what knows the labels; None for classifier-free guidance, where the base does.
-        config: how; joint energy at scale 1 by default.
-        means: (C,) mean E of each label's training images, where the guide needs them.
+        base: model to sample.
+        guide: classifier or joint model; None for classifier-free guidance.
+        config: settings of guidance; the default is joint energy at scale 1.
+        means: (C,) mean E over each label's training images, if the guide needs them.
 
     Raises:
         UserError: if base and guide differ in image size, channels or number of labels, there are
@@ -72,12 +72,12 @@ def guided_model(
 
 
 class GuidedModel(HasParts, ScoreModel):
-    """A model of images whose samples are guided to labels; made by `guided_model`.
+    """A model whose samples are guided to labels; `guided_model` creates it.
 
     Attributes:
-        base: as of `guided_model`, like ``guide``, ``config`` and ``means``.
-        view: the guide's input.
-        schedule: of the diffusion model that the base is; None of other bases.
+        base: as in `guided_model`, as are ``guide``, ``config`` and ``means``.
+        view: input of the guide.
+        schedule: noise levels of a diffusion base, else None.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class GuidedModel(HasParts, ScoreModel):
         self.noise_conditional, self.is_energy_based = base.noise_conditional, base.is_energy_based
         self.schedule = base.schedule
         self._diffusion = base.schedule or make_schedule()
-        self.view = self.guidance(0).view  # settings that do not suit the guide are refused
+        self.view = self.guidance(0).view  # raises for settings that do not suit the guide
         if guide is not None:
             _check_fit(base, guide)
         elif base.num_classes == 0:
@@ -105,7 +105,7 @@ class GuidedModel(HasParts, ScoreModel):
         self.num_classes, self.card = labelled.num_classes, _with_labels(base.card, labelled)
 
     def guidance(self, c: Tensor | int) -> Guidance:
-        """The guidance to labels ``c``, a number or (B,)."""
+        """The guidance to labels ``c``, an integer or (B,)."""
         return self.config.build(self.guide, c, self.means, self._diffusion)
 
     def with_parts(self, wrap: Callable[[Any], Any]) -> GuidedModel:
@@ -124,7 +124,7 @@ class GuidedModel(HasParts, ScoreModel):
     def denoise(
         self, y: Tensor, sigma: Noise | None = None, c: Tensor | int | None = None
     ) -> Tensor:
-        """The guided estimate of the clean image, or without ``c`` the base's; shape of y."""
+        """The guided estimate of the clean image, shape of y; without ``c`` the base's."""
         if c is None:
             return self.base.denoise(y, sigma)
         labels = self.check_labels(c, y)
@@ -166,14 +166,14 @@ class GuidedModel(HasParts, ScoreModel):
 
 
 class GuidedDensityModel(GuidedModel, EnergyModel):
-    """A `GuidedModel` whose base has a log-density; its logits are those of the guide."""
+    """A `GuidedModel` whose base has a log-density; the logits come from the guide."""
 
     base: EnergyModel
 
     def forward(self, y: Tensor, sigma: Noise | None = None) -> Energies:
-        """The base's log-density of ``y`` (B, C, H, W), the guide's logits of the same image.
+        """The base's log-density and the guide's logits of ``y`` (B, C, H, W).
 
-        The guided log-density of a label is that of `density_and_score`.
+        For the guided log-density of a label see `density_and_score`.
         """
         base = self.base(y, sigma)
         logits = base.logits if self.guide is None else self.guide(y, sigma).logits
@@ -195,11 +195,11 @@ class GuidedDensityModel(GuidedModel, EnergyModel):
         return value if c is None else value + self._added(y, sigma, c)[0]
 
     def label_score(self, y: Tensor, c: Tensor | int, sigma: Noise | None = None) -> Tensor:
-        """What guidance to ``c`` adds to the score; shape of y."""
+        """The term that guidance to ``c`` adds to the score; shape of y."""
         return self._added(y, sigma, c)[1]
 
     def _added(self, y: Tensor, sigma: Noise | None, c: Tensor | int) -> tuple[Tensor, Tensor]:
-        """What guidance to ``c`` adds to log-density (B,) and score."""
+        """The terms that guidance to ``c`` adds to log-density (B,) and score."""
         labels = self.check_labels(c, y)
         guidance = self.guidance(labels)
         if self.guide is not None:
@@ -211,7 +211,7 @@ class GuidedDensityModel(GuidedModel, EnergyModel):
 
 
 def _with_labels(card: ModelCard | None, labelled: ScoreModel) -> ModelCard | None:
-    """The base's card with the labels of the model that knows them."""
+    """The base's card with the class names of ``labelled``."""
     if card is None:
         return None
     names = labelled.card.class_names if labelled.card else card.class_names
@@ -233,29 +233,29 @@ def _check_fit(base: ScoreModel, guide: EnergyModel) -> None:
         b = theirs[what]
         if a is not None and b is not None and a != b:
             raise UserError(
-                f"the sampled model has {what} {a} and the guide {b}: take two that were trained "
+                f"the sampled model has {what} {a} and the guide {b}: use two that were trained "
                 "on the same kind of images"
             )
 
 
 class LogitModel(EnergyModel):
-    """Any network that gives logits, as a model with energies: E(x, c) = -logits[c].
+    """Wrap a network that returns logits as an energy model: E(x, c) = -logits[c].
 
-    Images come in [0, 1]; what the network wants instead, the range [-1, 1] or a mean and deviation
-    of each channel, is done inside, so that gradients are per image unit.
+    Inputs are images in [0, 1]. The model maps them to the network's range, [-1, 1] or normalised
+    by mean and standard deviation per channel, so gradients are per image unit.
 
     Args:
-        network: images (B, C, H, W) to logits (B, num_classes); with ``noise_conditional`` it is
-            called as network(images, sigma), sigma (B,) in image units.
+        network: maps images (B, C, H, W) to logits (B, num_classes); with ``noise_conditional`` it
+            is called as network(images, sigma), sigma (B,) in image units.
         num_classes: number of labels.
-        mean: of each channel, subtracted from images in [0, 1]; a number or one for each.
-        std: of each channel, divided by after that.
-        signed: whether the network takes images in [-1, 1]; it excludes mean and std.
-        in_channels: channels that images must have; None does not check.
+        mean: value subtracted from images in [0, 1]; a number, or one per channel.
+        std: divisor after that; a number, or one per channel.
+        signed: whether the network takes images in [-1, 1]; excludes mean and std.
+        in_channels: image channels; None: not checked.
         noise_conditional: whether the network needs the noise level.
 
     Raises:
-        UserError: if mean, std and signed do not go together.
+        UserError: if ``signed`` is combined with mean or std, or a value is invalid.
 
     >>> model = LogitModel(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), 10, signed=True)
     >>> model.log_joint(torch.rand(2, 1, 8, 8)).shape
@@ -279,7 +279,7 @@ class LogitModel(EnergyModel):
         if signed and not (mean is None and std is None):
             raise UserError("images in [-1, 1] have mean and std 0.5: give signed, or mean and std")
         if num_classes < 1:
-            raise UserError(f"{num_classes} labels are none: take 1 or more")
+            raise UserError(f"num_classes is {num_classes}: it must be 1 or more")
         default = 0.5 if signed else None
         self.network, self.num_classes, self.in_channels = network, num_classes, in_channels
         self.noise_conditional = noise_conditional
@@ -296,7 +296,7 @@ class LogitModel(EnergyModel):
         """Energies of ``y`` (B, C, H, W) in [0, 1].
 
         Raises:
-            UserError: if images or logits have another shape than was said, or sigma is needed.
+            UserError: if images or logits have the wrong shape, or a required sigma is missing.
         """
         if self.in_channels is not None and y.shape[1] != self.in_channels:
             raise UserError(
@@ -316,14 +316,14 @@ class LogitModel(EnergyModel):
         return Energies(logits, logits.logsumexp(1))
 
     def warn_if_rough(self) -> None:
-        """Nothing: it was never meant to denoise."""
+        """Do nothing: the model is not a denoiser."""
 
 
 # --- mean energies ------------------------------------------------------------------------------
 
 
 class ClassEnergies(BaseModel):
-    """Means and standard deviations over the images of each label, (C,), in nats."""
+    """Means and standard deviations of each label's energies, (C,), in nats."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
@@ -341,14 +341,14 @@ def class_energies(
     progress: Callable[[int, int], None] | None = None,
     batch_size: int = 256,
 ) -> ClassEnergies:
-    """Energies of each label's images, at `ebmkit.sampling.base.clean_level` (RCG figure 4.12).
+    """Energies of each label's images at `ebmkit.sampling.base.clean_level` (RCG figure 4.12).
 
-    ``images`` are a data set, as of `ebmkit.data`: ``len`` and ``batches(size)``; ``progress`` is
-    called with (images done, images in all).
+    ``images`` is a data set as in `ebmkit.data`, with ``len`` and ``batches(size)``; ``progress``
+    is called with (images done, total images).
 
     Raises:
-        UserError: if model or images have no labels, an image's label is not the model's, one of
-            the model's labels has no image, or an energy is NaN or Inf.
+        UserError: if model or images have no labels, an image's label is not the model's, one
+            of its labels has no image, or an energy is NaN or Inf.
     """
     model = LogitEnergy.of(check_guide(model))
     device, sigma, done = device_of(model), clean_level(model), 0
@@ -369,7 +369,7 @@ def class_energies(
     empty = torch.nonzero(count == 0).flatten().tolist()
     if empty:
         lacking = f"labels {empty} have no image in this data set"
-        raise UserError(f"{lacking}: take the one that the guide was trained on")
+        raise UserError(f"{lacking}: use the one that the guide was trained on")
     if not bool(sums.isfinite().all()):
         raise UserError("an energy of the guide is NaN or Inf: its training diverged")
     free, free2, joint, joint2 = sums[1:] / count
@@ -390,11 +390,13 @@ def stored_energies(
     compute: Callable[[], ClassEnergies],
     sigma: float | None = None,
 ) -> ClassEnergies:
-    """The energies stored in the guide's folder ``run``, or those that ``compute`` gives, which are
-    stored then: of a ``dataset`` with a ``fingerprint``, weights with a ``digest``, at ``sigma``.
+    """Load mean energies from the guide's folder ``run``, or ``compute`` and store them.
+
+    Stored energies are used if ``dataset``, ``fingerprint`` of the images, ``digest`` of the
+    weights and ``sigma`` are the same.
 
     Raises:
-        UserError: if ``compute`` does, or the file cannot be written.
+        UserError: if ``compute`` raises it, or the file cannot be written.
     """
     name = re.sub(r"[^\w.-]", "_", f"{dataset}-{fingerprint}")
     path = run / "energies" / f"{name}.json"
@@ -403,7 +405,7 @@ def stored_energies(
         stored = read_json(path)
         if facts.items() <= stored.items():
             return ClassEnergies.model_validate(stored)
-    except (OSError, ValueError, AttributeError):  # none yet, or damaged
+    except (OSError, ValueError, AttributeError):  # missing or damaged
         pass
     found = compute()
     make_folder(path.parent)

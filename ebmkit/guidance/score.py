@@ -1,22 +1,22 @@
-r"""Guided scores, and what follows from them: denoisers, noise predictions and log-densities.
+r"""Guided scores, denoisers, noise predictions and log-densities.
 
-A guide h gets the noisy image :math:`y = x + \sigma\epsilon` in one of three views v(y). With
-the diffusion model's range [a, b] of images, :math:`\bar\alpha = 1 / (1 + (b - a)^2 \sigma^2)`:
+A guide h gets one of three views v(y) of the noisy image :math:`y = x + \sigma\epsilon`. With the
+diffusion model's image range [a, b], :math:`\bar\alpha = 1 / (1 + (b - a)^2 \sigma^2)`:
 
 ========== ======================================= =============================================
 view       v                                       gradient by y of h(v(y))
 ========== ======================================= =============================================
-``noisy``  y, as models trained on noise take it   :math:`\nabla h`
+``noisy``  y, for guides trained on noisy images   :math:`\nabla h`
 ``x_t``    :math:`(u_t - a)/(b - a)`, the          :math:`\sqrt{\bar\alpha}\,\nabla h`
-           diffusion model's own coordinates
-           brought to the image range: darkened
-           at high noise (what RCG feeds)
+           diffusion model's coordinates mapped
+           to [0, 1]: darker at high noise (the
+           input in RCG)
 ``x0_hat`` D(y), the predicted clean image         :math:`\sqrt{\bar\alpha}\,\nabla h`, or with
                                                    ``backpropagate`` :math:`J_D(y)^\top \nabla h`
 ========== ======================================= =============================================
 
-Without ``backpropagate`` the clean image is taken to move as x_t does (a straight-through
-gradient), so that scales of the two are alike.
+Without ``backpropagate`` the Jacobian of x_t replaces that of D(y) (a straight-through gradient),
+so ``x0_hat`` and ``x_t`` have similar scales.
 
 Guidance at scale s adds :math:`p = s\,w\,\nabla_y h(v(y))` to the score; by Tweedie's formula
 
@@ -26,9 +26,9 @@ Guidance at scale s adds :math:`p = s\,w\,\nabla_y h(v(y))` to the score; by Twe
         = \epsilon - s\, g(t)\, \nabla_{u_t} h ,
 
 with the weight w = :math:`g(t) / \sqrt{1 - \bar\alpha_t}`, since
-:math:`\nabla_y = \sqrt{\bar\alpha}\,(b - a)\,\nabla_{u_t}`. So the mean of a reverse step moves
-by s times the *variance* of that step times the gradient (RCG eq. 2.17 has its deviation). Several
-guidances add up.
+:math:`\nabla_y = \sqrt{\bar\alpha}\,(b - a)\,\nabla_{u_t}`. So guidance shifts the mean of a
+reverse step by s times the *variance* of the step times the gradient (RCG eq. 2.17 has the standard
+deviation). The terms of several guides add up.
 
 Classifier-free guidance mixes two predictions at a weight w (Ho & Salimans, 2207.12598),
 :math:`\hat\epsilon = \epsilon_u + w\,(\epsilon_c - \epsilon_u)`: w = 0 is unconditional, w = 1
@@ -73,11 +73,11 @@ from ebmkit.sampling.diffusion import NoisePredictor
 View = Literal["noisy", "x_t", "x0_hat"]
 
 RENAMED = {"late": "start", "through": "backpropagate", "shrunk": "x_t", "clean": "x0_hat"}
-"""Earlier names of fields and views, which saved settings have."""
+"""Earlier names of fields and views, still accepted in saved settings."""
 
 
 class GuidanceConfig(BaseModel):
-    """How samples are guided."""
+    """Settings of guidance."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -140,11 +140,11 @@ class GuidanceConfig(BaseModel):
         means: Sequence[float] | None,
         diffusion: Schedule,
     ) -> Guidance:
-        """The guidance to labels ``c``, a number or (B,); classifier-free without a guide.
+        """The guidance to labels ``c``, an integer or (B,); classifier-free without ``guide``.
 
         Raises:
-            UserError: if there is a guide and none is needed or the reverse, it does not know the
-                labels, needs ``means`` and gets none, or the view does not suit it.
+            UserError: if a required guide is missing, classifier-free guidance gets one, the guide
+                does not have the labels, needs ``means`` and gets none, or cannot take the view.
         """
         how, entry = (self.backpropagate, self.start, diffusion), GUIDES[self.guidance]
         if guide is None:
@@ -158,15 +158,15 @@ class GuidanceConfig(BaseModel):
         view: View = self.view or ("noisy" if guide.noise_conditional else "x_t")
         if guide.noise_conditional and view == "x_t":
             reason = "this guide takes the noise level and scales images itself"
-            raise UserError(f"{reason}: take the view noisy")
+            raise UserError(f"{reason}: use the view noisy")
         return Guidance(function, self.scale, self.schedule, view, *how)
 
 
 def make_guidance(**values: Any) -> GuidanceConfig:
-    """`GuidanceConfig` of ``values``.
+    """Create a `GuidanceConfig` from ``values``.
 
     Raises:
-        UserError: if one is not legal.
+        UserError: if a value is invalid.
 
     >>> make_guidance(guidance="pgd", options={"n": 20}).options["gamma"]
     0.01
@@ -176,16 +176,16 @@ def make_guidance(**values: Any) -> GuidanceConfig:
 
 @dataclass(frozen=True)
 class Guidance:
-    """One guide, and how it is used; the other fields are those of `GuidanceConfig`.
+    """A guide and its settings; the other fields are those of `GuidanceConfig`.
 
     Args:
-        guide: a function that is increased; it gets the noise level of its input, image units, or
-            None of a clean image. None where only the weight is used.
-        diffusion: says which timestep and which abar a noise level is; `guided_noise` takes its
+        guide: function to increase; it gets its input and the noise level of that (image units;
+            None for a clean image). None if only the weight is used.
+        diffusion: schedule that maps noise levels to timesteps and abar; `guided_noise` uses its
             own instead.
 
     Raises:
-        UserError: if a value is not legal.
+        UserError: if a value is invalid.
     """
 
     guide: DensityFunction | None
@@ -203,7 +203,7 @@ class Guidance:
             object.__setattr__(self, "schedule", parse_schedule(self.schedule))
 
     def weight(self, sigma: Noise | None) -> float | Tensor:
-        """s w at a noise level in image units, a float or (B,); None is no noise, w = 1."""
+        """s w at noise level ``sigma``, image units, float or (B,); None means no noise, w = 1."""
         level = torch.as_tensor(0.0 if sigma is None else sigma, dtype=torch.float64)
         weight = self._weight(self._timestep(level), self._abar(level))
         return weight.to(sigma) if isinstance(sigma, Tensor) and sigma.ndim else float(weight)
@@ -218,7 +218,7 @@ class Guidance:
     ) -> tuple[Tensor, Tensor]:
         """h(v(y)) (B,) and its gradient by ``y`` (B, ...), without scale and weight.
 
-        ``vjp`` takes a gradient by the denoised images ``x0_hat`` to one by ``y``.
+        ``vjp`` maps a gradient by the denoised images ``x0_hat`` to a gradient by ``y``.
         """
         assert self.guide is not None
         if self.view == "noisy":
@@ -248,10 +248,10 @@ class Guidance:
         return self.scale * torch.where(on, self.schedule.weight(t, abar, total), 0.0)
 
     def _timestep(self, sigma: Tensor) -> Tensor:
-        """The timestep of each level, between two where the level is; -1 of no noise."""
+        """The timestep of each level, may be fractional; -1 without noise."""
         known, level = self._log_levels, sigma.detach().cpu().log().numpy()
         found = torch.as_tensor(np.interp(level, known, np.arange(len(known))), device=sigma.device)
-        # a level that is a timestep's, perhaps in float32, is that timestep
+        # rounding: the level of a timestep maps to exactly that timestep, also in float32
         return torch.where(sigma > 0, found.round(decimals=3), -1.0)
 
     @cached_property
@@ -265,19 +265,19 @@ Active = list[tuple[Guidance, Any]]  # with its weight s w, a float or (B,)
 
 
 def guided_score(score: ScoreFunction, guidance: Guidances) -> ScoreFunction:
-    """s(y) + s w grad_y h, for samplers that take a score; without sigma there is no noise.
+    """Guided score s(y) + s w grad_y h; without sigma, y is a clean image.
 
-    Here and below ``guidance`` is one, or several, which add up.
+    Here and below ``guidance`` is one `Guidance`, or several, whose terms add up.
     """
     density = guided_density(lambda y, sigma=None: (y.new_zeros(()), score(y, sigma)), guidance)
     return lambda y, sigma=None: density(y, sigma)[1]
 
 
 def guided_density(density: DensityFunction, guidance: Guidances) -> DensityFunction:
-    """log p(y) + s w h(v(y)) and its gradient, for samplers that take a density.
+    """Guided log-density log p(y) + s w h(v(y)) and its gradient.
 
-    The gradient is that of the value where the guide's is, and the view is not ``x0_hat`` without
-    ``backpropagate``; a Metropolis-adjusted sampler keeps the law of the value in any case.
+    The gradient is exact if that of the guide is, except for the view ``x0_hat`` without
+    ``backpropagate``. A Metropolis-adjusted sampler samples this density in any case.
     """
 
     def guided(y: Tensor, sigma: Noise | None = None) -> tuple[Tensor, Tensor]:
@@ -300,9 +300,9 @@ def guided_density(density: DensityFunction, guidance: Guidances) -> DensityFunc
 
 
 def guided_denoiser(denoiser: DenoiserFunction, guidance: Guidances) -> DenoiserFunction:
-    """D(y) + sigma^2 s w grad_y h, for samplers that take a denoiser.
+    """Guided denoiser D(y) + sigma^2 s w grad_y h.
 
-    Without sigma, as of a blind denoiser, the level is the root mean square of D(y) - y.
+    Without sigma, for blind denoisers, the level is the root mean square of D(y) - y.
     """
 
     def guided(y: Tensor, sigma: Noise | None = None) -> Tensor:
@@ -323,9 +323,9 @@ def guided_denoiser(denoiser: DenoiserFunction, guidance: Guidances) -> Denoiser
 def guided_noise(
     predictor: NoisePredictor, schedule: Schedule, guidance: Guidances
 ) -> NoisePredictor:
-    """eps - s g(t) grad_u h: guidance of a diffusion network, for DDIM and its kind.
+    """Guided noise prediction eps - s g(t) grad_u h of a diffusion network.
 
-    ``schedule`` is the network's; it takes the place of the guidances' own.
+    ``schedule`` is the network's; it replaces ``diffusion`` of each guidance.
     """
     using = [replace(g, diffusion=schedule) for g in _listed(guidance)]
     low, high = schedule.image_range
@@ -351,7 +351,7 @@ def _listed(guidance: Guidances) -> Sequence[Guidance]:
 
 
 def _active(guidance: Guidances, sigma: Noise | None) -> Active:
-    """The guidances that are on at this level of any image, with their weights."""
+    """The guidances with a nonzero weight for any image, and their weights."""
     weighted = [(g, g.weight(sigma)) for g in _listed(guidance) if g.scale]
     return [(g, w) for g, w in weighted if (bool(w.any()) if isinstance(w, Tensor) else w)]
 
@@ -365,10 +365,10 @@ def _evaluate(
     sigma: Noise | None,
     width: float = 1.0,
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """The model's output at ``x``, and what guidance adds to log-density (B,) and score (B, ...).
+    """The model's output at ``x``, and the guidance terms of log-density (B,) and score (B, ...).
 
-    The latter is None where no guidance is active. The model's coordinates are those of ``x``, with
-    dx / dy = ``width``; ``x0_hat_of`` takes x and the output there to denoised images.
+    The terms are None if no guidance is active. ``x`` is ``y`` in the model's coordinates, with
+    dx / dy = ``width``; ``x0_hat_of`` maps x and the output to denoised images.
     """
     if not active:
         return model(x), None
@@ -402,16 +402,16 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def classifier_free(conditional: F, unconditional: F, weight: float | Tensor) -> F:
-    """out_u + w (out_c - out_u), of noise predictions, scores or denoisers alike.
+    """Mix noise predictions, scores or denoisers: out_u + w (out_c - out_u).
 
     Args:
-        conditional: of the label.
-        unconditional: of the same arguments.
-        weight: w, or one for each image (B,); the number 0 is ``unconditional`` and 1
-            ``conditional``, each alone and to the bit.
+        conditional: function with the label.
+        unconditional: function without the label, of the same arguments.
+        weight: w, or one per image (B,); the numbers 0 and 1 return ``unconditional`` and
+            ``conditional`` unchanged.
 
     Raises:
-        UserError: if the weight is a number below 0 or not finite.
+        UserError: if the weight is a number below 0, NaN or Inf.
     """
     if not isinstance(weight, Tensor):
         check_positive("scale", weight, zero=True)

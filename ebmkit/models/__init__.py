@@ -1,4 +1,4 @@
-"""Networks: backbones, heads, and the joint model made of one of each."""
+"""Backbones, heads, joint models, denoisers and diffusion models; saving, loading, importing."""
 
 from ebmkit.models.base import (
     Backbone,

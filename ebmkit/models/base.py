@@ -1,34 +1,35 @@
-r"""What a network, a backbone and a head must provide, and what backbones share.
+r"""Interfaces of backbones, heads and configurations, and shared tools of backbones.
 
-A backbone turns images into features, a head turns features into energies, a
-`ebmkit.models.JointModel` is one of each. Neither knows the other: a backbone of your own needs
-`num_features` and a `forward` that returns `Features`; a head needs `num_classes` and a `forward`.
+A backbone maps images to features, a head maps features to energies, and a
+`ebmkit.models.JointModel` combines one of each. A custom backbone needs `num_features` and a
+`forward` that returns `Features`; a custom head needs `num_classes` and a `forward` that returns
+`Energies`.
 
-To be built by name, a network has a configuration: a `BackboneConfig`, or a `DenoiserConfig` for a
-whole model without a head. It lies in one file with the network and its presets, and is one line in
-`ebmkit.models.config.NETWORKS`.
+A network that is built by name has a configuration: a `BackboneConfig`, or a `DenoiserConfig` for a
+complete model without a head. Its class is in one file with the network and its presets, and in the
+list `ebmkit.models.config.NETWORKS`.
 
-**Mean over positions.** Its gradient is laid out in memory as its input is:
+**Mean over positions.** Its gradient has the memory layout of its input:
 
 .. math:: f = \frac{1}{HW} \sum_{ij} h_{ij}, \qquad
     \frac{\partial f}{\partial h_{ij}}^{\!\top} g = \frac{g}{HW} .
 
-PyTorch spreads g in its default layout. Where maps lie channels last, everything the score computes
-behind it then mixes the two layouts, which on a CPU costs some percent of a score-matching step
+PyTorch expands g in its default layout. If feature maps are channels last, the rest of the backward
+pass then mixes the two layouts, which on a CPU costs a few percent of a score-matching step
 (``benchmarks/layout.py``).
 
 **Noise levels.** A classifier for every step of a diffusion, :math:`p_t(c \mid u_t)` (RCG section
-2.3), must bear noise of any level. In image units y grows with sigma, so `NoiseConditioned` shows
-its backbone what a diffusion network sees, the variance-preserving image of :math:`2y - 1`, and one
-more channel, constant over the image, that says the level,
+2.3), must accept every noise level. In image units y grows with sigma, so `NoiseConditioned` gives
+its backbone the input of a diffusion network, the variance-preserving image of :math:`2y - 1`, and
+one more channel, constant over the image, that encodes the noise level:
 
 .. math::
     u = \sqrt{\bar\alpha}\,(2y - 1), \qquad \bar\alpha = \frac{1}{1 + (2\sigma)^2}, \qquad
     m = \tfrac14 \log \max(\sigma, \sigma_0) .
 
-:math:`\sigma_0 = 0.005` is the lowest level of the linear schedule, at which clean images are
-taken: no others were seen in training. Up to :math:`\sigma = 79`, the highest, m lies between -1.4
-and 1.1.
+:math:`\sigma_0 = 0.005` is the lowest level of the linear schedule. It is used for clean images,
+because training has no lower level. Up to the highest level, :math:`\sigma = 79`, m lies between
+-1.4 and 1.1.
 """
 
 from __future__ import annotations
@@ -49,11 +50,11 @@ from ebmkit.registry import Preset, find
 
 
 class Features(NamedTuple):
-    """What a backbone sees in a batch of images.
+    """Output of a backbone for a batch of images.
 
     Attributes:
-        pooled: (B, K), averaged over positions.
-        maps: the maps behind them, each (B, C_i, H_i, W_i), for who wants positions; may be empty.
+        pooled: features averaged over positions, (B, K).
+        maps: feature maps before pooling, each (B, C_i, H_i, W_i); may be empty.
     """
 
     pooled: Tensor
@@ -62,7 +63,7 @@ class Features(NamedTuple):
 
 @runtime_checkable
 class Backbone(Protocol):
-    """Images (B, C, H, W) to `Features` with K = ``num_features``."""
+    """Maps images (B, C, H, W) to `Features` with K = ``num_features``."""
 
     num_features: int
 
@@ -71,9 +72,9 @@ class Backbone(Protocol):
 
 @runtime_checkable
 class NoiseConditionalBackbone(Protocol):
-    """A backbone that is given sigma, (B,) in image units, if its ``noise_conditional`` is True.
+    """A backbone with sigma, (B,) in image units, as a second input.
 
-    One without that attribute, or where it is False, is called with the images alone.
+    A backbone whose attribute ``noise_conditional`` is missing or False gets only the images.
     """
 
     num_features: int
@@ -93,7 +94,7 @@ class WindowedBackbone(Backbone, Protocol):
 
 @runtime_checkable
 class Head(Protocol):
-    """Pooled features (B, K) to energies; ``num_classes`` is C."""
+    """Maps pooled features (B, K) to energies; ``num_classes`` is C."""
 
     num_classes: int
 
@@ -104,14 +105,15 @@ class Head(Protocol):
 
 
 class NetworkConfig(BaseModel):
-    """Shape of a network. Each class has a ``kind`` of its own, by which documents name it."""
+    """Configuration of a network. Each class has its own ``kind``, its name in files."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: str
     _classes: ClassVar[dict[str, type[NetworkConfig]]] = {}
     PRESETS: ClassVar[Mapping[str, tuple[str, Mapping[str, Any]]]] = {}
-    """Name of a preset -> one line, and the fields that it sets over a recipe's, defaults too."""
+    """Preset name -> description and fields. The fields override those of a recipe, even where they
+    equal the defaults."""
 
     @classmethod
     def __pydantic_init_subclass__(cls, **settings: Any) -> None:
@@ -125,9 +127,9 @@ class NetworkConfig(BaseModel):
 
     @classmethod
     def class_for(cls, given: Any) -> type[NetworkConfig]:
-        """The class that ``given``, a configuration as a mapping, is of by its ``kind``.
+        """The configuration class for the ``kind`` in ``given``, a configuration as a mapping.
 
-        Those saved before there were several kinds say nothing.
+        The oldest files have no ``kind``; their networks are GradResNets.
 
         Raises:
             UserError: if there is no such kind.
@@ -137,33 +139,33 @@ class NetworkConfig(BaseModel):
 
     @classmethod
     def presets(cls) -> dict[str, Preset[Self]]:
-        """Named configurations, for `ebmkit list`, the command line and the tests."""
+        """Presets of this class by name."""
         found = cls.PRESETS.items()
         return {name: Preset(cls(**fields), text) for name, (text, fields) in found}
 
     def without_pretrained(self) -> Self:
-        """The same for weights that come from a file: nothing is downloaded to build it."""
+        """This configuration, to be built without downloading weights."""
         return self
 
 
 class BackboneConfig(NetworkConfig, ABC):
-    """Shape of a network from images to `Features`."""
+    """Configuration of a network from images to `Features`."""
 
     @abstractmethod
     def build(self, in_channels: int) -> nn.Module:
-        """The `Backbone`, with fresh weights, for images of ``in_channels`` channels."""
+        """Build the `Backbone` for images of ``in_channels`` channels."""
 
 
 class DenoiserConfig(NetworkConfig, ABC):
-    """Shape of a network that is a model by itself, without a head."""
+    """Configuration of a complete model without a head."""
 
     @abstractmethod
     def build_model(self, in_channels: int, num_classes: int = 0) -> ScoreModel:
-        """The model, with fresh weights, for images of C channels and, if it has any, labels."""
+        """Build the model for images of C channels and, if any, labels."""
 
 
 def check_images(y: Tensor, channels: int | None = None) -> None:
-    """Check that ``y`` is a batch of images of ``channels`` (None: any number).
+    """Check that ``y`` is a batch of images with ``channels`` channels (None: any number).
 
     Raises:
         UserError: if it is not.
@@ -176,7 +178,7 @@ def check_images(y: Tensor, channels: int | None = None) -> None:
 
 
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
-    """``x`` (B, C, H, W) with height and width up to a multiple, by its last row and column."""
+    """Pad ``x`` (B, C, H, W) below and right to multiples of ``multiple``, replicating the edge."""
     below, right = -x.shape[-2] % multiple, -x.shape[-1] % multiple
     if not (below or right):
         return x
@@ -187,7 +189,7 @@ def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
 
 
 def mean_over_windows(h: Tensor, grid: tuple[int, int] = (1, 1)) -> Tensor:
-    """Means of maps ``h`` (B, K, H, W) over each window of ``grid``: (B, windows, K), float32."""
+    """Mean of maps ``h`` (B, K, H, W) over each window of ``grid``: (B, windows, K), float32."""
     with without_autocast(h):
         wide = upcast(h)
         if grid == (1, 1):
@@ -196,12 +198,12 @@ def mean_over_windows(h: Tensor, grid: tuple[int, int] = (1, 1)) -> Tensor:
 
 
 class MeanPooled(nn.Module):
-    """Base of backbones whose features are the means over positions of their last maps."""
+    """Base class of backbones whose features are the spatial means of their last maps."""
 
     num_features: int
 
     def features(self, h: Tensor) -> Features:
-        """Of the last maps ``h`` (B, K, H, W)."""
+        """`Features` from the last maps ``h`` (B, K, H, W)."""
         return Features(mean_over_windows(h).squeeze(1), (h,))
 
     def pool(self, maps: tuple[Tensor, ...], grid: tuple[int, int]) -> Tensor:
@@ -218,7 +220,7 @@ def mean_over_positions(h: Tensor) -> Tensor:
 
 
 class _Mean(torch.autograd.Function):
-    """(B, C, H, W) to (B, C); with a shape the transpose, (B, C) to it, each entry shared out."""
+    """Mean over positions, (B, C, H, W) to (B, C); with ``shape``, its transpose, (B, C) to it."""
 
     generate_vmap_rule = True
 
@@ -247,14 +249,14 @@ class _Mean(torch.autograd.Function):
 # --- noise levels --------------------------------------------------------------------------------
 
 LOWEST = 0.005
-"""sigma_0, image units."""
+"""sigma_0, the lowest noise level, image units."""
 
 
 class NoiseConditioned(nn.Module):
-    """``backbone`` of one more channel than the images have, which says sigma.
+    """A backbone with sigma as input, encoded in one more channel than the images have.
 
     Args:
-        backbone: any, of C + 1 channels.
+        backbone: any `Backbone` with C + 1 input channels.
     """
 
     noise_conditional = True
@@ -266,7 +268,7 @@ class NoiseConditioned(nn.Module):
         self.num_features = backbone.num_features
 
     def forward(self, y: Tensor, sigma: Tensor) -> Features:
-        """Features of images ``y`` (B, C, H, W) with noise of ``sigma`` (B,), image units."""
+        """Features of images ``y`` (B, C, H, W) with noise level ``sigma`` (B,), image units."""
         level = sigma.clamp_min(LOWEST)
         root_abar = per_image((1 + (2 * level).square()).rsqrt(), y)
         level_map = per_image(level.log() / 4, y) * torch.ones_like(y[:, :1])

@@ -1,8 +1,8 @@
-"""From names and numbers to a model: the table of networks, configuration and `create_model`.
+"""Model configurations, the tables of networks, and `create_model`.
 
-`BACKBONES` make features, and a head energies of them (`ebmkit.models.JointModel`). `DENOISERS` are
-whole models: plain denoisers without a density, gradient-step denoisers, whose density has no
-labels, and diffusion models. Beside them ``timm:NAME`` is the model of timm called NAME.
+`BACKBONES` compute features, from which a head computes energies (`ebmkit.models.JointModel`).
+`DENOISERS` are complete models: plain denoisers without a density, gradient-step denoisers, whose
+density has no labels, and diffusion models. In addition, ``timm:NAME`` is the timm model NAME.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ NETWORKS: tuple[type[NetworkConfig], ...] = (
     GraDnCNNConfig,
     UNetConfig,
 )
-"""The configuration of every network: to add one is a file with its presets, and a line here."""
+"""Configuration classes of all networks. A new network is a file with its presets, and an entry
+here."""
 
 
 def _presets(kind: str, base: type[N]) -> dict[str, Preset[N]]:
@@ -84,7 +85,7 @@ def find_backbone(name: str, others: Iterable[str] = ()) -> Preset[BackboneConfi
     """The backbone called ``name``, which may be ``timm:NAME``.
 
     Raises:
-        UserError: if there is none; ``others`` are names that would be legal, too.
+        UserError: if there is none; the message lists ``others`` as legal names, too.
     """
     if name.startswith(TIMM):
         own = name.removeprefix(TIMM)
@@ -95,18 +96,18 @@ def find_backbone(name: str, others: Iterable[str] = ()) -> Preset[BackboneConfi
 
 
 def _of_its_kind(given: Any) -> Any:
-    """The configuration ``given``, of the class that its ``kind`` names."""
+    """Validate ``given`` as the configuration class of its ``kind``."""
     if not isinstance(given, Mapping):
         return given
     return NetworkConfig.class_for(given).model_validate(given)
 
 
 AnyNetworkConfig = Annotated[SerializeAsAny[NetworkConfig], BeforeValidator(_of_its_kind)]
-"""The configuration of any network of the tables."""
+"""Configuration of any network, as the class of its ``kind``."""
 
 
 class ModelConfig(BaseModel):
-    """Everything that is needed to build a model anew; saved in ``model.json``."""
+    """Configuration from which a model is built; saved in ``model.json``."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -142,7 +143,7 @@ class ModelConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _upgrade(cls, values: Any) -> Any:
-        """Documents of versions before December 2026 call ``size_scaling`` ``extent``."""
+        """Accept ``extent``, the name of ``size_scaling`` in files from before December 2026."""
         if not isinstance(values, dict) or "extent" not in values:
             return values
         rest = {name: value for name, value in values.items() if name != "extent"}
@@ -162,8 +163,8 @@ class ModelConfig(BaseModel):
             return self
         if isinstance(self.backbone, DenoiserConfig):
             raise UserError(
-                f"model.noise_conditional is of backbones, and {self.backbone.kind!r} is a whole "
-                "model: leave it out"
+                f"model.noise_conditional needs a backbone, and {self.backbone.kind!r} is a "
+                "complete model: leave it out"
             )
         if getattr(self.backbone, "noise_conditional", False):
             raise UserError("this backbone takes sigma already: leave out noise_conditional")
@@ -175,11 +176,11 @@ class ModelConfig(BaseModel):
         return self
 
     def without_pretrained(self) -> ModelConfig:
-        """The same for weights that come from a file: nothing is downloaded to build it."""
+        """This configuration, to be built without downloading weights."""
         return self.model_copy(update={"backbone": self.backbone.without_pretrained()})
 
     def build(self) -> ScoreModel:
-        """The model, with fresh weights: joint, of a backbone, or a denoiser."""
+        """Build the model: a `JointModel` for a backbone, or a denoiser."""
         if isinstance(self.backbone, DenoiserConfig):
             return self.backbone.build_model(self.in_channels, self.num_classes)
         assert isinstance(self.backbone, BackboneConfig)
@@ -207,17 +208,17 @@ def create_model(
     size_scaling: SizeScaling = "tiles",
     **options: Any,
 ) -> JointModel:
-    """A joint model by the names of its parts, with fresh weights.
+    """Create a joint model, newly initialised, from the names of its components.
 
     Args:
         backbone: a name from `ebmkit list backbones`, or ``timm:NAME``.
-        num_classes: labels C; 0 for a density alone.
-        in_channels: 1 gray, 3 colour.
+        num_classes: number of labels C; 0: density only.
+        in_channels: 1 for gray, 3 for colour.
         head: a name from `ebmkit list heads`.
-        image_size: the reference size, as (height, width) or one number for both; at it, and below,
-            the log-density is the plain formula's. None: the plain formula at every size.
-        size_scaling: how the log-density grows beyond the reference size (see `JointModel`).
-        **options: fields of the backbone's configuration, as in ``width=16``.
+        image_size: reference size, (height, width) or one number for both, up to which the
+            log-density is the plain formula. None: the plain formula at every size.
+        size_scaling: log-density of images larger than the reference size (see `JointModel`).
+        **options: fields of the backbone's configuration, for example ``width=16``.
 
     Raises:
         UserError: on an unknown name or an illegal option.
@@ -243,12 +244,12 @@ def create_model(
 
 
 def create_denoiser(name: str, in_channels: int = 3, **options: Any) -> ScoreModel:
-    """A plain or gradient-step denoiser, with fresh weights.
+    """Create a plain or gradient-step denoiser or a diffusion model, newly initialised.
 
     Args:
         name: a name from `ebmkit list denoisers`.
-        in_channels: 1 gray, 3 colour.
-        **options: fields of its configuration, as in ``width=16``.
+        in_channels: 1 for gray, 3 for colour.
+        **options: fields of the denoiser's configuration, for example ``width=16``.
 
     Raises:
         UserError: on an unknown name or an illegal option.
@@ -261,5 +262,5 @@ def create_denoiser(name: str, in_channels: int = 3, **options: Any) -> ScoreMod
 
 
 def _changed(preset: NetworkConfig, options: dict[str, Any], what: str) -> NetworkConfig:
-    """``preset`` with other ``options``, which are checked."""
+    """``preset`` with ``options`` replaced and validated."""
     return validated(type(preset), {**preset.model_dump(), **options}, what)

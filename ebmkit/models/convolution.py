@@ -1,24 +1,24 @@
-r"""A convolution whose gradient is cheap to differentiate.
+r"""A convolution whose gradient is fast to differentiate.
 
-With images x, weights w and a cotangent g of the output, a convolution has one trilinear form
+With images x, weights w and a cotangent g of the output, a convolution has the trilinear form
 
-.. math:: L(x, w, g) = \langle g,\; w * x \rangle ,
+.. math:: L(x, w, g) = \langle g,\; w * x \rangle .
 
-whose derivatives by one of the three are the convolution :math:`F(x, w) = \partial_g L`, its input
-gradient :math:`I(g, w) = \partial_x L` and its weight gradient :math:`W(g, x) = \partial_w L`. As L
-is linear in each, differentiating any of the three gives the other two again. A score is made of
-F and I, and score matching differentiates it: with the cotangent v of I,
+Its derivatives with respect to the three arguments are the convolution
+:math:`F(x, w) = \partial_g L`, its input gradient :math:`I(g, w) = \partial_x L` and its weight
+gradient :math:`W(g, x) = \partial_w L`. L is linear in each argument, so the derivatives of each of
+the three are the other two. A score consists of F and I, and score matching differentiates it: with
+the cotangent v of I,
 
 .. math:: \partial_g \langle v, I(g, w)\rangle = F(v, w), \qquad
     \partial_w \langle v, I(g, w)\rangle = W(g, v) .
 
-PyTorch has kernels for F, I and W, but takes W(g, v) in the derivative of I as a convolution whose
-kernel is the whole image. `Conv2d` takes the kernel of W, at every order.
+PyTorch has kernels for F, I and W, but in the derivative of I it computes W(g, v) as a convolution
+whose kernel is the whole image. `Conv2d` uses the kernel of W at every order.
 
-A Python function in PyTorch's graph does not know which of its gradients are needed, so a score
-would pay for the gradients of the weights as well. Each weight therefore enters through a node of
-its own, with the value 0 and the derivative W, which the engine does not visit unless the gradient
-of that weight is needed.
+A `torch.autograd.Function` does not know which of its gradients are needed, so a score would also
+compute the gradients of the weights. Each weight therefore enters through a graph node of its own,
+with value 0 and derivative W, which the engine visits only if that weight's gradient is needed.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from torch.autograd import forward_ad
 from ebmkit.compute import compiler_is_prepared, opaque_to_compilers
 
 SMALL = 3e7
-"""Multiplications on a CPU up to which PyTorch's own derivatives are taken: calling into Python
-takes longer than what would be spared."""
+"""Number of multiplications on a CPU below which PyTorch's own derivatives are faster than a call
+into Python."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class _Options:
     groups: int
 
     def output_shape(self, x: Tensor, weight: Tensor) -> tuple[int, ...]:
-        """Of F(x, w)."""
+        """Shape of F(x, w)."""
         window = (x.shape[2:], weight.shape[2:], self.stride, self.padding, self.dilation)
         sizes = (
             (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
@@ -55,11 +55,11 @@ class _Options:
         return (x.shape[0], weight.shape[0], *sizes)
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """PyTorch's kernel of F."""
+        """F, by PyTorch's kernel."""
         return torch.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
     def gradient(self, by: int, x: Tensor, weight: Tensor, g: Tensor) -> Tensor:
-        """PyTorch's kernel of I or W."""
+        """I or W, by PyTorch's kernels."""
         layout = (self.stride, self.padding, self.dilation, False, [0, 0], self.groups)
         mask = [by == X, by == W, False]
         found = torch.ops.aten.convolution_backward.default(g, x, weight, None, *layout, mask)
@@ -68,19 +68,19 @@ class _Options:
 
 
 X, W, G = range(3)
-"""The arguments of L, of which `_derivative` takes the derivative by one."""
+"""Arguments of L; `_derivative` differentiates L with respect to one of them."""
 
 
 class Conv2d(nn.Conv2d):
-    """`torch.nn.Conv2d`, whose gradient by the images is cheaper to differentiate by the weights.
+    """`torch.nn.Conv2d` with an input gradient that is faster to differentiate by the weights.
 
-    The parameters, the values and the derivatives of every order are those of the base class.
-    In a `torch.compile` of your own it is the base class, unless `ebmkit.compute.prepare_compiler`
-    was called before; `ebmkit.optimize` and training call it.
+    Parameters, values and derivatives of every order are those of the base class. In your own
+    `torch.compile` the base class is used, unless `ebmkit.compute.prepare_compiler` was called
+    before; `ebmkit.optimize` and training call it.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """The convolution of ``x`` (B, C, H, W) or (C, H, W)."""
+        """Convolve ``x`` (B, C, H, W) or (C, H, W)."""
         if self.padding_mode != "zeros" or isinstance(self.padding, str) or x.ndim != 4:
             return super().forward(x)
         if torch.compiler.is_compiling() and not compiler_is_prepared():
@@ -101,16 +101,16 @@ def conv2d(
     dilation: tuple[int, ...] = (1, 1),
     groups: int = 1,
 ) -> Tensor:
-    """`torch.nn.functional.conv2d` of a batch, differentiated as the module's text says.
+    """`torch.nn.functional.conv2d` of a batch; its input gradient is fast to differentiate.
 
     Args:
         x: (B, C, H, W).
         weight: (C', C / groups, h, w).
         bias: (C',) or None.
-        stride: of rows and columns, as are the next two.
-        padding: zeros on each side.
-        dilation: spacing of the kernel.
-        groups: of channels.
+        stride: stride of rows and columns.
+        padding: number of zeros on each side of rows and columns.
+        dilation: spacing of the kernel in rows and columns.
+        groups: number of channel groups.
     """
     options = _Options(tuple(stride), tuple(padding), tuple(dilation), groups)
     frozen = isinstance(weight, nn.Parameter) and not weight.requires_grad
@@ -121,7 +121,7 @@ def conv2d(
     kind = x.device.type
     if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
-        if x.dtype != torch.float64:  # as PyTorch does
+        if x.dtype != torch.float64:  # as in PyTorch
             x, weight = x.to(dtype), weight.to(dtype)
             bias = None if bias is None else bias.to(dtype)
     return _derivative(G, x, weight, None, bias, options)
@@ -130,7 +130,7 @@ def conv2d(
 def _derivative(
     by: int, x: Tensor, weight: Tensor, g: Tensor | None, bias: Tensor | None, options: _Options
 ) -> Tensor:
-    """F(x, w) + bias without ``g``, I(g, w) or W(g, x); of what it is by, the shape matters."""
+    """F(x, w) + bias (``g`` None), I(g, w) or W(g, x); uses only the shape of argument ``by``."""
     if not torch.is_grad_enabled():
         if g is None:
             return options.convolve(x, weight, bias)
@@ -150,8 +150,8 @@ _PROBE = torch.empty(0)
 
 
 def in_forward_mode() -> bool:
-    """Whether forward-mode derivatives are taken, as in `torch.func.jvp`: layers whose second
-    derivatives are written here are then PyTorch's own."""
+    """Whether forward-mode AD is active, as in `torch.func.jvp`: layers with custom second
+    derivatives then use PyTorch's own."""
     primal: Tensor = forward_ad.unpack_dual(_PROBE).primal  # type: ignore[no-untyped-call]
     return primal is not _PROBE
 
@@ -160,14 +160,14 @@ _POSITIONAL = inspect.Signature([inspect.Parameter("inputs", inspect.Parameter.V
 
 
 def positional(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
-    """Spare `apply` the binding of arguments, which takes as long as a small convolution."""
+    """Make `apply` skip the binding of arguments, which takes as long as a small convolution."""
     function.forward.__signature__ = _POSITIONAL  # type: ignore[attr-defined]
     return function
 
 
 @positional
 class _Convolution(torch.autograd.Function):
-    """`_derivative`, whose gradients by weights and bias go by the links."""
+    """`_derivative`; the gradients of weights and bias flow through ``links``."""
 
     generate_vmap_rule = True
 
@@ -206,10 +206,10 @@ class _Convolution(torch.autograd.Function):
 
 @positional
 class _WeightLink(torch.autograd.Function):
-    """0, in the shape of F(x, w) or I(g, w), with their derivative by w.
+    """Zeros in the shape of F(x, w) or I(g, w), with the derivative of that function by w.
 
-    The other factor comes within a tuple, which autograd does not look into: so the link leads to
-    the weights alone, and is not on the way to the images.
+    The other factor is passed in a tuple, which autograd does not inspect. So the node is connected
+    to the weights only, not to the images.
     """
 
     generate_vmap_rule = True

@@ -1,25 +1,26 @@
-r"""Denoisers without labels, as models: those that estimate the image, and those of a potential.
+r"""Denoisers without labels: plain denoisers and gradient-step denoisers.
 
-A network D trained to minimise :math:`\|D(y) - x\|^2` estimates :math:`E[x \mid y]`, so that by the
-identity of Tweedie and Miyasawa (CDN eq. 6)
+A network D trained to minimise :math:`\|D(y) - x\|^2` estimates :math:`E[x \mid y]`. By the
+Tweedie-Miyasawa identity (CDN eq. 6) its score is
 
 .. math:: s(y) = \frac{D(y) - y}{\sigma^2}, \qquad
     \|\sigma s(y) + \epsilon\|^2 = \frac{\|D(y) - x\|^2}{\sigma^2} .
 
-Denoising score matching of such a model is the regression that denoisers are always trained by,
-each image weighted by :math:`1/\sigma^2`.
+For such a model, denoising score matching is the usual regression of denoisers, with weight
+:math:`1/\sigma^2` for each image.
 
-A **plain denoiser** (`DirectDenoiser`) is such a network. Its score is the gradient of no
-log-density: nothing makes its Jacobian symmetric.
+A **plain denoiser** (`DirectDenoiser`) is such a network. In general its score is not the gradient
+of a log-density, because its Jacobian need not be symmetric.
 
-A **gradient-step denoiser** (`GradientStep`), the energy model that the paper argues with, has a
+A **gradient-step denoiser** (`GradientStep`), an energy model that the paper discusses, has a
 scalar potential :math:`g_\sigma`, smooth because training differentiates D:
 
 .. math:: D(y, \sigma) = y - \nabla g_\sigma(y), \qquad
     \log p_\sigma(y) = -\,\frac{g_\sigma(y)}{\sigma^2} - \log Z .
 
-Neither needs sigma to denoise if its network is blind to it. From :math:`\|\sigma \nabla \log p\|^2
-\approx d` the noise level that D implies is :math:`\hat\sigma = \|D - y\| / \sqrt d`.
+Both denoise without sigma if their network is blind. In d dimensions
+:math:`\|\sigma \nabla \log p\|^2 \approx d`, so D implies the noise level
+:math:`\hat\sigma = \|D - y\| / \sqrt d`.
 """
 
 from __future__ import annotations
@@ -39,10 +40,10 @@ from ebmkit.models.base import check_images
 
 
 class ImpliedLevelModel(ScoreModel):
-    """A model whose denoiser implies the noise level, where it is blind to it."""
+    """A model that, if blind, estimates the noise level from its denoiser."""
 
     def _configure(self, in_channels: int | None, noise_conditional: bool) -> None:
-        """Set what both kinds know of their network, which is in place."""
+        """Set the attributes that both kinds share, after the network is assigned."""
         subsample_before_1x1(self)
         self.in_channels = in_channels
         self.noise_conditional = noise_conditional
@@ -50,7 +51,7 @@ class ImpliedLevelModel(ScoreModel):
 
     @abstractmethod
     def _clean_and_change(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """D(y) of a blind network, and D(y) - y."""
+        """D(y) and D(y) - y of a blind network."""
 
     def denoise_blind(
         self,
@@ -66,12 +67,12 @@ class ImpliedLevelModel(ScoreModel):
 
 
 class DirectDenoiser(ImpliedLevelModel):
-    """A network that denoises directly, as a `ScoreModel`: trained, evaluated and used as such.
+    """A `ScoreModel` from a network that maps noisy images to clean images.
 
     Args:
-        network: noisy images (B, C, H, W) and sigma, None or a float or (B,), to estimates of the
-            clean ones.
-        in_channels: channels C that images must have; None does not check.
+        network: maps noisy images (B, C, H, W) and sigma (None, a float or (B,)) to estimates of
+            the clean images.
+        in_channels: required number of channels C; None: any.
         noise_conditional: whether the network needs sigma.
     """
 
@@ -85,10 +86,10 @@ class DirectDenoiser(ImpliedLevelModel):
         self._configure(in_channels, noise_conditional)
 
     def forward(self, y: Tensor, sigma: Noise | None = None) -> Tensor:
-        """Estimates of the clean images, the shape of ``y``, not clipped.
+        """Estimates of the clean images, shape of ``y``, not clipped.
 
         Raises:
-            UserError: if ``y`` is no batch of images or has other channels, or sigma is needed.
+            UserError: if ``y`` is not a batch of images with C channels, or sigma is missing.
         """
         check_images(y, self.in_channels)
         if sigma is None and self.noise_conditional:
@@ -96,7 +97,7 @@ class DirectDenoiser(ImpliedLevelModel):
         clean: Tensor = self.network(y, sigma)
         return clean
 
-    if TYPE_CHECKING:  # what nn.Module does not say of calling it
+    if TYPE_CHECKING:  # nn.Module does not declare the type of its call
 
         def __call__(self, y: Tensor, sigma: Noise | None = None) -> Tensor: ...
 
@@ -108,10 +109,10 @@ class DirectDenoiser(ImpliedLevelModel):
     def denoise(
         self, y: Tensor, sigma: Noise | None = None, c: Tensor | int | None = None
     ) -> Tensor:
-        """The network's estimate of the clean images, shape of y, not clipped.
+        """Estimates of the clean images, shape of ``y``, not clipped.
 
         Raises:
-            UserError: if sigma is needed and not given, or not above 0, or a label is given.
+            UserError: if sigma is missing or not above 0, or a label is given.
         """
         check_sigma(sigma)
         self._labels(c, y)
@@ -123,13 +124,13 @@ class DirectDenoiser(ImpliedLevelModel):
 
 
 class GradientStep(ImpliedLevelModel, EnergyModel):
-    """log p(y) = -g(y, sigma) / sigma^2 of a potential g, so that D = y - grad g; without labels.
+    """Gradient-step denoiser D = y - grad g, with log p(y) = -g(y, sigma) / sigma^2; no labels.
 
     Args:
-        potential: noisy images (B, C, H, W) and sigma, None or a float or (B,), to g (B,), in
+        potential: maps noisy images (B, C, H, W) and sigma (None, a float or (B,)) to g (B,), in
             squared image units.
         noise_conditional: whether the potential needs sigma.
-        in_channels: channels C that images must have; None does not check.
+        in_channels: required number of channels C; None: any.
     """
 
     def __init__(
@@ -143,7 +144,7 @@ class GradientStep(ImpliedLevelModel, EnergyModel):
         """Energies of noisy images ``y`` (B, C, H, W) at ``sigma``; no logits, (B, 0).
 
         Raises:
-            UserError: if ``y`` is no batch of images or has other channels, or sigma is not given.
+            UserError: if ``y`` is not a batch of images with C channels, or sigma is missing.
         """
         check_images(y, self.in_channels)
         if sigma is None:
@@ -162,7 +163,7 @@ class GradientStep(ImpliedLevelModel, EnergyModel):
         return step / per_image(implied_sigma(step), y) ** 2
 
     def _clean_and_change(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        step = super()._score(y, 1.0, None)  # -grad g: the score at any level, times its square
+        step = super()._score(y, 1.0, None)  # -grad g, the score at sigma = 1
         return y + step, step
 
 
@@ -176,7 +177,7 @@ def check_published(
     """Check that a published ``state`` has the names and shapes of the ``expected`` one.
 
     Raises:
-        UserError: naming the first parameter that is missing or odd.
+        UserError: naming the first parameter that is missing, unknown or of another shape.
     """
     for name, value in expected.items():
         if name not in state:
@@ -192,7 +193,7 @@ def check_published(
 
 
 def implied_sigma(change: Tensor) -> Tensor:
-    """The noise level ||D(y) - y|| / sqrt(d) that a ``change`` D(y) - y (B, ...) implies, (B,)."""
+    """Noise level ||D(y) - y|| / sqrt(d), (B,), from ``change``, D(y) - y (B, ...)."""
     flat = change.flatten(1)
     norm = torch.linalg.vector_norm(flat, dim=1) / math.sqrt(flat.shape[1])
     level: Tensor = norm.clamp_min(torch.finfo(change.dtype).eps)

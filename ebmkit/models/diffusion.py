@@ -1,38 +1,38 @@
-r"""Diffusion models: networks that predict the noise, as models of images in image units.
+r"""Diffusion models: noise-predicting networks as score models in image units.
 
-A diffusion network sees an image :math:`u_t` in coordinates that keep its variance, with clean
-images in [a, b], and predicts its noise :math:`\epsilon`. In the image units of all other models
-here (`ebmkit.noise`) that is :math:`y = x + \sigma\epsilon` with
+The input of a diffusion network is a noisy image :math:`u_t` in variance-preserving coordinates,
+with clean images in [a, b]; it predicts the noise :math:`\epsilon`. In image units (`ebmkit.noise`)
+the noisy image is :math:`y = x + \sigma\epsilon`, and
 
 .. math::
     u = \frac{(b - a)\,y + a}{\sqrt{1 + (b - a)^2\sigma^2}}, \qquad
     D(y, \sigma) = y - \sigma\,\hat\epsilon(u, t), \qquad
     s(y) = \nabla_y \log p_\sigma(y) = -\hat\epsilon(u, t) / \sigma,
 
-with t the timestep whose level is the nearest to sigma on a logarithmic scale: the schedule's own
-levels are exact. Denoising score matching of s is noise prediction,
+where t is the timestep whose noise level is nearest to sigma on a logarithmic scale; at the levels
+of the schedule this is exact. Denoising score matching of s is noise prediction,
 :math:`\|\sigma s + \epsilon\|^2 = \|\hat\epsilon - \epsilon\|^2`.
 
-Networks may predict something else of u, from which the noise follows: with ``v_prediction``
-(Salimans & Ho 2022) :math:`v = \sqrt{\bar\alpha}\,\epsilon - \sqrt{1 - \bar\alpha}\,u_0`, with
-``sample`` the clean image :math:`u_0` itself,
+The network may predict another quantity, from which the noise is computed: ``v_prediction``
+(Salimans & Ho 2022) is :math:`v = \sqrt{\bar\alpha}\,\epsilon - \sqrt{1 - \bar\alpha}\,u_0`, and
+``sample`` is the clean image :math:`u_0`:
 
 .. math::
     \hat\epsilon = \sqrt{\bar\alpha}\,\hat v + \sqrt{1 - \bar\alpha}\,u, \qquad
     \hat\epsilon = (u - \sqrt{\bar\alpha}\,\hat u_0) / \sqrt{1 - \bar\alpha} .
 
-A class-conditional network has an embedding for each label and one more, the *null label*, which
-stands for none: the same weights give :math:`\log p(y \mid c)` and :math:`\log p(y)`, and their
+A class-conditional network has an embedding for each label and one for the *null label*, which
+means no label. So the same weights model :math:`\log p(y \mid c)` and :math:`\log p(y)`; their
 difference is the implicit classifier of classifier-free guidance (Ho & Salimans 2022).
 
-**Levels outside the schedule.** Below its lowest level, clean images included, the score is that of
-the lowest level, and D goes to y as sigma goes to 0. Above its highest the network is given the
-last timestep, and u keeps its variance. Samplers stay within (`ebmkit.ModelCard.sigma_range`).
+**Levels outside the schedule.** Below the lowest level, clean images included, the score is that of
+the lowest level, and D tends to y as sigma tends to 0. Above the highest level the network gets the
+last timestep, and u keeps its variance. Samplers stay within `ebmkit.ModelCard.sigma_range`.
 
-**UNets** are those of `diffusers`, by configuration, so that weights of its pipelines fit
-(`ebmkit.models.import_unet`). A network of L levels halves the image L - 1 times. Each level has
-``blocks`` residual blocks, with an embedding of the timestep in sines and cosines, down and one
-more up; some levels have self-attention after each block.
+**UNets** are built by `diffusers` from a configuration, so weights of its pipelines fit
+(`ebmkit.models.import_unet`). A network with L levels halves the image size L - 1 times. Each level
+has ``blocks`` residual blocks on the way down and one more on the way up, with a sinusoidal
+embedding of the timestep; some levels have self-attention after each block.
 """
 
 from __future__ import annotations
@@ -56,19 +56,20 @@ PredictionType = Literal["epsilon", "v_prediction", "sample"]
 
 
 class DiffusionModel(ScoreModel):
-    """A noise-predicting network, as a model in image units: trained, sampled and used as such.
+    """A `ScoreModel` in image units from a noise-predicting network.
 
     Args:
-        network: (u, t) to its prediction, u (B, C, H, W) and t (B,) int64; with labels (u, t, c).
-            A tensor, or an object with one as ``sample``, as networks of `diffusers` give. Where it
-            has 2C channels, the second half, a variance, is left out.
-        schedule: its noise levels, and the range its clean images live in.
-        in_channels: channels C that images must have; None does not check.
-        num_classes: labels; 0 for a network without.
-        null_label: whether the network takes the label C for none.
-        prediction: what the network predicts (see the module's text).
-        multiple: of what height and width must be for the network; other images are continued by
-            their last row and column, and cut.
+        network: maps (u, t), or with labels (u, t, c), to its prediction; u (B, C, H, W), t and c
+            (B,) int64. It returns a tensor, or an object with a tensor ``sample``, as `diffusers`
+            does. Of 2C output channels the second half, a variance, is ignored.
+        schedule: noise levels, and range of the network's clean images.
+        in_channels: required number of channels C; None: any.
+        num_classes: number of labels; 0: no labels.
+        null_label: whether the network has a null label, with the number ``num_classes``.
+        prediction: what the network predicts: ``epsilon`` (the noise), ``v_prediction`` or
+            ``sample`` (the clean image).
+        multiple: number that must divide the height and width of the network's input; other images
+            are padded by replication, and the output is cropped.
 
     Raises:
         UserError: if the prediction is unknown.
@@ -107,16 +108,16 @@ class DiffusionModel(ScoreModel):
         self.register_buffer("log_edges", edges, persistent=False)
 
     def forward(self, y: Tensor, sigma: Noise | None = None, c: Tensor | None = None) -> Tensor:
-        """The noise in ``y``, of standard deviation 1; shape of y.
+        """Predicted noise in ``y``, of standard deviation 1; shape of ``y``.
 
         Args:
             y: noisy images (B, C, H, W), image units.
-            sigma: their noise level, a float or (B,).
-            c: labels (B,), where C is the null label; None: all without.
+            sigma: noise level, a float or (B,).
+            c: labels (B,), where ``num_classes`` is the null label; None: no labels.
 
         Raises:
-            UserError: if ``y`` is no batch of images or has other channels, sigma is missing, or
-                the network cannot do without labels.
+            UserError: if ``y`` is not a batch of images with C channels, sigma is missing, or the
+                network requires labels.
         """
         check_images(y, self.in_channels)
         level = self._levels(y, sigma)[1]
@@ -140,7 +141,7 @@ class DiffusionModel(ScoreModel):
     def denoise(
         self, y: Tensor, sigma: Noise | None = None, c: Tensor | int | None = None
     ) -> Tensor:
-        """D(y, sigma) = y - sigma * noise, shape of y; not clipped.
+        """D(y, sigma) = y - sigma * noise, shape of ``y``, not clipped.
 
         Raises:
             UserError: if sigma is missing or not above 0, or a label is out of range.
@@ -152,7 +153,7 @@ class DiffusionModel(ScoreModel):
         return clean
 
     def label_score(self, y: Tensor, c: Tensor | int, sigma: Noise | None = None) -> Tensor:
-        """grad log p(c|y) of the implicit classifier, the difference of two scores; shape of y.
+        """grad log p(c|y) of the implicit classifier, the difference of two scores; shape of ``y``.
 
         Raises:
             UserError: if a label is out of range, or the model has no labels or no null label.
@@ -160,14 +161,14 @@ class DiffusionModel(ScoreModel):
         return self.score(y, sigma, c) - self.score(y, sigma)
 
     def _levels(self, y: Tensor, sigma: Noise | None) -> tuple[Tensor, Tensor]:
-        """The noise levels (B,) as given, and those that the schedule has."""
+        """The noise levels (B,) as given, and clamped to the lowest level of the schedule."""
         if sigma is None:
             raise UserError("this model takes the noise level as an input: give sigma")
         given = torch.as_tensor(sigma, dtype=y.dtype, device=y.device).expand(len(y))
         return given, given.clamp_min(self._lowest)
 
     def timestep(self, sigma: Tensor) -> Tensor:
-        """The timesteps (B,) int64 whose levels are the nearest to ``sigma`` (B,), by ratio."""
+        """Timesteps (B,), int64, whose noise levels are nearest to ``sigma`` (B,) by ratio."""
         return torch.bucketize(sigma.log().to(self.log_edges), self.log_edges)
 
     def _predict(self, u: Tensor, t: Tensor, c: Tensor | None) -> Tensor:
@@ -178,8 +179,8 @@ class DiffusionModel(ScoreModel):
         else:
             if c is None and not self.null_label:
                 raise UserError(
-                    "this diffusion model was trained with labels only and has none that stands "
-                    "for no label: give a label, as --label 3"
+                    "this diffusion model was trained with labels only and has no null label: "
+                    "give a label, as --label 3"
                 )
             out = self.network(u, t, torch.full_like(t, self.num_classes) if c is None else c)
         predicted: Tensor = out if isinstance(out, Tensor) else out.sample
@@ -191,11 +192,11 @@ _TO_NOISE: Mapping[str, Callable[..., Tensor]] = {
     "v_prediction": lambda f, u, root_abar, root_rest: root_abar * f + root_rest * u,
     "sample": lambda f, u, root_abar, root_rest: (u - root_abar * f) / root_rest,
 }
-"""From a prediction f of u to the noise (see the module's text)."""
+"""Prediction type -> function from the prediction f for u to the noise."""
 
 
 class UNetConfig(DenoiserConfig):
-    """Shape of a noise-predicting UNet, and the diffusion that it is of."""
+    """Configuration of a noise-predicting UNet and its noise schedule."""
 
     kind: Literal["unet"] = "unet"
     PRESETS: ClassVar = {
@@ -276,17 +277,17 @@ class UNetConfig(DenoiserConfig):
         return self
 
     def build_schedule(self) -> Schedule:
-        """The noise levels.
+        """The noise schedule.
 
         Raises:
-            UserError: if variances or the range are not legal.
+            UserError: if the variances or the image range are not legal.
         """
         if self.schedule == "linear":
             return Schedule(linear_betas(self.timesteps, *self.betas), self.image_range)
         return Schedule(SCHEDULES[self.schedule](self.timesteps), self.image_range)
 
     def arguments(self, in_channels: int, num_classes: int) -> dict[str, Any]:
-        """Those of `diffusers.UNet2DModel`, for images of C channels and labels, if it has any."""
+        """Arguments of `diffusers.UNet2DModel` for images of C channels and labels, if any."""
         attends = ["Attn" * (level in self.attention) for level in range(len(self.multipliers))]
         plain: dict[str, Any] = {
             "in_channels": in_channels,
@@ -304,23 +305,23 @@ class UNetConfig(DenoiserConfig):
         return plain | self.options
 
     def build_network(self, in_channels: int, num_classes: int) -> nn.Module:
-        """The network, with fresh weights.
+        """Build the network.
 
         Raises:
-            UserError: if `diffusers` is not installed, or does not know an argument or refuses it.
+            UserError: if `diffusers` is not installed or refuses an argument.
         """
         try:
             return unet_class()(**self.arguments(in_channels, num_classes))
         except (TypeError, ValueError) as error:
             if isinstance(error, UserError):
                 raise
-            raise UserError(f"diffusers makes no such UNet: {error}") from None
+            raise UserError(f"diffusers cannot build this UNet: {error}") from None
 
     def build_model(self, in_channels: int, num_classes: int = 0) -> DiffusionModel:
-        """The model, with fresh weights.
+        """Build the model.
 
         Raises:
-            UserError: as `build_network`; or if it is to know labels and there are none.
+            UserError: as `build_network`, or if it is class-conditional and there are no labels.
         """
         if self.class_conditional and num_classes == 0:
             raise UserError("a class-conditional UNet needs labels, and there are none")

@@ -1,37 +1,39 @@
-r"""DnCNN, a chain of convolutions that estimates the noise, and GraDnCNN, the potential like it.
+r"""DnCNN, a convolutional network that estimates the noise, and GraDnCNN, a potential.
 
 **DnCNN** (Zhang et al., arXiv 1608.03981):
 
 .. math:: D(y) = y - C_L\,r_{L-1} \circ \dots \circ r_1(y), \qquad
     r_1 = \operatorname{relu} C_1, \quad r_l = \operatorname{relu} N_l\,C_l ,
 
-3x3 convolutions of 64 channels, N a batch normalisation; L = 17 for one noise level, 20 for blind
-and colour denoising. It does not receive sigma. Forms, by what is additive in it:
+with 3x3 convolutions C of 64 channels and batch normalisation N; L = 17 for one noise level, 20 for
+blind and colour denoising. Sigma is not an input. ``norm`` and ``bias`` determine the additive
+constants of the network:
 
 =======  ======  ==========================================================================
 norm     bias    additive constants
 =======  ======  ==========================================================================
-batch    true    the first convolution's, and mean and bias of the norms (as published)
-none     true    one in every convolution: what remains when the norms of a trained network
-                 are folded into the convolutions, and how most weights are distributed
-batch    false   none: the norm divides by the deviation and subtracts no mean
+batch    true    in the first convolution, and mean and bias of the norms (as published)
+none     true    in every convolution: a network whose norms are folded into the
+                 convolutions, as most published weights are
+batch    false   none: the norm divides by the standard deviation and subtracts no mean
 none     false   none
 =======  ======  ==========================================================================
 
 Without additive constants (Mohan et al., arXiv 1906.05478) the network in evaluation mode is
-homogeneous, :math:`D(a y) = a D(y)` for a > 0, and denoises beyond the noise it was trained on.
+homogeneous, :math:`D(a y) = a D(y)` for a > 0, and generalises to noise levels beyond the training
+range.
 
-**GraDnCNN** (Cohen et al., "It has potential", NeurIPS 2021) gives the potential of a
-`ebmkit.models.denoisers.GradientStep`: a convolutional network of one output channel, blind to
-sigma, into whose every layer the image is fed,
+**GraDnCNN** (Cohen et al., "It has potential", NeurIPS 2021) is the potential of a
+`ebmkit.models.denoisers.GradientStep`: a convolutional network with one output channel, blind to
+sigma, with the image as an input of every layer,
 
 .. math:: z_1 = a(C_0\,y), \quad z_{l+1} = a(A_l z_l + C_l\,y), \quad
     g(y) = \textstyle\sum_{ij} (A_L z_L + C_L\,y)_{ij} .
 
-We know of no code of its authors. The layers are those of the code released with arXiv 2505.04820,
-which says that it works on their model: six layers between, 128 channels, a = ELU. It averages over
-positions. Ours sums, so that D does not change with the size of the image around a pixel, and
-log-densities grow with the number of pixels; at one size the two differ by a constant factor.
+We know of no code by its authors. The layers follow the code released with arXiv 2505.04820, which
+states that it uses their model: six inner layers, 128 channels, a = ELU. That code averages over
+positions. Ours sums, so that D at a pixel does not depend on the size of the image, and
+log-densities grow with the number of pixels; at a fixed size the two differ by a constant factor.
 """
 
 from __future__ import annotations
@@ -58,7 +60,7 @@ NORM_PARTS = ("weight", "bias", "running_mean", "running_var")
 
 
 class DnCNNConfig(DenoiserConfig):
-    """Shape of a DnCNN."""
+    """Configuration of a DnCNN."""
 
     kind: Literal["dncnn"] = "dncnn"
     PRESETS: ClassVar = {
@@ -81,7 +83,7 @@ class DnCNNConfig(DenoiserConfig):
     bias: bool = Field(True, description="additive constants; false: bias-free")
 
     def build(self, in_channels: int) -> DnCNN:
-        """The network, with fresh weights, for images of ``in_channels`` channels."""
+        """Build the network for images of ``in_channels`` channels."""
         return DnCNN(in_channels, self)
 
     def build_model(self, in_channels: int, num_classes: int = 0) -> DirectDenoiser:
@@ -91,7 +93,7 @@ class DnCNNConfig(DenoiserConfig):
 class BiasFreeBatchNorm(nn.BatchNorm2d):
     r"""Batch normalisation without additive constants, :math:`w\,x/\sqrt{v + \epsilon}`.
 
-    v is the variance of the channel over the batch, in evaluation mode its running average (Mohan
+    v is the variance of the channel over the batch; in evaluation mode, its running average (Mohan
     et al., 2020, and their released code). No mean is subtracted and no bias added.
 
     Args:
@@ -116,7 +118,7 @@ class BiasFreeBatchNorm(nn.BatchNorm2d):
 
 
 class DnCNN(nn.Module):
-    """The network: noisy images to estimates of the clean ones."""
+    """The DnCNN network, from noisy images to estimates of the clean images."""
 
     def __init__(self, in_channels: int, config: DnCNNConfig | None = None) -> None:
         super().__init__()
@@ -133,7 +135,7 @@ class DnCNN(nn.Module):
             layers.append(nn.ReLU(inplace=True))
         layers.append(nn.Conv2d(width, in_channels, 3, padding=1, bias=folded))
         self.layers = nn.Sequential(*layers)
-        # He's normal weights, and the small norm weights of the released training code
+        # Kaiming normal weights, and the small norm weights of the released training code
         spread, least = math.sqrt(2 / (9 * width)), 0.025
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -154,24 +156,25 @@ class DnCNN(nn.Module):
 def convert_dncnn(
     state: Mapping[str, Tensor], eps: float | None = None
 ) -> tuple[DnCNNConfig, int, dict[str, Tensor]]:
-    """The configuration, the number of channels and our state of published DnCNN weights.
+    """Convert published DnCNN weights to a configuration and a state dict of `DnCNN`.
 
-    Three namings are known: ``model.0.weight`` ... (KAIR), ``dncnn.0.weight`` ... (the training
-    codes of cszn/DnCNN and SaoYan/DnCNN-PyTorch), and ``in_conv.weight``, ``conv_list.0.weight``
-    ..., ``out_conv.weight`` (deepinv, whose network *adds* its last convolution: the sign is
-    changed). 17 or 20 convolutions, gray or colour, with or without biases. Batch normalisations
-    are folded into the convolutions, which is the same function in evaluation mode.
+    Three naming schemes are supported: ``model.0.weight`` ... (KAIR), ``dncnn.0.weight`` ... (the
+    training codes of cszn/DnCNN and SaoYan/DnCNN-PyTorch), and ``in_conv.weight``,
+    ``conv_list.0.weight`` ..., ``out_conv.weight`` (deepinv, whose network *adds* its last
+    convolution: its sign is changed). 17 or 20 convolutions, gray or colour, with or without
+    biases. Batch normalisations are folded into the convolutions: the same function in evaluation
+    mode.
 
     Args:
-        state: names to tensors; a leading ``module.`` (of DataParallel) is taken off.
-        eps: of the batch normalisations, which files do not tell. None: 1e-5 (PyTorch's) for
-            ``dncnn`` without a bias in the first convolution, as in SaoYan's code, and else 1e-4.
+        state: parameter names to tensors; a leading ``module.`` (of DataParallel) is removed.
+        eps: epsilon of the batch normalisations, which files do not contain. None: 1e-5 (PyTorch's)
+            for ``dncnn`` without a bias in the first convolution, as in SaoYan's code, else 1e-4.
 
     Returns:
-        The configuration, ``in_channels``, and what ``DnCNN(in_channels, config)`` loads.
+        The configuration, ``in_channels``, and the state dict for ``DnCNN(in_channels, config)``.
 
     Raises:
-        UserError: if it is anything else; it names the first parameter that is missing or odd.
+        UserError: if a parameter is missing, unknown or of another shape.
 
     >>> config, channels, weights = convert_dncnn(torch.load("dncnn_25.pth"))  # doctest: +SKIP
     >>> network = DnCNN(channels, config)                                      # doctest: +SKIP
@@ -184,10 +187,10 @@ def convert_dncnn(
     }
     first = next(iter(state), "nothing")
     prefix = first.partition(".")[0]
-    convs: dict[str, str | None] = {}  # each convolution, and the norm behind it
+    convs: dict[str, str | None] = {}  # each convolution, and the norm after it
     if prefix in ("model", "dncnn"):
         at, last = 0, max(map(_position, state))
-        while at <= last:  # an activation stands between each two
+        while at <= last:  # convolution, norm if any, activation
             normed = f"{prefix}.{at + 1}.weight" in state
             convs[f"{prefix}.{at}"] = f"{prefix}.{at + 1}" if normed else None
             at += 3 if normed else 2
@@ -241,7 +244,7 @@ def convert_dncnn(
 
 
 def _position(name: str) -> int:
-    """The 5 of ``model.5.weight``; a file that names many layers more is of no DnCNN."""
+    """The layer number in a name, such as 5 in ``model.5.weight``; at most three digits."""
     match = re.match(r"\w+\.(\d{1,3})\.", name)
     if match is None:
         raise UserError(f"{name!r} is no parameter of a published DnCNN")
@@ -249,7 +252,7 @@ def _position(name: str) -> int:
 
 
 class GraDnCNNConfig(DenoiserConfig):
-    """Shape of a GraDnCNN."""
+    """Configuration of a GraDnCNN."""
 
     kind: Literal["gradncnn"] = "gradncnn"
     PRESETS: ClassVar = {
@@ -270,7 +273,7 @@ class GraDnCNNConfig(DenoiserConfig):
 
 
 class ScalarConvNet(nn.Module):
-    """GraDnCNN's g: convolutions into each of which the image is fed, summed over positions."""
+    """GraDnCNN's potential g: every layer has the image as an input; summed over positions."""
 
     def __init__(self, in_channels: int, config: GraDnCNNConfig | None = None) -> None:
         super().__init__()
@@ -288,7 +291,7 @@ class ScalarConvNet(nn.Module):
         self.activation = nn.ELU() if config.activation == "elu" else nn.Softplus()
 
     def forward(self, y: Tensor, sigma: Noise | None = None) -> Tensor:
-        """g of each of the images ``y`` (B, C, H, W): (B,); ``sigma`` is ignored."""
+        """g of each image in ``y`` (B, C, H, W): (B,); ``sigma`` is ignored."""
         z = self.activation(self.first(y))
         for onward, fed in zip(self.onward, self.fed, strict=True):
             z = self.activation(onward(z) + fed(y))

@@ -1,16 +1,18 @@
-r"""DRUNet, a UNet of residual blocks without any bias, as a denoiser and as a potential.
+r"""DRUNet, a bias-free UNet of residual blocks, and GS-DRUNet, a potential made from it.
 
 **DRUNet** (Zhang et al., arXiv 2008.13751) has head and tail convolutions :math:`C_0, C_1`, four
-scales of ``blocks`` residual blocks :math:`x + C\,\operatorname{act}(C\,x)` each, 2x2 convolutions
-of stride 2 down and transposed ones up, and additive skips:
+scales with ``blocks`` residual blocks :math:`x + C\,\operatorname{act}(C\,x)` each, 2x2
+convolutions of stride 2 for downsampling, transposed convolutions for upsampling, and additive skip
+connections:
 
 .. math::
     x_1 = C_0\,[y, \sigma], \quad x_{i+1} = \operatorname{down}_i(x_i), \quad
     D = C_1\,(x_1 + \operatorname{up}_1(x_2 + \operatorname{up}_2(x_3 + \operatorname{up}_3(x_4 +
     \operatorname{body}(x_4))))) .
 
-It receives sigma as one more channel, constant over the image. With ReLU it is homogeneous in both,
-:math:`D(a y, a\sigma) = a D(y, \sigma)` for a > 0; the blind form, without that channel, in y.
+Sigma is one more input channel, constant over the image. With ReLU, D is homogeneous in image and
+sigma, :math:`D(a y, a\sigma) = a D(y, \sigma)` for a > 0; the blind form, without that channel, is
+homogeneous in y.
 
 **GS-DRUNet** (Hurault et al., arXiv 2110.03220) is a `ebmkit.models.denoisers.GradientStep` whose
 potential is half the squared residual of a denoising network,
@@ -39,7 +41,7 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "elu": nn.ELU, "soft
 
 
 class DRUNetShape(DenoiserConfig):
-    """Shape of a DRUNet, which others build upon."""
+    """Fields of all DRUNet configurations."""
 
     width: int = Field(
         64, ge=1, description="channels of scale 1; scales 2 to 4 have 2, 4, 8 times as many"
@@ -55,12 +57,12 @@ class DRUNetShape(DenoiserConfig):
     )
 
     def build(self, in_channels: int) -> DRUNet:
-        """The network, with fresh weights, for images of ``in_channels`` channels."""
+        """Build the network for images of ``in_channels`` channels."""
         return DRUNet(in_channels, self)
 
 
 class DRUNetConfig(DRUNetShape):
-    """A DRUNet as a plain denoiser."""
+    """Configuration of a DRUNet as a plain denoiser."""
 
     kind: Literal["drunet"] = "drunet"
     PRESETS: ClassVar = {
@@ -74,7 +76,7 @@ class DRUNetConfig(DRUNetShape):
 
 
 class GSDRUNetConfig(DRUNetShape):
-    """Shape of a GS-DRUNet."""
+    """Configuration of a GS-DRUNet."""
 
     kind: Literal["gs-drunet"] = "gs-drunet"
     PRESETS: ClassVar = {
@@ -98,21 +100,21 @@ class GSDRUNetConfig(DRUNetShape):
 
 
 class HalfSquaredResidual(nn.Module):
-    """g(y, sigma) = 1/2 ||y - N(y, sigma)||^2 of a network N from images to images."""
+    """Potential g(y, sigma) = 1/2 ||y - N(y, sigma)||^2 of an image-to-image network N."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
 
     def forward(self, y: Tensor, sigma: Noise | None = None) -> Tensor:
-        """g of each of the images ``y`` (B, C, H, W): (B,)."""
+        """g of each image in ``y`` (B, C, H, W): (B,)."""
         residual = y - self.network(y, sigma)
         with without_autocast(y):
             return 0.5 * upcast(residual).square().flatten(1).sum(dim=1)
 
 
 class Block(nn.Module):
-    """x + conv(act(conv(x))), shape kept."""
+    """Residual block x + conv(act(conv(x))); same shape."""
 
     def __init__(self, channels: int, activation: str) -> None:
         super().__init__()
@@ -126,9 +128,9 @@ class Block(nn.Module):
 
 
 class DRUNet(nn.Module):
-    """The network: noisy images, and their noise level, to estimates of the clean ones.
+    """The DRUNet network, from noisy images and noise level to estimates of the clean images.
 
-    Parameters are named as in the released code (cszn/DPIR), whose weights therefore fit.
+    Parameter names are those of the released code (cszn/DPIR), so its weights fit.
     """
 
     def __init__(self, in_channels: int, config: DRUNetShape | None = None) -> None:
@@ -158,46 +160,46 @@ class DRUNet(nn.Module):
                 nn.init.orthogonal_(module.weight, gain=0.2)  # as the released training code
 
     def forward(self, y: Tensor, sigma: Noise | None = None) -> Tensor:
-        """Estimates of the clean images, the shape of ``y``.
+        """Estimates of the clean images, shape of ``y``.
 
         Args:
-            y: noisy images (B, C, H, W) of any size; other sizes than multiples of 8 are continued
-                by their last row and column, and cut.
-            sigma: their noise level, a float or (B,); the blind form ignores it.
+            y: noisy images (B, C, H, W) of any size; they are padded to multiples of 8 by
+                replication, and the output is cropped.
+            sigma: noise level, a float or (B,); the blind form ignores it.
 
         Raises:
-            UserError: if sigma is needed and not given.
+            UserError: if sigma is missing.
         """
         x = y
         if self.noise_map:
             if sigma is None:
                 raise UserError("this DRUNet takes the noise level as an input: give sigma")
             x = torch.cat([y, per_image(sigma, y) * torch.ones_like(y[:, :1])], dim=1)
-        x1 = self.m_head(pad_to_multiple(x, 8))  # three halvings
+        x1 = self.m_head(pad_to_multiple(x, 8))  # halved three times
         x2 = self.m_down1(x1)
         x3 = self.m_down2(x2)
         x4 = self.m_down3(x3)
         h = self.m_up3(self.m_body(x4) + x4)
         h = self.m_up1(self.m_up2(h + x3) + x2) + x1
-        with without_autocast(h):  # images have more bits than bfloat16
+        with without_autocast(h):  # bfloat16 is too coarse for images
             clean: Tensor = self.m_tail(upcast(h))
         return clean[..., : y.shape[-2], : y.shape[-1]]
 
 
 def convert_drunet(state: Mapping[str, Tensor]) -> tuple[DRUNetConfig, int, dict[str, Tensor]]:
-    """The configuration, the number of channels and our state of published DRUNet weights.
+    """Convert published DRUNet weights to a configuration and a state dict of `DRUNet`.
 
-    Of cszn/DPIR, KAIR and deepinv (``m_head.weight`` ...), which all name them alike. They do not
-    tell the activation, which is taken to be ReLU.
+    cszn/DPIR, KAIR and deepinv use the same parameter names (``m_head.weight`` ...). Files do not
+    contain the activation; ReLU is assumed.
 
     Args:
-        state: names to tensors; a leading ``module.`` (of DataParallel) is taken off.
+        state: parameter names to tensors; a leading ``module.`` (of DataParallel) is removed.
 
     Returns:
-        The configuration, ``in_channels``, and what ``DRUNet(in_channels, config)`` loads.
+        The configuration, ``in_channels``, and the state dict for ``DRUNet(in_channels, config)``.
 
     Raises:
-        UserError: if it is anything else; it names the first parameter that is missing or odd.
+        UserError: if a parameter is missing, unknown or of another shape.
     """
     ours = {name.removeprefix("module."): value for name, value in state.items()}
     for name in ("m_head.weight", "m_tail.weight"):

@@ -1,19 +1,19 @@
 r"""GradResNet: a residual network whose gradient is a good denoiser (CDN section 3.2, figure 2).
 
-A classifier maps an image to features; the gradient of a scalar of the features runs the network
-backwards and is an image again. Forward and backward together look like a UNet: the forward pass is
-the encoder, the backward pass the decoder. Four changes to ResNet make that decoder good:
+A classifier maps an image to features; the gradient of a scalar function of the features is an
+image again. The forward pass and this backward pass form a UNet, with the forward pass as encoder
+and the backward pass as decoder. Four changes to ResNet make the decoder a good denoiser:
 
-- GELU for ReLU, so that the gradient is smooth;
+- GELU instead of ReLU, so that the gradient is smooth;
 - one group normalisation at the end of each block instead of a batch normalisation after each
   convolution;
-- no bias anywhere, so that the denoiser generalises over noise levels;
-- *side connections*: the average-pooled outputs of stages 1-3 join the pooled output of stage 4,
-  :math:`f = [A_1 \bar h_1, A_2 \bar h_2, A_3 \bar h_3, \bar h_4]`, which in the gradient are the
+- no biases, so that the denoiser generalises over noise levels;
+- *side connections*: average-pooled outputs of stages 1-3 are concatenated with that of stage 4,
+  :math:`f = [A_1 \bar h_1, A_2 \bar h_2, A_3 \bar h_3, \bar h_4]`. In the gradient they are the
   skip connections of the UNet.
 
 A block is :math:`\operatorname{norm}(\operatorname{gelu}(P x + C_2 \operatorname{gelu}(C_1 x)))`,
-with P the identity or, where the shape changes, a 1x1 convolution with a norm of its own.
+where P is the identity or, if the shape changes, a 1x1 convolution followed by a norm.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": GELU, "relu": nn.ReLU}
 
 
 class GradResNetConfig(BackboneConfig):
-    """Shape of a GradResNet and the switches of the paper's ablations (table 3)."""
+    """Configuration of a GradResNet, including the paper's ablations (table 3)."""
 
     kind: Literal["gradresnet"] = "gradresnet"
     PRESETS: ClassVar = {
@@ -90,7 +90,7 @@ class GradResNetConfig(BackboneConfig):
         if grouped and self.width % self.channels_per_group:
             raise ValueError(
                 f"width {self.width} is no multiple of channels_per_group "
-                f"{self.channels_per_group}: choose such a width, or set "
+                f"{self.channels_per_group}: choose a multiple, or set "
                 "model.backbone.channels_per_group"
             )
         if self.side_connections and self.width % 2:
@@ -133,11 +133,11 @@ class GradResNet(nn.Module):
 
     Args:
         in_channels: 1 for gray, 3 for colour.
-        config: the shape; `GradResNetConfig` describes each field.
+        config: configuration; see the fields of `GradResNetConfig`.
 
     Attributes:
-        recompute: whether, in training mode, to keep one tensor per block for differentiation and
-            compute the others again (`ebmkit.models.recompute`).
+        recompute: whether to use activation checkpointing in training mode, with one tensor kept
+            per block (`ebmkit.models.recompute`).
     """
 
     def __init__(self, in_channels: int, config: GradResNetConfig | None = None) -> None:

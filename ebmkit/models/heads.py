@@ -4,25 +4,25 @@ r"""Heads: from features :math:`f \in \mathbb R^K` to class logits and a log-den
 
 .. math:: \operatorname{logits} = W f, \qquad \log p(y) = -\tfrac12 (w^\top f)^2 - \log Z .
 
-``LogitHead`` is JEM's (arXiv 1912.03263): the classifier's own logits, read as an energy,
+``LogitHead`` is JEM's (arXiv 1912.03263): the class logits define the energy,
 
 .. math:: \operatorname{logits} = W f, \qquad \log p(y) = \operatorname{logsumexp}(W f) - \log Z ,
 
-so that :math:`\log p(y, c) = (W f)_c` up to the constant. The constants are never computed.
+so that :math:`\log p(y, c) = (W f)_c` up to the constant. The constants are not computed.
 
-**Energies of a classifier.** A model with a head of the first kind whose objective trains labels
-alone (``ce``, ``adv``, ``trades``) has a density that nothing trained, and logits that RCG (eq.
-2.32-2.38) and JEM read as energies. `LogitEnergy` is that classifier as an energy model:
+**Energies of a classifier.** If the objective trains labels only (``ce``, ``adv``, ``trades``), the
+density of a `LinearQuadraticHead` is untrained. RCG (eq. 2.32-2.38) and JEM define energies by the
+logits instead. `LogitEnergy` is the classifier with these energies:
 
 =========== ================================================ =================================
 source      E(y)                                             E(y, c)
 =========== ================================================ =================================
-``model``   :math:`-\log p(y)` as the head gives it          :math:`E(y) - \log p(c \mid y)`
+``model``   :math:`-\log p(y)` from the head                 :math:`E(y) - \log p(c \mid y)`
 ``logits``  :math:`-\operatorname{logsumexp}` of the logits  :math:`-\operatorname{logit}_c`
 =========== ================================================ =================================
 
-``auto`` is what the model's card says (`ebmkit.ModelCard.energies`), and with a head ``logit`` the
-two are one.
+``auto`` is the source in the model card (`ebmkit.ModelCard.energies`). With the head ``logit`` the
+two sources are equal.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from ebmkit.registry import Table, find
 EnergySource = Literal["auto", "model", "logits"]
 
 LABELS_ALONE = {"ce", "adv", "trades"}
-"""Objectives that train no density, by which a card that does not say it is understood."""
+"""Objectives that train no density; they determine the source if the model card has none."""
 
 
 class LinearQuadraticHead(nn.Module):
@@ -50,7 +50,7 @@ class LinearQuadraticHead(nn.Module):
 
     Args:
         num_features: K.
-        num_classes: C; 0 for a density without labels.
+        num_classes: C; 0: a density without labels.
         bias: add biases to the logits and inside the square (the paper's ablation).
     """
 
@@ -78,14 +78,14 @@ class LogitHead(nn.Module):
         bias: add a bias to the logits.
 
     Raises:
-        UserError: if there are no classes, for then there is no density either.
+        UserError: if there are no classes, because the density is computed from the logits.
     """
 
     def __init__(self, num_features: int, num_classes: int, bias: bool = False) -> None:
         super().__init__()
         if num_classes < 1:
             raise UserError(
-                f"head 'logit' reads the density off the class logits and cannot have "
+                f"head 'logit' computes the density from the class logits and cannot have "
                 f"{num_classes} classes: use head 'linear-quadratic'"
             )
         self.num_classes = num_classes
@@ -98,7 +98,7 @@ class LogitHead(nn.Module):
 
 
 class HeadConfig(BaseModel):
-    """How energies are read off the features."""
+    """Configuration of a head."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -116,17 +116,17 @@ class HeadConfig(BaseModel):
         return kind
 
     def build(self, num_features: int, num_classes: int) -> nn.Module:
-        """The `Head` for K = ``num_features`` and C = ``num_classes``."""
+        """Build the `Head` for K = ``num_features`` and C = ``num_classes``."""
         return HEADS[self.kind].build(num_features, num_classes, self.bias)
 
 
 @dataclass(frozen=True)
 class HeadEntry:
-    """A head that has a name.
+    """An entry of `HEADS`.
 
     Attributes:
-        build: from K, C, and whether to add biases to the `ebmkit.models.Head`.
-        description: one line.
+        build: function of K, C and whether to add biases that returns the `ebmkit.models.Head`.
+        description: one line of text.
     """
 
     build: Callable[[int, int, bool], nn.Module]
@@ -155,10 +155,10 @@ def find_head(name: str) -> HeadConfig:
 
 
 class LogitEnergy(EnergyModel):
-    """A classifier with E(y) = -logsumexp(logits) and E(y, c) = -logit_c.
+    """A classifier as an energy model, E(y) = -logsumexp(logits) and E(y, c) = -logit_c.
 
     Args:
-        model: what gives the logits; shared, not copied.
+        model: model with class logits; shared, not copied.
     """
 
     def __init__(self, model: EnergyModel) -> None:
@@ -169,10 +169,10 @@ class LogitEnergy(EnergyModel):
 
     @classmethod
     def of(cls, model: EnergyModel, source: EnergySource = "auto") -> EnergyModel:
-        """``model`` with energies of ``source``: itself where they are its own.
+        """``model`` with energies from ``source``; ``model`` itself if they are its own.
 
         Raises:
-            UserError: if logits are asked for and the model has none.
+            UserError: if ``source`` is ``logits`` and the model has no labels.
         """
         if isinstance(model, cls) or energy_source(model, source) == "model":
             return model
@@ -187,13 +187,13 @@ class LogitEnergy(EnergyModel):
 
 
 def energy_source(model: EnergyModel, source: EnergySource = "auto") -> Literal["model", "logits"]:
-    """Where the energies of ``model`` come from; see the module's table.
+    """The source of the energies of ``model``, with ``auto`` resolved.
 
     Raises:
-        UserError: if logits are asked for and the model has none.
+        UserError: if ``source`` is ``logits`` and the model has no labels.
     """
     if source == "logits" and not model.num_classes:
-        raise UserError("this model has no labels, so its energies cannot be read off logits")
+        raise UserError("this model has no labels, so its energies cannot be computed from logits")
     if source != "auto":
         return source
     if not model.num_classes or model.card is None:

@@ -1,10 +1,11 @@
-"""Checkpoints of other programs as models of ours: read, converted to our names, saved like a run.
+"""Import of checkpoints from other programs.
 
-`load_checkpoint` gives the model, `import_checkpoint` makes a folder of it that `ebmkit.load` and
-the command line take. Nothing in a file is executed (`ebmkit.storage.tensors`). The docs, "Import
-checkpoints", have the kinds and the names that tell them apart. Classifiers get the head ``logit``,
-with a bias: log p(x) = logsumexp of the logits, E(x, y) = -logit_y. Of JEM's (Grathwohl et al.,
-arXiv 1912.03263) ``energy_output`` and ``f.linear``, which no class logit uses, are left out.
+`load_checkpoint` returns the model; `import_checkpoint` saves it in a folder for `ebmkit.load` and
+the command line. No code in a file is executed (`ebmkit.storage.tensors`). The docs, "Import
+checkpoints", list the kinds and the parameter names that identify them. Classifiers get the head
+``logit`` with a bias: log p(x) = logsumexp of the logits, E(x, y) = -logit_y. The parameters
+``energy_output`` and ``f.linear`` of JEM (Grathwohl et al., arXiv 1912.03263), which no class logit
+uses, are dropped.
 
 >>> model = load_checkpoint("cifar_l2_0_5.pt")                           # doctest: +SKIP
 >>> model.log_joint(images)                                              # doctest: +SKIP
@@ -40,23 +41,23 @@ KINDS = {
     "state": "state dict of a backbone, with --backbone and --map",
     "diffusers": "noise-predicting UNet of diffusers",
 }
-"""Kinds of checkpoints: name to one line."""
+"""Kinds of checkpoints: name -> description."""
 
 State = Mapping[str, Tensor]
 Numbers = float | tuple[float, ...]
 SHOWN = 8
-"""Names that a message lists."""
+"""Maximum number of parameter names in a message."""
 
 
 Converted = tuple[ModelConfig, dict[str, Tensor], int | None]
-"""What builds the model, its state in our names without ``num_batches_tracked``, and the height and
-width of its training images, if that is known."""
+"""Configuration of the model, its state dict without ``num_batches_tracked``, and the height and
+width of the training images (None: unknown)."""
 
 
 def load_checkpoint(source: str | Path, kind: str | None = None, **options: Any) -> ScoreModel:
-    """The model in a checkpoint of another program, frozen and in evaluation mode.
+    """Load a checkpoint of another program as a model, frozen and in evaluation mode.
 
-    Its ``card`` says what is known of its training. The arguments are those of `read_checkpoint`.
+    Its ``card`` contains what is known about its training. Arguments: see `read_checkpoint`.
 
     Raises:
         UserError: if the file cannot be read or would run code, or the weights do not fit.
@@ -67,13 +68,13 @@ def load_checkpoint(source: str | Path, kind: str | None = None, **options: Any)
 def import_checkpoint(
     source: str | Path, folder: Path, kind: str | None = None, **options: Any
 ) -> ScoreModel:
-    """Make of a checkpoint a folder that `ebmkit.load` and the command line take.
+    """Convert a checkpoint to a folder for `ebmkit.load` and the command line.
 
     Args:
         source: as for `read_checkpoint`.
-        folder: a new folder, or an empty one.
+        folder: a new or empty folder.
         kind: as for `read_checkpoint`.
-        **options: its other options.
+        **options: other arguments of `read_checkpoint`.
 
     Raises:
         UserError: as `load_checkpoint` does, or if the folder is not empty.
@@ -96,23 +97,23 @@ def read_checkpoint(
     class_names: Sequence[str] = (),
     sigma_range: tuple[float, float] | None = None,
 ) -> tuple[ScoreModel, ModelConfig]:
-    """The model in a checkpoint, frozen and in evaluation mode, and what builds it.
+    """The model in a checkpoint, frozen and in evaluation mode, and its configuration.
 
     Args:
-        source: a file, or ``owner/name:file`` on the Hugging Face hub; of diffusers a folder, or
+        source: a file, or ``owner/name:file`` on the Hugging Face hub; for diffusers a folder, or
             ``owner/name``.
-        kind: a name of `KINDS`; None: as the names of its parameters tell.
+        kind: a name of `KINDS`; None: detected from the parameter names.
         backbone: for ``state``, a name from `ebmkit list backbones`.
-        rename: prefixes to replace in the names, (old, new), in order, before all else.
-        classes: labels C; None: as many as the classifier has.
-        mean: what the network subtracts from images in [0, 1], one number or one per channel;
-            None: what the checkpoint tells, else 0.
-        std: what it divides them by then; None: what the checkpoint tells, else 1.
-        image_size: height and width of the images it was trained on, if the kind does not tell.
-        settings: for ``state``, fields of `ModelConfig` that differ from the preset's, nested.
-        dataset: name of the set it was trained on.
-        class_names: by label.
-        sigma_range: the noise levels it was trained for, image units.
+        rename: prefixes of parameter names to replace, (old, new), in order, before all else.
+        classes: number of labels C; None: that of the classifier.
+        mean: mean that the network subtracts from images in [0, 1], one number or one per channel;
+            None: the checkpoint's, else 0.
+        std: standard deviation that they are then divided by; None: the checkpoint's, else 1.
+        image_size: height and width of the training images; None: those of the kind, if known.
+        settings: for ``state``, nested fields of `ModelConfig` that override the preset's.
+        dataset: name of the training set.
+        class_names: class names in label order.
+        sigma_range: lowest and highest noise level of the training, image units.
 
     Raises:
         UserError: if the file cannot be read or would run code, or the weights do not fit.
@@ -127,7 +128,9 @@ def read_checkpoint(
         given: dict[str, object] = {"backbone": backbone, "rename": rename, "classes": classes}
         given |= {"mean": mean, "std": std, "image_size": image_size, "settings": settings}
         if other := next((name for name, value in given.items() if value), None):
-            raise UserError(f"a UNet of diffusers says itself what it is: leave {other} out")
+            raise UserError(
+                f"the files of a diffusers UNet define its configuration: leave {other} out"
+            )
         unet, config = read_unet(source)
         assert unet.card is not None
         if class_names and config.num_classes == len(class_names):
@@ -141,7 +144,7 @@ def read_checkpoint(
     if kind is None:
         names = ", ".join(plain(name) for name in list(state)[:4])
         raise UserError(
-            f"the names in {str(source)!r} ({names}, ...) do not tell what network it is: say "
+            f"the names in {str(source)!r} ({names}, ...) do not identify the network: set "
             f"--backbone, or --as {', '.join(KINDS)}"
         )
     if kind != "state" and (backbone or settings):
@@ -187,7 +190,7 @@ def read_checkpoint(
 
 
 def _kind_of(state: State) -> str | None:
-    """Which of `KINDS` the names in ``state`` are; None: they do not tell."""
+    """The name in `KINDS` that the parameter names identify; None: unknown."""
     names = [name.removeprefix("module.") for name in state]
     if any(name.startswith(("normalizer.new_mean", "attacker.model.")) for name in names):
         return "robustness"
@@ -200,10 +203,10 @@ def _kind_of(state: State) -> str | None:
 
 
 def _renamed(state: State, rules: Iterable[tuple[str, str]]) -> dict[str, Tensor]:
-    """``state`` with prefixes replaced, each rule applied to what the one before it left.
+    """``state`` with prefixes of names replaced; each rule applies to the result of the previous.
 
     Raises:
-        UserError: if two names become one.
+        UserError: if two names become equal.
 
     >>> list(_renamed({"module.fc.bias": 0}, [("module.", ""), ("fc.", "head.classifier.")]))
     ['head.classifier.bias']
@@ -216,7 +219,7 @@ def _renamed(state: State, rules: Iterable[tuple[str, str]]) -> dict[str, Tensor
             if new.startswith(old):
                 new = replacement + new[len(old) :]
         if new in result:
-            raise UserError(f"the map makes two parameters {new!r}, one of them of {name!r}")
+            raise UserError(f"--map renames two parameters to {new!r}, one of them {name!r}")
         result[new] = value
     return result
 
@@ -224,7 +227,7 @@ def _renamed(state: State, rules: Iterable[tuple[str, str]]) -> dict[str, Tensor
 def _substituted(
     state: State, *rules: tuple[str, str | Callable[[re.Match[str]], str]]
 ) -> dict[str, Tensor]:
-    """``state`` with regular expressions replaced in its names, and ``backbone.`` before them."""
+    """Replace regular expressions in names; prefix all but ``head.*`` by ``backbone.``."""
     ours = {}
     for name, value in state.items():
         new = name
@@ -235,7 +238,7 @@ def _substituted(
 
 
 def _convert_robustness(state: State, mean: Numbers | None, std: Numbers | None) -> Converted:
-    """A ResNet of the ``robustness`` package, with its normalisation."""
+    """Convert a ResNet of the ``robustness`` package, with its normalisation."""
     named: dict[str, Tensor] = {}
     for prefix in ("model.", "attacker.model."):
         named = named or {n[len(prefix) :]: v for n, v in state.items() if n.startswith(prefix)}
@@ -261,7 +264,7 @@ def _convert_robustness(state: State, mean: Numbers | None, std: Numbers | None)
 
 
 def _resnet(ours: State) -> dict[str, Any]:
-    """Depth, width and stem of a ResNet, by its parameters."""
+    """Configuration of a ResNet from its parameters: depth, width and stem."""
     first = ours.get("backbone.conv1.weight")
     counts = tuple(
         len({n.split(".")[2] for n in ours if n.startswith(f"backbone.layer{stage}.")})
@@ -283,7 +286,7 @@ def _resnet(ours: State) -> dict[str, Any]:
 
 
 def _convert_jem(state: State, mean: Numbers | None, std: Numbers | None) -> Converted:
-    """JEM's WideResNet with head ``logit``; without a norm, or with batch normalisation."""
+    """Convert JEM's WideResNet, without norms or with batch normalisation, to head ``logit``."""
     blocks = {int(m[1]) for n in state if (m := re.match(r"f\.layer1\.(\d+)\.", n))}
     width = state.get("f.layer1.0.conv1.weight")
     if not blocks or width is None:
@@ -318,7 +321,7 @@ def _convert_jem(state: State, mean: Numbers | None, std: Numbers | None) -> Con
 
 
 def _convert_denoiser(state: State, *_: Numbers | None) -> Converted:
-    """A published DnCNN or DRUNet."""
+    """Convert a published DnCNN or DRUNet."""
     convert = convert_drunet if any("m_head" in name for name in state) else convert_dncnn
     backbone, channels, weights = convert(state)
     config = ModelConfig(backbone=backbone, in_channels=1 if channels == 1 else 3)
@@ -336,9 +339,9 @@ _CONVERTED: dict[str, Callable[[State, Numbers | None, Numbers | None], Converte
 def _convert_state(
     state: State, backbone: str, classes: int | None, settings: dict[str, Any]
 ) -> Converted:
-    """The state dict of ``backbone``, a name of BACKBONES, with a head.
+    """Convert a state dict of ``backbone``, a name of BACKBONES, with a head.
 
-    What begins with neither ``backbone.`` nor ``head.`` is the backbone's.
+    Names that begin with neither ``backbone.`` nor ``head.`` belong to the backbone.
     """
     preset = find_backbone(backbone).config
     ours = {
@@ -354,7 +357,7 @@ def _convert_state(
     last = [v for n, v in ours.items() if v.ndim == 2 and not n.startswith("head.density")]
     rows = ours.get("head.classifier.weight")
     if rows is None and last and "head.density.weight" not in ours:
-        rows = last[-1]  # the classifier under its own name, which the map lacks
+        rows = last[-1]  # the classifier, not yet renamed
     first = next((v for v in ours.values() if v.ndim == 4), None)
     config = {
         "backbone": shape,
@@ -364,12 +367,12 @@ def _convert_state(
         **settings,
     }
     if not config["num_classes"] and head["kind"] == "logit":
-        raise UserError("the weights have no classifier, so the number of labels: give --classes")
+        raise UserError("the weights contain no classifier to count the labels: give --classes")
     return _fitted(f"backbone {backbone!r}", config, ours, None)
 
 
 def _classifier(ours: State) -> dict[str, Any]:
-    """What the classifier on the features says of the model."""
+    """Head and number of labels, from the classifier on the features."""
     rows = ours.get("head.classifier.weight")
     if rows is None or rows.ndim != 2:
         raise UserError("the checkpoint has no linear classifier on its features")
@@ -377,7 +380,7 @@ def _classifier(ours: State) -> dict[str, Any]:
 
 
 def _fitted(what: str, values: dict[str, Any], ours: State, size: int | None) -> Converted:
-    """Check that the state is that of the configuration, name by name and shape by shape."""
+    """Check the names and shapes of the state against the configuration."""
     config = validated(ModelConfig, values, what)
     with torch.device("meta"):
         network = config.without_pretrained().build()
@@ -394,7 +397,7 @@ def _fitted(what: str, values: dict[str, Any], ours: State, size: int | None) ->
             raise UserError(
                 f"{name.removeprefix('backbone.')!r} is {tuple(state[name].shape)} and would be "
                 f"{tuple(value.shape)} in {what}: set its shape, as in "
-                "--set model.backbone.width=32, or take another"
+                "--set model.backbone.width=32, or choose another network"
             )
     config = config.model_copy(update={"reference_size": (size, size)}) if size else config
     return config, state, size
@@ -415,7 +418,7 @@ def _misfit(
 
 
 def _example(unknown: list[str], missing: list[str], state: State, expected: State) -> str:
-    """A rule that makes a missing name of an unknown one."""
+    """A rule for --map that turns an unknown name into a missing one."""
     for name in unknown:
         alike = [m for m in missing if expected[m].shape == state[name].shape]
         near = difflib.get_close_matches(name, alike, n=1, cutoff=0.3)
@@ -424,7 +427,7 @@ def _example(unknown: list[str], missing: list[str], state: State, expected: Sta
             new = near[0].removeprefix("backbone.").split(".")
             while len(old) > 1 and len(new) > 1 and old[-1] == new[-1]:
                 old.pop(), new.pop()
-            if old[-1] == new[-1]:  # only what stands before it differs
+            if old[-1] == new[-1]:  # only the prefix differs
                 return f"{'.'.join(old[:-1])}.={'.'.join([*new[:-1], ''])}"
             return f"{'.'.join(old)}.={'.'.join(new)}."
     return "module.="

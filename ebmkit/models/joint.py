@@ -1,30 +1,30 @@
-r"""The joint model: a backbone, a head, and how log-densities grow with the image.
+r"""The joint model of a backbone and a head, and its log-density for larger images.
 
-Backbones average their features over positions, so the plain formula (CDN eq. 11) gives an image of
-any size a log-density of the same order, and a score that shrinks as one over the number of pixels.
-A log-density of an image twice as large must be about twice as large. With the reference size
-:math:`h_0 \times w_0` that the model was trained at and :math:`N = HW / h_0 w_0`, an image of
-:math:`N > 1` has
+Backbones average their features over positions. So with the plain formula (CDN eq. 11) the
+log-density has the same order of magnitude for all image sizes, and the score is inversely
+proportional to the number of pixels. But the log-density should be about proportional to the number
+of pixels. With the reference size :math:`h_0 \times w_0` of training and :math:`N = HW / h_0 w_0`,
+an image with :math:`N > 1` has
 
 .. math::
     \text{factor:}  & \quad \log p(y) = N \,\ell(f(y)) \\
     \text{windows:} & \quad \log p(y) = \tfrac{N}{M} \sum_{m=1}^{M} \ell(f_m(y)) \\
     \text{tiles:}   & \quad \log p(y) = \tfrac14 \sum_{m=1}^{M} N_m \,\ell(f(y_m))
 
-where :math:`\ell` is the head, :math:`f_m` the features pooled over the m-th of a grid of windows
-of the reference size, and :math:`y_m` the m-th of a set of crops that overlap by half and are at
-most twice the reference in height and width, of :math:`N_m` reference sizes each. At the rim the
-crops are cut, so every pixel lies in four of them (two, or one, along a side that one crop spans)
-and :math:`\sum_m N_m / 4 = N`.
+where :math:`\ell` is the head, :math:`f_m` the features pooled over the m-th window of a grid with
+windows of the reference size, and :math:`y_m` the m-th of half-overlapping crops, which are at most
+twice the reference size in height and width and have the area of :math:`N_m` reference sizes. Crops
+are cut at the border, so that every pixel is in four of them and :math:`\sum_m N_m / 4 = N`. If one
+crop spans the height or the width, 1/4 becomes 1/2; if it spans both, 1.
 
-The logits grow in the same way: their sum is the evidence of the parts of the image. At the
-reference area, and below it, the three are the paper's formula. For which statistics are local, and
-why ``tiles`` is the default, see the docs, "Images of any size".
+The logits scale in the same way, as the sum of the evidence of all parts of the image. Up to the
+reference area the three are equal to the paper's formula. The docs, "Images of any size", explain
+which statistics are local and why ``tiles`` is the default.
 
-The paper's networks are blind to sigma. A backbone whose attribute ``noise_conditional`` is True is
-given it, and the model is then one of :math:`\log p_\sigma(y, c)` for every sigma, up to a constant
-that may depend on sigma. Without sigma the image is taken to be clean, :math:`\sigma = 0`, as in
-`ebmkit.GaussianMixture`.
+The paper's networks are blind to sigma. A backbone whose attribute ``noise_conditional`` is True
+gets sigma as an input; the model is then :math:`\log p_\sigma(y, c)` for every sigma, up to a
+constant that may depend on sigma. Without sigma the image is assumed to be clean,
+:math:`\sigma = 0`, as in `ebmkit.GaussianMixture`.
 """
 
 from __future__ import annotations
@@ -45,22 +45,24 @@ SizeScaling = Literal["tiles", "factor", "windows"]
 
 
 class JointModel(EnergyModel):
-    """log p(y, c) from a backbone and a head; blind to sigma, as in the paper, or given it.
+    """log p(y, c) from a backbone and a head; blind to sigma (the paper) or noise-conditional.
 
     Args:
-        backbone: images (B, C, H, W) to `Features` with K = ``backbone.num_features``; given sigma
-            too if it says so (`NoiseConditionalBackbone`).
-        head: features (B, K) to `Energies`.
-        in_channels: channels C that images must have; None does not check.
-        reference_size: height and width at which the plain formula holds; None: at every size.
-        size_scaling: of larger images: ``tiles``, ``factor`` or ``windows`` (see the text above).
-        input_mean: subtracted from images before the backbone, one number or one per channel. It
-            acts as a bias. Scores stay gradients with respect to the image itself.
-        input_std: images are divided by it before the backbone, one number or one per channel.
+        backbone: maps images (B, C, H, W) to `Features` with K = ``backbone.num_features``; also
+            gets sigma if it is a `NoiseConditionalBackbone`.
+        head: maps features (B, K) to `Energies`.
+        in_channels: required number of channels C; None: any.
+        reference_size: height and width up to which the plain formula applies; None: at every size.
+        size_scaling: log-density of larger images: ``tiles``, ``factor`` or ``windows`` (see the
+            docs, "Images of any size").
+        input_mean: mean subtracted from images before the backbone, one number or one per channel.
+            It acts as a bias. Scores remain gradients with respect to the image itself.
+        input_std: standard deviation that images are divided by before the backbone, one number or
+            one per channel.
 
     Raises:
-        UserError: if ``windows`` is asked of a backbone that cannot pool over windows, or there are
-            more or fewer means or deviations than channels.
+        UserError: if ``size_scaling`` is ``windows`` and the backbone cannot pool over windows, or
+            the numbers of means or deviations and channels differ.
     """
 
     def __init__(
@@ -105,11 +107,10 @@ class JointModel(EnergyModel):
     def forward(self, y: Tensor, sigma: Noise | None = None) -> Energies:
         """Energies of images ``y`` (B, C, H, W) in image units.
 
-        ``sigma``, a float or (B,), is ignored by a blind backbone; without it images are taken to
-        be clean.
+        ``sigma``, a float or (B,), is ignored by a blind backbone; None: images are clean.
 
         Raises:
-            UserError: if ``y`` is no batch of images, or has another number of channels.
+            UserError: if ``y`` is not a batch of images with C channels.
         """
         check_images(y, self.in_channels)
         if self.reference_size is None:
@@ -130,10 +131,10 @@ class JointModel(EnergyModel):
         return _total(self._energies(pooled), y.shape[0], size)
 
     def set_recompute(self, on: bool) -> None:
-        """Whether to trade arithmetic for memory in training (activation checkpointing).
+        """Switch activation checkpointing in training on or off.
 
         Raises:
-            UserError: if no module has an attribute ``recompute`` to say so.
+            UserError: if no module has an attribute ``recompute``.
         """
         able = [m for m in self.modules() if isinstance(getattr(m, "recompute", None), bool)]
         if not able:
@@ -145,7 +146,7 @@ class JointModel(EnergyModel):
             setattr(module, "recompute", on)  # noqa: B010  (not every module has it)
 
     def _sum_of_tiles(self, y: Tensor, sigma: Noise | None, reference: tuple[int, int]) -> Energies:
-        """Energies of crops, each by its area, summed."""
+        """Sum of the energies of all crops, weighted by area."""
         height, width = reference
         rows = half_overlapping_tiles(y.shape[-2], 2 * height)
         columns = half_overlapping_tiles(y.shape[-1], 2 * width)
@@ -194,9 +195,9 @@ class JointModel(EnergyModel):
 
 
 def half_overlapping_tiles(length: int, tile: int) -> list[tuple[int, int]]:
-    """Intervals of at most ``tile`` that cover 0 .. length twice, those at the ends cut in half.
+    """Intervals of at most ``tile`` that cover 0 .. length twice; the first and last are halved.
 
-    One interval, once, where that is enough.
+    If ``length`` is at most ``tile``, one interval covers it once.
 
     >>> half_overlapping_tiles(96, 64)
     [(0, 32), (0, 64), (32, 96), (64, 96)]
@@ -211,7 +212,7 @@ def half_overlapping_tiles(length: int, tile: int) -> list[tuple[int, int]]:
 
 
 def _total(parts: Energies, batch: int, size: float) -> Energies:
-    """Energies (B * M, ...) of the M parts of each image, as those of the image of ``size``."""
+    """Energies of images from those of their M parts, (B * M, ...): ``size`` times the mean."""
     count = parts.log_density.shape[0] // batch
     logits = parts.logits.reshape(batch, count, parts.logits.shape[1]).mean(1)
     density = parts.log_density.reshape(batch, count).mean(1)

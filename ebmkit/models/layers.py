@@ -1,46 +1,46 @@
-r"""Norms, and a group normalisation and a GELU whose gradients are cheap to differentiate.
+r"""Normalisation layers; group normalisation and GELU with fast second derivatives.
 
 A group normalisation splits the channels of ``x`` (B, C, H, W) into groups g, and with the mean
-:math:`m_g` and deviation :math:`s_g` of each group over its channels and positions returns
+:math:`m_g` and standard deviation :math:`s_g` of each group over its channels and positions returns
 
 .. math::
     \text{plain:} \quad w\,\frac{x - m_g}{s_g}, \qquad
     \text{scale-keeping:} \quad w\,(x - m_g)\,\frac{\bar s}{s_g},
     \quad \bar s = \operatorname{mean}_g s_g .
 
-The plain form (Wu & He, 2018; the paper's choice, section 3.2) is homogeneous of degree 0: it
-forgets the scale of its input. After a positively homogeneous activation a network made of such
-norms does not change with the scale of the image either, so its score is orthogonal to the image.
-The scale-keeping form (arXiv 2506.05310) is homogeneous of degree 1. There is no bias, so that the
-network stays bias-free (Mohan et al., 2020).
+The plain form (Wu & He, 2018; the paper's choice, section 3.2) is homogeneous of degree 0: the
+output does not depend on the scale of the input. With positively homogeneous activations, the
+output of a network of such norms does not depend on the scale of the image either, so the score is
+orthogonal to the image. The scale-keeping form (arXiv 2506.05310) is homogeneous of degree 1. By
+default there is no bias, so that the network is bias-free (Mohan et al., 2020).
 
 **Derivatives.** For one image and one group of n entries (the channels of the group at all
 positions), let :math:`\mu` be the mean over the group, m and
-:math:`s = \sqrt{\operatorname{var} + \epsilon}` mean and deviation of x,
+:math:`s = \sqrt{\operatorname{var} + \epsilon}` mean and standard deviation of x,
 :math:`\hat x = (x - m)/s`, and
 
 .. math:: P z = z - \mu(z) - \hat x\,\mu(z \hat x) .
 
 With weight w, cotangent g of the output :math:`w \hat x` and :math:`a = w g`, the gradient by x is
-:math:`P a / s`. Its pull-back of a cotangent v is, by g, by w and by x,
+:math:`P a / s`. Its vector-Jacobian products with a cotangent v, by g, by w and by x, are
 
 .. math::
     w\,\frac{P v}{s}, \qquad \sum g\,\frac{P v}{s}, \qquad
     -\frac{1}{s^2}\bigl[\hat x\,\mu(a\, P v) + \mu(v \hat x)\, P a + \mu(a \hat x)\, P v\bigr] ,
 
-the sum over images and positions. PyTorch's kernel of the first derivative gives :math:`Pv/s` and,
-called with every channel of every image as a channel of its own, the sums over positions as well.
-PyTorch itself takes the first derivative as a chain of elementwise operations when a graph of it is
-needed, and differentiates each.
+where the sum is over images and positions. PyTorch's kernel of the first derivative computes
+:math:`Pv/s` and, if each channel of each image is passed as a separate channel, the sums over
+positions as well. If a graph of the first derivative is needed, PyTorch itself uses a chain of
+elementwise operations and differentiates each.
 
-**GELU.** With the distribution :math:`\Phi` and the density :math:`\varphi` of a standard normal
-variable,
+**GELU.** With the distribution function :math:`\Phi` and the density :math:`\varphi` of a standard
+normal variable,
 
 .. math:: y = x\,\Phi(x), \qquad y' = \Phi(x) + x\,\varphi(x), \qquad
     y'' = (2 - x^2)\,\varphi(x) .
 
-PyTorch has a kernel of :math:`g\,y'`, but writes :math:`v\,g\,y''` as a chain of elementwise
-operations; here it is one of fewer. Derivatives of third order are ordinary operations in both.
+PyTorch has a kernel of :math:`g\,y'`, but computes :math:`v\,g\,y''` by a chain of elementwise
+operations; this module uses fewer. Third derivatives of both layers use ordinary operations.
 """
 
 from __future__ import annotations
@@ -57,8 +57,7 @@ from ebmkit.models.convolution import in_forward_mode, positional
 NormName = Literal["group", "scale", "batch", "none"]
 
 SMALL = 1 << 17
-"""Entries up to which PyTorch's own derivatives are taken: calling into Python takes longer than
-what would be spared."""
+"""Number of entries up to which PyTorch's own derivatives are faster than a call into Python."""
 
 
 class GroupNorm(nn.Module):
@@ -66,13 +65,13 @@ class GroupNorm(nn.Module):
 
     Args:
         num_channels: channels C of the input (B, C, H, W).
-        channels_per_group: channels in a group; the paper takes 8. It must divide C.
-        keep_scale: multiply the mean deviation over the groups back in (see the module's text).
+        channels_per_group: channels per group, 8 in the paper. It must divide C.
+        keep_scale: use the scale-keeping form (see the module docstring).
         bias: add a learned bias (the paper's ablation "biases").
-        eps: added to the variances; for images in [0, 1] far below any variance met.
+        eps: added to the variances; far below those that occur for images in [0, 1].
 
     Attributes:
-        plain: whether to take PyTorch's own derivatives, not those of `group_norm`.
+        plain: whether to use PyTorch's own derivatives instead of those of `group_norm`.
     """
 
     plain = False
@@ -112,8 +111,8 @@ class GroupNorm(nn.Module):
 def make_norm(name: NormName, num_channels: int, channels_per_group: int, bias: bool) -> nn.Module:
     """Build the norm called ``name`` for ``num_channels`` channels.
 
-    ``group`` is the paper's, ``scale`` keeps the scale, ``batch`` is the paper's ablation (with the
-    affine bias only if ``bias``), ``none`` is the identity.
+    ``group`` is the paper's norm, ``scale`` the scale-keeping form, ``batch`` the paper's ablation
+    (with a bias only if ``bias``), ``none`` the identity.
     """
     if name == "none":
         return nn.Identity()
@@ -126,7 +125,7 @@ def make_norm(name: NormName, num_channels: int, channels_per_group: int, bias: 
 
 
 def _differentiates_itself(x: Tensor) -> bool:
-    """Whether the derivatives of this module are taken at ``x``, not PyTorch's own."""
+    """Whether to use the derivatives of this module for ``x`` instead of PyTorch's own."""
     return (
         not torch.compiler.is_compiling()
         and torch.is_grad_enabled()
@@ -139,14 +138,14 @@ def _differentiates_itself(x: Tensor) -> bool:
 def group_norm(
     x: Tensor, groups: int, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5
 ) -> Tensor:
-    """`torch.nn.functional.group_norm` of a batch, differentiated as the module's text says.
+    """`torch.nn.functional.group_norm` of a batch, with a fast second derivative.
 
-    Compiled, channels last, on other devices than a CPU, in forward mode, and where nothing will be
-    differentiated twice by the weights, it is PyTorch's.
+    PyTorch's own function is used in compiled code, forward mode and no-grad mode, on devices other
+    than a CPU, for small or channels-last inputs, and for frozen weights.
 
     Args:
         x: (B, C, H, W).
-        groups: of channels.
+        groups: number of channel groups.
         weight: (C,).
         bias: (C,) or None.
         eps: added to the variances.
@@ -154,7 +153,7 @@ def group_norm(
     frozen = isinstance(weight, nn.Parameter) and not weight.requires_grad
     if not _differentiates_itself(x) or frozen or not x.is_contiguous():
         return nn.functional.group_norm(x, groups, weight, bias, eps)
-    # one weight for each image: the sum over images is left to autograd, which does it if needed
+    # one weight per image: autograd computes the sum over images, if it is needed
     weights = weight.expand(x.shape[0], -1)
     biases = None if bias is None else bias.expand(x.shape[0], -1)
     out: Tensor = _GroupNorm.apply(x, weights, biases, groups, eps)[0]
@@ -162,14 +161,14 @@ def group_norm(
 
 
 def _rows(x: Tensor) -> Tensor:
-    """(B, C, H, W) as one image of B * C channels."""
+    """Reshape (B, C, H, W) to one image of B * C channels."""
     return x.reshape(1, -1, *x.shape[2:])
 
 
 def _pull_back(
     g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, mask: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """PyTorch's kernel: P(w g) / s, and by image and channel the sums of g * xhat and of g.
+    """PyTorch's kernel: P(w g) / s, and per image and channel the sums of g * xhat and of g.
 
     ``g`` and ``x`` are (1, channels, H, W), ``mean`` and ``rstd`` (1, groups).
     """
@@ -181,7 +180,7 @@ def _pull_back(
 
 @positional
 class _GroupNorm(torch.autograd.Function):
-    """The output, and mean and 1/s of each group, (1, B * groups)."""
+    """Group normalisation: the output, and mean and 1/s of each group, (1, B * groups)."""
 
     generate_vmap_rule = True
 
@@ -212,7 +211,7 @@ class _GroupNorm(torch.autograd.Function):
 
 @positional
 class _Gradient(torch.autograd.Function):
-    """P(w g) / s, and by image and channel the sums of g * xhat and of g, (B, C) each."""
+    """P(w g) / s, and per image and channel the sums of g * xhat and of g, (B, C) each."""
 
     generate_vmap_rule = True
 
@@ -255,7 +254,7 @@ class _Gradient(torch.autograd.Function):
 def _first(
     g: Tensor, x: Tensor, weights: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """P(w g) / s, and by image and channel the sums of g * xhat and of g: values."""
+    """The outputs of `_Gradient`, without a graph."""
     weight = weights.reshape(-1)
     of_x, *sums = _pull_back(_rows(g), _rows(x), mean, rstd, weight, [True, True, True])
     sum_gx, sum_g = (each.reshape(weights.shape) for each in sums)
@@ -263,7 +262,7 @@ def _first(
 
 
 def _second(v: Tensor, *saved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The pull-back of ``v`` by P(w g) / s to g, x and w: values, in few passes."""
+    """VJP of P(w g) / s with ``v``, by g, x and w, without a graph and in few passes."""
     g, x, weights, mean, rstd, sum_gx, sum_g = saved
     x_rows, g_rows = _rows(x), _rows(g)
     q, sum_vx, _ = _pull_back(_rows(v), x_rows, mean, rstd, None, [True, True, False])
@@ -290,7 +289,7 @@ def _second(v: Tensor, *saved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class _Normalised:
-    """The derivatives at x (B, C, H, W) in ordinary operations, for those of third order."""
+    """Derivatives at x (B, C, H, W) in differentiable operations, for third derivatives."""
 
     def __init__(self, x: Tensor, groups: int, eps: float) -> None:
         self.groups = groups
@@ -299,7 +298,7 @@ class _Normalised:
         self.xhat = centred * self.rstd
 
     def mean(self, z: Tensor) -> Tensor:
-        """Over each group, to be broadcast, (B, C, 1, 1)."""
+        """Mean over each group, (B, C, 1, 1)."""
         mean = z.reshape(z.shape[0], self.groups, -1).mean(2)
         return _each(mean.repeat_interleave(z.shape[1] // self.groups, dim=1))
 
@@ -315,12 +314,12 @@ class _Normalised:
 
 
 def _each(values: Tensor) -> Tensor:
-    """(B, C) to be broadcast over the positions."""
+    """Reshape (B, C) to (B, C, 1, 1)."""
     return values[:, :, None, None]
 
 
 class GELU(nn.GELU):
-    """`torch.nn.GELU`, differentiated as the module's text says."""
+    """`torch.nn.GELU` with a fast second derivative on a CPU."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Elementwise; any shape."""
@@ -328,8 +327,8 @@ class GELU(nn.GELU):
 
 
 def gelu(x: Tensor) -> Tensor:
-    """`torch.nn.functional.gelu`; PyTorch's own where compiled, on other devices than a CPU, and in
-    forward mode."""
+    """`torch.nn.functional.gelu` with a fast second derivative; PyTorch's own function for small
+    inputs, on devices other than a CPU, in compiled code, forward mode and no-grad mode."""
     if not _differentiates_itself(x) or x.dtype not in (torch.float32, torch.float64):
         return nn.functional.gelu(x)
     out: Tensor = _Gelu.apply(x, None)
@@ -338,7 +337,7 @@ def gelu(x: Tensor) -> Tensor:
 
 @positional
 class _Gelu(torch.autograd.Function):
-    """y, or with a cotangent g the gradient g * y'."""
+    """y, or, given a cotangent g, the gradient g * y'."""
 
     generate_vmap_rule = True
 

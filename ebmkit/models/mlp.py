@@ -1,25 +1,25 @@
-r"""A multi-layer perceptron on points, or on every patch of an image; blind or given sigma.
+r"""Multi-layer perceptron on points or on all patches of an image; blind or noise-conditional.
 
-With the k x k patch :math:`y_{ij}` around each position (zeros beyond the rim),
+With the k x k patch :math:`y_{ij}` around each position (zero padding),
 
 .. math::
     h_1 = W_1 y_{ij} + b_1, \qquad
     h_{l+1} = W_{l+1} \operatorname{act}\bigl((1 + \gamma_l) \odot h_l + \beta_l\bigr) + b_{l+1},
 
-and the features are the mean of :math:`h_L` over positions. An image of one pixel is a vector of
-its channels, and k = 1 makes this the plain perceptron of it: what mixtures in the plane are
-learned by. On images it is a small network with a receptive field of k pixels, at any size.
+and the features are the mean of :math:`h_L` over positions. With k = 1 and images of one pixel
+this is a plain perceptron on vectors of channels, used for mixtures in the plane. On images it is a
+small network with a receptive field of k pixels, for any image size.
 
-The *blind* form has :math:`\gamma = \beta = 0`. The one that is given sigma reads both off it,
+The *blind* form has :math:`\gamma = \beta = 0`. The noise-conditional form computes both by
 
 .. math::
     (\gamma_l, \beta_l) = A_l\,\phi(u), \quad
     \phi(u) = \bigl(1, u, \cos u, \sin u, \dots, \cos F u, \sin F u\bigr), \quad
     u = \tfrac12 \log(\sigma^2 + \sigma_0^2) - \log \sigma_1
 
-with :math:`\sigma_0 = 10^{-3}`, so that clean images have their place, and
-:math:`\sigma_1 = 0.1`. Trained by denoising score matching under a law of sigma it is a
-noise-conditional score network (Song & Ermon, arXiv 1907.05600), as the gradient of a density.
+with :math:`\sigma_0 = 10^{-3}`, so that u is finite for clean images, and :math:`\sigma_1 = 0.1`.
+Trained by denoising score matching over a distribution of sigma, its score is a noise-conditional
+score network (Song & Ermon, arXiv 1907.05600) that is the gradient of a log-density.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ SMALLEST, MIDDLE = 1e-3, 0.1  # sigma_0 and sigma_1, image units
 
 
 class MLPConfig(BackboneConfig):
-    """Shape of a multi-layer perceptron."""
+    """Configuration of a multi-layer perceptron."""
 
     kind: Literal["mlp"] = "mlp"
     PRESETS: ClassVar = {
@@ -79,11 +79,11 @@ class MLPConfig(BackboneConfig):
 
 
 class MLP(MeanPooled):
-    """The network; K = width features.
+    """Multi-layer perceptron with K = ``width`` features.
 
     Args:
-        in_channels: channels of the images, or entries of points (B, C, 1, 1).
-        config: the shape; `MLPConfig` describes each field.
+        in_channels: channels of images, or dimension of points (B, C, 1, 1).
+        config: configuration; see the fields of `MLPConfig`.
 
     Attributes:
         noise_conditional: whether `forward` needs sigma.
@@ -120,9 +120,9 @@ class MLP(MeanPooled):
     def forward(self, y: Tensor, sigma: Tensor | None = None) -> Features:
         """Features of images ``y`` (B, C, H, W) of any size.
 
-        ``sigma`` (B,), image units, is ignored by the blind form; without it images are clean.
+        ``sigma`` (B,), image units, is ignored by the blind form; None: images are clean.
         """
-        # positions before features: products of matrices, whose higher derivatives are the fastest
+        # features last: matrix products, whose higher derivatives are the fastest
         h = self.first(y).movedim(1, -1) if self.patches else self.first(y.movedim(1, -1))
         if self.told is None:
             for layer in self.onward:
@@ -135,7 +135,7 @@ class MLP(MeanPooled):
         return self.features(h.movedim(-1, 1))
 
     def _of_sigma(self, sigma: Tensor) -> Tensor:
-        """phi of levels (B,): (B, 2 + 2 F)."""
+        """phi of noise levels (B,): (B, 2 + 2 F)."""
         with without_autocast(sigma):
             level = upcast(sigma)
             u = 0.5 * (level.square() + SMALLEST**2).log() - math.log(MIDDLE)

@@ -1,16 +1,16 @@
-"""Diffusion models that others trained with `diffusers`, as models of ours.
+"""Import of diffusion models trained with `diffusers`.
 
-A pipeline is a folder, or a name on the Hugging Face hub, of a UNet and a scheduler:
+A pipeline is a folder, or a repository on the Hugging Face hub, with a UNet and a scheduler:
 
-- ``unet/config.json`` and ``unet/diffusion_pytorch_model.safetensors``, the network;
-- ``scheduler/scheduler_config.json``: its noise schedule, and what it predicts;
+- ``unet/config.json`` and ``unet/diffusion_pytorch_model.safetensors``: the network;
+- ``scheduler/scheduler_config.json``: the noise schedule and the prediction type;
 
-or the same files in one folder. A network without a scheduler is taken to be of the linear schedule
-of DDPM. Weights are read as tensors alone; nothing is executed. What is written is a folder like a
-run's, which `ebmkit.load` and the command line take.
+or the same files in one folder. Without a scheduler, the linear schedule of DDPM is assumed.
+Weights are read as tensors only; no code is executed. The result is a folder like that of a run,
+for `ebmkit.load` and the command line.
 
-A file on the hub is ``owner/name:file``, a repository ``owner/name``. What is fetched is taken from
-the hub's cache the next time.
+A file on the hub is ``owner/name:file``, a repository ``owner/name``. Downloaded files are reused
+from the hub's cache.
 """
 
 from __future__ import annotations
@@ -43,20 +43,20 @@ def import_unet(
     image_range: tuple[float, float] = (-1.0, 1.0),
     null_label: bool = False,
 ) -> DiffusionModel:
-    """Make of a `diffusers` UNet a folder that `ebmkit.load` and the command line take.
+    """Convert a `diffusers` UNet to a folder for `ebmkit.load` and the command line.
 
     Args:
-        path_or_name: a folder of a pipeline, or of a UNet alone; or owner/name on the hub.
-        out: a new folder.
-        image_range: where its clean images live.
-        null_label: whether the last of a class-conditional network's labels stands for none.
+        path_or_name: folder of a pipeline or of a UNet alone, or ``owner/name`` on the hub.
+        out: a new or empty folder.
+        image_range: range of clean images in the network's coordinates.
+        null_label: whether the last label of a class-conditional network means no label.
 
     Returns:
-        The model, frozen as `ebmkit.load` gives it.
+        The model, frozen and in evaluation mode.
 
     Raises:
-        UserError: if there is no such folder or name, the files are not of a UNet of images that
-            predicts noise over timesteps, or ``out`` is not empty.
+        UserError: if the folder or repository does not exist, the files are not those of an image
+            UNet that predicts noise over timesteps, or ``out`` is not empty.
 
     >>> import_unet("google/ddpm-cifar10-32", "runs/ddpm-cifar10")       # doctest: +SKIP
     """
@@ -68,14 +68,14 @@ def read_unet(
     image_range: tuple[float, float] = (-1.0, 1.0),
     null_label: bool = False,
 ) -> tuple[DiffusionModel, ModelConfig]:
-    """The model of `import_unet`, and what builds it; nothing is written. Errors as there."""
+    """The model of `import_unet` and its configuration, without writing files; the same errors."""
     places = ("", "unet/")
     source = locate_folder(
         path_or_name,
         [*(f"{place}{file}" for place in places for file in SETTINGS), "scheduler/*.json"],
         [[f"{place}{file}" for place in places] for file in WEIGHTS],
     )
-    in_cache = source.absolute().parent.name == "snapshots"  # the hub's: its files are links
+    in_cache = source.absolute().parent.name == "snapshots"  # the hub's cache: files are links
     check_links(source, source.absolute().parents[1] if in_cache else None)
     network = source / "unet" if (source / "unet" / "config.json").is_file() else source
     if not (network / "config.json").is_file():
@@ -114,12 +114,12 @@ def read_unet(
 def _read(path: Path) -> dict[str, Any]:
     values = read_json(path, MIB, finite=True)
     if not isinstance(values, dict):
-        raise UserError(f"{str(path)!r} is damaged: it holds no names and values")
+        raise UserError(f"{str(path)!r} is damaged: it is not a JSON object")
     return {str(key): value for key, value in values.items()}
 
 
 def _diffusion(scheduler: Mapping[str, Any]) -> dict[str, Any]:
-    """The schedule, and what is predicted, as fields of `UNetConfig`."""
+    """Noise schedule and prediction type, as fields of `UNetConfig`."""
     known = {"linear": "linear", "squaredcos_cap_v2": "cosine"}
     name = str(scheduler.get("beta_schedule", "linear"))
     if name not in known or scheduler.get("trained_betas") is not None:
@@ -127,7 +127,7 @@ def _diffusion(scheduler: Mapping[str, Any]) -> dict[str, Any]:
             f"the scheduler's beta_schedule {name!r} is not known: {', '.join(known)} are"
         )
     if scheduler.get("rescale_betas_zero_snr"):
-        raise UserError("a schedule that ends in noise alone (rescale_betas_zero_snr) has no sigma")
+        raise UserError("a schedule that ends in pure noise (rescale_betas_zero_snr) has no sigma")
     return {
         "schedule": known[name],
         "betas": (scheduler.get("beta_start", 1e-4), scheduler.get("beta_end", 0.02)),
@@ -140,7 +140,7 @@ def _config(shape: Mapping[str, Any], diffusion: Mapping[str, Any]) -> ModelConf
     """The configuration of the network that a ``config.json`` describes."""
     kind = str(shape.get("_class_name", "UNet2DModel"))
     if kind != "UNet2DModel":
-        raise UserError(f"config.json is of a {kind}: only UNet2DModel, of images alone, is known")
+        raise UserError(f"config.json is of a {kind}: only UNet2DModel (images only) is supported")
     defaults = {
         name: parameter.default
         for name, parameter in inspect.signature(unet_class().__init__).parameters.items()
@@ -154,11 +154,11 @@ def _config(shape: Mapping[str, Any], diffusion: Mapping[str, Any]) -> ModelConf
     channels = values["in_channels"]
     if channels not in (1, 3) or values["out_channels"] not in (channels, 2 * channels):
         raise UserError(
-            f"this UNet takes {channels} channels and gives {values['out_channels']}: it must take "
-            "images of 1 or 3, and give as many, or twice as many with variances"
+            f"this UNet takes {channels} channels and returns {values['out_channels']}: it must "
+            "take 1 or 3, and return as many, or twice as many with variances"
         )
     if values["time_embedding_type"] == "fourier" or values["class_embed_type"] is not None:
-        raise UserError("this UNet does not take timesteps and labels by number: it is not known")
+        raise UserError("this UNet does not take timesteps and labels as integers: not supported")
     widths, labels = values["block_out_channels"], values["num_class_embeds"]
     fields = {
         "kind": "unet",
@@ -202,7 +202,7 @@ def _size(sample: Any) -> tuple[int, int] | None:
 
 
 def is_hub_name(source: str) -> bool:
-    """Whether ``source``, which is no local path, reads ``owner/name`` or ``owner/name:file``."""
+    """Whether ``source``, not a local path, has the form ``owner/name`` or ``owner/name:file``."""
     match = NAME.fullmatch(source)
     return match is not None and (bool(match["file"]) or not source.endswith(SUFFIXES))
 
@@ -211,7 +211,7 @@ def locate_file(source: str) -> Path:
     """The local path of ``source``, a path or ``owner/name:file``.
 
     Raises:
-        UserError: if it is neither, huggingface_hub is not installed, or it cannot be fetched.
+        UserError: if it is neither, huggingface_hub is not installed, or the download fails.
     """
     if Path(source).exists():
         return Path(source)
@@ -220,7 +220,7 @@ def locate_file(source: str) -> Path:
         raise UserError(f"cannot read {source!r}: no such file or folder")
     if not match["file"]:
         raise UserError(
-            f"{source!r} is no local path; of a repository on the hub say the file too, as in "
+            f"{source!r} is no local path; for a repository on the hub name the file too, as in "
             f"{source}:model.pt"
         )
     return _fetch(source, "hf_hub_download", match["repository"], match["file"])
@@ -232,9 +232,10 @@ def locate_folder(
     """The local folder of ``source``, a path or ``owner/name``.
 
     Args:
-        source: of the folder.
-        patterns: of the files to fetch from a repository.
-        choices: paths of files to fetch, too: the second ones only if none of the first is there.
+        source: local path or ``owner/name``.
+        patterns: patterns of the files to download from a repository.
+        choices: lists of paths to download as well; each list only if the repository has no file of
+            the lists before it.
 
     Raises:
         UserError: as `locate_file`.
@@ -260,8 +261,7 @@ def _fetch(source: str, function: str, *arguments: str, **options: Any) -> Path:
         ) from None
     try:
         return Path(getattr(huggingface_hub, function)(*arguments, **options))
-    except Exception as error:  # of the network, the hub and its cache: it has no common class
+    except Exception as error:  # errors of network, hub and cache have no common class
         raise UserError(
-            f"cannot fetch {source!r} (no local path): the hub does not give it: "
-            f"{first_line(error)}"
+            f"cannot fetch {source!r} (no local path): the download failed: {first_line(error)}"
         ) from None

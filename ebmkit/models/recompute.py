@@ -6,9 +6,9 @@ needs, are
 .. math::
     g_x = \Bigl(\frac{\partial f}{\partial x}\Bigr)^{\!\top} g =: P(g, x, \theta).
 
-A score-matching loss differentiates the score, so autograd keeps what f computes *and* what P
-computes until the outer backward pass. Checkpointing (Chen et al., arXiv 1604.06174) keeps the
-inputs of f alone and runs f again when it is differentiated; here the same is done to P:
+A score-matching loss differentiates the score, so autograd keeps the intermediate tensors of f
+*and* of P until the outer backward pass. Checkpointing (Chen et al., arXiv 1604.06174) keeps only
+the inputs of f and runs f again when it is differentiated; this module does the same for P:
 
 =============== ======================== ====================================================
 differentiating keeps                    computes, when the gradient arrives
@@ -17,12 +17,13 @@ f               :math:`x, \theta`        f again, and its VJP: a call of P
 P               :math:`g, x, \theta`     f and P again, and the VJP of P
 =============== ======================== ====================================================
 
-That is one tensor per block and direction. `torch.utils.checkpoint` cannot do it: `torch.func.vjp`
-refuses its saved-tensor hooks, and under `torch.autograd.grad(create_graph=True)` what it runs
-again for the score is recorded, and so kept. The price is f three times more and P once more.
+This keeps one tensor per block and direction. `torch.utils.checkpoint` cannot do it:
+`torch.func.vjp` refuses its saved-tensor hooks, and under `torch.autograd.grad(create_graph=True)`
+the tensors recomputed for the score are recorded, and so kept. The cost is three more evaluations
+of f and one more of P.
 
-Under `torch.compile` the block is called as it is: the tracer refuses such functions in a score.
-The compiler has a setting of its own, `torch._functorch.config.activation_memory_budget`.
+Under `torch.compile` the block is called directly, because the tracer refuses such functions in a
+score. The compiler has its own setting, `torch._functorch.config.activation_memory_budget`.
 """
 
 from __future__ import annotations
@@ -43,17 +44,17 @@ Autocast = Callable[[], AbstractContextManager[object]]
 
 
 def recompute(block: nn.Module, x: Tensor) -> Tensor:
-    """``block(x)``, whose activations are computed again when they are needed, not kept.
+    """``block(x)`` with activation checkpointing: activations are recomputed when needed, not kept.
 
-    Equal to ``block(x)`` in value and in derivatives of every order; memory is spared up to the
-    second. Works in `torch.func.vjp`, `torch.autograd.grad` and ``backward``, and under autocast,
-    whose state is restored. Forward-mode derivatives are not defined, and a parameter that a loss
-    does not reach gets a gradient of zeros where ``block(x)`` leaves None.
+    Value and derivatives of every order equal those of ``block(x)``; memory is saved up to second
+    order. Works in `torch.func.vjp`, `torch.autograd.grad` and ``backward``, and under autocast,
+    whose state is restored. Forward-mode derivatives are not supported. A parameter that the loss
+    does not depend on gets a zero gradient, where ``block(x)`` leaves None.
 
     Args:
-        block: a module of one tensor to one tensor, the same function at each call: its forward
+        block: module from one tensor to one tensor, the same function at each call: its forward
             must neither draw random numbers nor change buffers. Its hooks run at each call.
-        x: its input, of any shape.
+        x: input of the block, of any shape.
 
     Raises:
         UserError: if the block updates running statistics or drops activations in training mode.
@@ -92,18 +93,18 @@ def _check(block: nn.Module) -> None:
 
 
 def _autocast(device_type: str) -> Autocast:
-    """What returns to the present state of autocast on this kind of device."""
+    """A factory of context managers that restore the current autocast state of the device type."""
     if not torch.amp.is_autocast_available(device_type):
         return nullcontext
     enabled, dtype = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
-    # each run has its own casts, and a cache would keep them
+    # a cache would keep the casts of each run
     return lambda: torch.autocast(device_type, dtype, enabled, cache_enabled=False)
 
 
 def _vjp(
     function: Callable[..., Any], inputs: Sequence[Tensor], needed: Sequence[bool]
 ) -> Callable[[Any], tuple[Tensor, ...]]:
-    """The VJP of ``function`` at ``inputs`` by those that are ``needed``, for one call."""
+    """VJP of ``function`` at ``inputs`` with respect to the ``needed`` ones, for one call."""
     chosen = [i for i, want in enumerate(needed) if want]
 
     def of_chosen(*values: Tensor) -> Any:
@@ -113,19 +114,19 @@ def _vjp(
         return function(*every)
 
     vjp = torch.func.vjp(of_chosen, *(inputs[i] for i in chosen))[1]
-    return partial(vjp, retain_graph=False)  # frees what it is done with
+    return partial(vjp, retain_graph=False)  # frees the graph
 
 
 def _spread(
     gradients: Sequence[Tensor | None], needed: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
-    """``gradients`` of the ``needed`` inputs, with None for the others."""
+    """``gradients`` of the ``needed`` inputs, and None for the other inputs."""
     left = iter(gradients)
     return tuple(next(left) if want else None for want in needed)
 
 
 class _Forward(torch.autograd.Function):
-    """h = f(x, parameters), keeping x and the parameters."""
+    """h = f(x, parameters); saves x and the parameters."""
 
     generate_vmap_rule = True
 
@@ -147,7 +148,7 @@ class _Forward(torch.autograd.Function):
 
 
 class _BlockVjp(torch.autograd.Function):
-    """P(g, x, parameters), the gradients that are needed, keeping g, x and the parameters."""
+    """The needed gradients of P(g, x, parameters); saves g, x and the parameters."""
 
     generate_vmap_rule = True
 

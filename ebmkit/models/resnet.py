@@ -1,17 +1,17 @@
-r"""ResNet (He et al., arXiv 1512.03385): the classifier that the paper compares with.
+r"""ResNet (He et al., arXiv 1512.03385), the paper's baseline classifier.
 
 With a basic block :math:`B(x) = \operatorname{relu}(P x + N C_2 \operatorname{relu}(N C_1 x))`, N a
-batch normalisation and P the identity or a 1x1 convolution with one,
+batch normalisation and P the identity or a 1x1 convolution followed by N,
 
 =========  ======================================  ======================================
 stem       imagenet (as published)                 cifar (CDN section 4.1, for 32x32)
 =========  ======================================  ======================================
 first      7x7 convolution of stride 2             3x3 convolution of stride 1
-pooling    3x3 maximum of stride 2                 none
-stages     strides 1, 2, 2, 2, widths w, 2w, 4w, 8w   the same
+pooling    3x3 max-pool of stride 2                none
+stages     strides 1, 2, 2, 2; widths w to 8w      the same
 =========  ======================================  ======================================
 
-The features are the means over positions of the last stage. Blocks are torchvision's.
+The features are the spatial means of the last stage. The blocks are torchvision's.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
 
 
 class ResNetConfig(BackboneConfig):
-    """Shape of a ResNet."""
+    """Configuration of a ResNet."""
 
     kind: Literal["resnet"] = "resnet"
     PRESETS: ClassVar = {
@@ -68,8 +68,8 @@ class ResNetConfig(BackboneConfig):
 class ResNet(MeanPooled):
     """A ResNet without its classifier; K = 8 * width features (32 * width at depth 50).
 
-    Parameters are named as in torchvision, whose published weights therefore fit at width 64 with
-    the stem of ImageNet (all but ``fc``).
+    Parameter names are those of torchvision, so its published weights (without ``fc``) fit at width
+    64 with ``stem="imagenet"``.
     """
 
     def __init__(self, in_channels: int, config: ResNetConfig | None = None) -> None:

@@ -1,9 +1,9 @@
-"""Models on disk: weights as safetensors, everything else as readable JSON; nothing is executed.
+"""Save and load models: weights as safetensors, everything else as JSON; no code is executed.
 
-A saved model is two files in one folder. ``model.safetensors`` holds the weights, ``model.json``
-the configuration that builds the network and the *card*: what the model was trained for (image
-size, range of noise levels, labels), so that later uses can warn or refuse outside it. The weights
-carry a digest of themselves: a file whose bits have changed is refused, not used.
+A saved model is two files in one folder. ``model.safetensors`` contains the weights and their
+SHA-256, so that damaged files are refused. ``model.json`` contains the configuration of the network
+and the *model card*: image size, noise levels and labels of the training, so that uses
+outside these can warn or fail.
 """
 
 from __future__ import annotations
@@ -41,23 +41,23 @@ class _Document(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     format: int
-    model: ModelConfig | None  # None: a network of the user's own, to be given to load()
+    model: ModelConfig | None  # None: a custom network, an argument of load()
     card: ModelCard
 
 
 def save_model(
     folder: Path, model: ScoreModel, config: ModelConfig | None, card: ModelCard
 ) -> None:
-    """Write ``model.safetensors`` and ``model.json`` into ``folder``, each in one move.
+    """Write ``model.safetensors`` and ``model.json`` into ``folder``, each atomically.
 
     Args:
         folder: an existing folder.
         model: the model; only its state is written.
-        config: what builds it, or None for a model composed by hand.
-        card: what it was trained for.
+        config: configuration of the model; None for a model composed by hand.
+        card: model card.
 
     Raises:
-        UserError: if the disk is full or not writable; what was there before is left as it was.
+        UserError: if the disk is full or not writable; existing files then remain unchanged.
     """
     for name, content in model_files(model, config, card).items():
         write_atomically(folder / name, content)
@@ -66,10 +66,10 @@ def save_model(
 def save_as_run(
     folder: Path, read: Callable[[], tuple[AnyScoreModel, ModelConfig]]
 ) -> AnyScoreModel:
-    """Write the model that ``read`` gives, and its configuration, into a new or empty ``folder``.
+    """Write the model and configuration that ``read`` returns into a new or empty ``folder``.
 
     Raises:
-        UserError: if the folder is not empty or cannot be made.
+        UserError: if the folder is not empty or cannot be created.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{str(folder)!r} exists: choose another --out")
@@ -81,7 +81,7 @@ def save_as_run(
 
 
 def model_files(model: ScoreModel, config: ModelConfig | None, card: ModelCard) -> dict[str, bytes]:
-    """The files of a saved model by name, as of `save_model`."""
+    """Files of a saved model (see `save_model`): name -> content."""
     document = _Document(format=FORMAT, model=config, card=card)
     text = json.dumps(document.model_dump(mode="json"), indent=2)
     return {"model.safetensors": weights_file(model), "model.json": text.encode()}
@@ -100,21 +100,20 @@ def load(
     weights: str = "last",
     plugins: Sequence[str | os.PathLike[str]] = (),
 ) -> ScoreModel:
-    """The trained model in the folder ``run``, frozen and in evaluation mode.
+    """Load the trained model in the folder ``run``, frozen and in evaluation mode.
 
     Args:
         run: a run folder, or any folder with ``model.safetensors`` and ``model.json``.
-        model: the network to load into; needed only for one that was composed by hand.
-        device: where to put it.
+        model: the network to load weights into; needed only for a model composed by hand.
+        device: device of the model.
         weights: ``last``, or ``best`` by validation.
-        plugins: to import first (`ebmkit.registry`), for a model with parts from them.
+        plugins: plugins to import first (`ebmkit.registry`), for a model with components of them.
 
     Returns:
-        The model; its attribute ``card`` says what it was trained for. Weights that are not finite
-        are warned of, by name.
+        The model, with its model card as ``card``. A warning names weights that are NaN or Inf.
 
     Raises:
-        UserError: if the folder holds no such model or the files do not fit together.
+        UserError: if the folder contains no such model or the files do not fit together.
 
     >>> model = load("runs/digits")                                      # doctest: +SKIP
     >>> model.denoise(y, sigma=25 / 255)                                 # doctest: +SKIP
@@ -154,7 +153,7 @@ def load(
 
 
 def load_weights(network: nn.Module, state: dict[str, Tensor], path: Path, what: str) -> None:
-    """Load the ``state`` read from ``path`` into ``network``, which ``what`` describes.
+    """Load the ``state`` from ``path`` into ``network``, which errors call ``what``.
 
     Raises:
         UserError: if it does not fit.
@@ -167,25 +166,25 @@ def load_weights(network: nn.Module, state: dict[str, Tensor], path: Path, what:
 
 
 def _warn_of_numbers(model: ScoreModel, path: Path) -> None:
-    """Warn of weights that are not finite; buffers may be infinite, as masks are."""
+    """Warn of weights that are NaN or Inf; buffers may be Inf, as masks are."""
     bad = [name for name, p in model.named_parameters() if not bool(p.isfinite().all())]
     bad += [name for name, b in model.named_buffers() if bool(b.isnan().any())]
     if bad:
         more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
         warnings.warn(
             f"{str(path)!r} holds weights that are not finite ({', '.join(bad[:3])}{more}): "
-            "training diverged, and what the model gives has no meaning",
+            "training diverged, and the model's outputs have no meaning",
             stacklevel=3,
         )
 
 
 def weights_digest(run: Path, weights: str = "last") -> str:
-    """SHA-256 of the file of weights that `load` reads, to tell whether they are the same."""
+    """SHA-256 of the weights file that `load` reads."""
     return hashlib.sha256((run / FILES[weights]).read_bytes()).hexdigest()
 
 
 def digest(state: dict[str, Tensor]) -> str:
-    """SHA-256 over names, types, shapes and bytes, in the order of the names."""
+    """SHA-256 over names, types, shapes and bytes of all tensors, in order of names."""
     found = hashlib.sha256()
     for name, value in sorted(state.items()):
         found.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())

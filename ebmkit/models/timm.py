@@ -1,17 +1,17 @@
-r"""Networks of timm as feature extractors: ``--backbone timm:NAME``.
+r"""timm networks as backbones: ``--backbone timm:NAME``.
 
-Any model of `timm.list_models` without its classifier gives features f(y), of which our head makes
-energies, :math:`\log p(y, c) = h_c(f(y))`. Score matching differentiates the features twice, so
-fused attention, which has one derivative, is computed by its parts:
+Any model of `timm.list_models` without its classifier computes features f(y) for our head,
+:math:`\log p(y, c) = h_c(f(y))`. Score matching differentiates the features
+twice. Fused attention has only one derivative, so attention is computed by separate operations:
 :math:`\operatorname{softmax}(q k^\top / \sqrt d)\, v`.
 
-Layers decide how good a denoiser the gradient is. Batch normalisation in training mode couples the
-images of a batch, and the second derivative of ReLU is 0; a score through either is warned of
-(`ebmkit.EnergyModel.warn_if_rough`). Networks with GELU or SiLU and a layer or group normalisation,
+The layers determine how well the gradient denoises. Batch normalisation in training mode couples
+the images of a batch, and the second derivative of ReLU is 0; ebmkit warns of scores through either
+(`ebmkit.EnergyModel.warn_if_rough`). Networks with GELU or SiLU and layer or group normalisation,
 such as ConvNeXt and vision transformers, have neither.
 
-A saved model holds its weights. timm's own are fetched only where ``pretrained`` is set, and only
-to begin a training.
+A saved model contains its weights. timm's pretrained weights are downloaded only if ``pretrained``
+is set, and only at the start of training.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ OWN_ARGUMENTS = frozenset(
     | {"checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}
     | {"scriptable", "exportable", "no_jit", "global_pool"}
 )
-"""Arguments of `timm.create_model` that are set here, change what comes out, or read other files:
-a configuration may be somebody else's."""
+"""Arguments of `timm.create_model` that are illegal in ``options``: they are set here, change the
+output or read other files, and a configuration may be untrusted."""
 
 SIZE_ERRORS = ("input size", "output size", "expected more than 1 value per channel")
-"""What PyTorch says, in lower case, of images that are too small for a network."""
+"""Parts of PyTorch's errors, in lower case, for images that are too small for a network."""
 
 
 class TimmConfig(BackboneConfig):
-    """A model of timm, by its name."""
+    """Configuration of a timm model."""
 
     kind: Literal["timm"] = "timm"
     name: str = Field(
@@ -63,11 +63,11 @@ class TimmConfig(BackboneConfig):
         return options
 
     def without_pretrained(self) -> Self:
-        """The same, not to fetch timm's weights."""
+        """This configuration, to be built without downloading weights."""
         return self.model_copy(update={"pretrained": False})
 
     def build(self, in_channels: int) -> TimmBackbone:
-        """The network, with fresh or timm's weights, for images of ``in_channels`` channels.
+        """Build the network, newly initialised or pretrained, for images of C channels.
 
         Raises:
             UserError: if timm is not installed, has no such model, refuses an option or the number
@@ -77,11 +77,11 @@ class TimmConfig(BackboneConfig):
 
 
 class TimmBackbone(nn.Module):
-    """The network; K = the features before its classifier.
+    """A timm model without its classifier; K is the number of features before the classifier.
 
     Args:
         in_channels: 1 for gray, 3 for colour.
-        config: name and options.
+        config: name and options of the model.
     """
 
     def __init__(self, in_channels: int, config: TimmConfig) -> None:
@@ -90,7 +90,7 @@ class TimmBackbone(nn.Module):
             import timm
         except ImportError:
             raise UserError(f"backbone timm:{config.name} needs timm: {INSTALL}") from None
-        if not timm.is_model(config.name):  # names of files and of the hub among them
+        if not timm.is_model(config.name):  # also refuses names of files and of the hub
             near = timm.list_models(f"*{config.name[:20]}*")[:5] or timm.list_models("convnext_*")
             raise UserError(
                 f"timm {timm.__version__} has no model {shown(config.name)}: names are those of "
@@ -106,7 +106,7 @@ class TimmBackbone(nn.Module):
             )
         except UserError:
             raise
-        except Exception as error:  # of an option, of the network's shape, of the download
+        except Exception as error:  # from an option, a shape or the download
             raise UserError(
                 f"timm cannot build {config.name} of {in_channels} channel(s) with options "
                 f"{shown(config.options)}: {first_line(error)}"
@@ -120,10 +120,10 @@ class TimmBackbone(nn.Module):
                 setattr(module, "fused_attn", False)  # noqa: B010  (not every module has it)
 
     def forward(self, y: Tensor) -> Features:
-        """Features of images ``y`` (B, C, H, W), of the sizes that the network takes.
+        """Features of images ``y`` (B, C, H, W), of a size that the network accepts.
 
         Raises:
-            UserError: if it does not take their size.
+            UserError: if the network does not accept their size.
         """
         try:
             pooled: Tensor = self.network(y)

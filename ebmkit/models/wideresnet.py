@@ -1,20 +1,20 @@
-r"""WideResNet (Zagoruyko & Komodakis, arXiv 1605.07146), and the form of it that JEM uses.
+r"""WideResNet (Zagoruyko & Komodakis, arXiv 1605.07146) and its variant in JEM.
 
-Three groups of (depth - 4) / 6 blocks, of widths w, 2w, 4w and strides 1, 2, 2, behind a 3x3
-convolution to 16 channels. A block normalises and activates *before* each convolution. With
-:math:`a(x) = \operatorname{act}(\operatorname{norm}(x))` and the shortcut P, the identity or, where
+A 3x3 convolution to 16 channels, followed by three groups of (depth - 4) / 6 blocks with widths w,
+2w, 4w and strides 1, 2, 2. A block applies norm and activation *before* each convolution. With
+:math:`a(x) = \operatorname{act}(\operatorname{norm}(x))` and the shortcut P, the identity or, if
 the shape changes, a 1x1 convolution:
 
 ===========  =====================================================  ===============================
-block        output                                                 stride is that of
+block        output                                                 stride in
 ===========  =====================================================  ===============================
 wrn          :math:`P\,a(x) + C_2\,a(C_1\,a(x))`; x if P is identity   :math:`C_1`
 jem          :math:`P\,x + C_2\,a(C_1\,a(x))`                       :math:`C_2`
 ===========  =====================================================  ===============================
 
-JEM (arXiv 1912.03263 and its released code) takes the second with no norm at all, biases in the
+JEM (arXiv 1912.03263 and its released code) uses the second form without norms, with biases in the
 convolutions and a leaky ReLU of slope 0.2: ``norm=none, bias=true, activation=leaky_relu,
-block=jem``. The features are means over positions of the last activation, K = 4 w.
+block=jem``. The features are the spatial means of the last activation, K = 4 w.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from ebmkit.models.recompute import recompute
 STEM_CHANNELS = 16
 WRN_28_10: dict[str, Any] = {"depth": 28, "width": 160}
 JEM: dict[str, Any] = {"norm": "none", "activation": "leaky_relu", "bias": True, "block": "jem"}
-"""JEM's form, as fields of `WideResNetConfig`."""
+"""JEM's variant, as fields of `WideResNetConfig`."""
 
 
 class WideResNetConfig(BackboneConfig):
-    """Shape of a WideResNet; the defaults are WRN-28-10."""
+    """Configuration of a WideResNet; the defaults are WRN-28-10."""
 
     kind: Literal["wideresnet"] = "wideresnet"
     PRESETS: ClassVar = {
@@ -111,11 +111,11 @@ class WideResNet(MeanPooled):
 
     Args:
         in_channels: 1 for gray, 3 for colour.
-        config: the shape; `WideResNetConfig` describes each field.
+        config: configuration; see the fields of `WideResNetConfig`.
 
     Attributes:
-        recompute: whether, in training mode, to keep one tensor per block for differentiation and
-            compute the others again (`ebmkit.models.recompute`); not with norm ``batch``.
+        recompute: whether to use activation checkpointing in training mode, with one tensor kept
+            per block (`ebmkit.models.recompute`); not with norm ``batch``.
     """
 
     def __init__(self, in_channels: int, config: WideResNetConfig | None = None) -> None:
@@ -135,7 +135,7 @@ class WideResNet(MeanPooled):
         self.norm = make_norm(config.norm, channels, 8, bias=True)
         self.activation = _activation(config)
         self.num_features = channels
-        if config.norm != "none":  # without one PyTorch's smaller weights keep the sum bounded
+        if config.norm != "none":  # without a norm, PyTorch's smaller weights keep sums bounded
             for module in self.modules():
                 if isinstance(module, nn.Conv2d):
                     nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

@@ -1,6 +1,6 @@
-"""Training objectives: what they need of data and model, their losses, and how they add up.
+"""Training objectives: their requirements, their losses, and the sum of several objectives.
 
-A new objective is a file of this folder, or one of a plugin, and a line in
+A new objective needs a module in this package, or in a plugin, and an entry in
 `ebmkit.objectives.table`.
 """
 

@@ -1,4 +1,4 @@
-r"""Cross-entropy under attack: adversarial training and TRADES, with the attack inside the loss.
+r"""Adversarial training and TRADES: cross-entropy with an inner maximisation by PGD.
 
 With :math:`y'` in a ball of radius eps about y,
 
@@ -11,7 +11,7 @@ With :math:`y'` in a ball of radius eps about y,
 The first is adversarial training (Madry et al., arXiv 1706.06083; RCG eq. 2.28-2.30), the second
 TRADES (Zhang et al., arXiv 1901.08573, eq. 5).
 
-Projected gradient descent raises a weighted sum of log-posteriors with weights w that stay fixed,
+Projected gradient descent (PGD) increases a sum of log-posteriors with fixed weights w,
 
 .. math::
     y_{t+1} = \Pi\bigl(y_t + \alpha\, n\bigl(\nabla_y \textstyle\sum_c w_c \log p(c \mid y_t)\bigr)
@@ -21,24 +21,24 @@ Projected gradient descent raises a weighted sum of log-posteriors with weights 
                       -p(\cdot \mid y) & \text{TRADES: the divergence, up to a constant,}
         \end{cases}
 
-with n the direction (:math:`\ell_2`) or the sign (:math:`\ell_\infty`) and :math:`\Pi` the
-projection on the ball of radius :math:`\epsilon` about y, and on :math:`[0, 1]^d` where the image
-carries no noise (`ebmkit.attacks`).
+with n the normalised gradient (:math:`\ell_2`) or its sign (:math:`\ell_\infty`) and :math:`\Pi`
+the projection onto the ball of radius :math:`\epsilon` about y, and for images without noise onto
+:math:`[0, 1]^d` (`ebmkit.attacks`).
 
-Starts are uniform in the ball; TRADES, whose divergence has no gradient at y, starts at Gaussian
-noise of `NUDGE`. The network is in evaluation mode meanwhile, so that a BatchNorm uses its running
-statistics, no image sees another, and the statistics do not move (as the `robustness` package has
-it); the loss itself is taken in training mode.
+The starting point is uniform in the ball. TRADES starts at y plus Gaussian noise of standard
+deviation `NUDGE`, since the gradient of the divergence is 0 at y. During the attack the network is
+in evaluation mode, as in the `robustness` package: BatchNorm uses its running statistics without
+updating them, and images do not influence each other. The loss is computed in training mode.
 
-A diffusion model sees :math:`u = \sqrt{\bar\alpha}\, y` with
+The input of a diffusion model is :math:`u = \sqrt{\bar\alpha}\, y` with
 :math:`\bar\alpha = 1 / (1 + (2\sigma)^2)`. With ``variance_preserving``, :math:`\epsilon` and the
-step are lengths there, :math:`1/\sqrt{\bar\alpha}` times as long in image units. With
-``early_stop`` besides, that is the training of the time-dependent robust classifier of Kawar et al.
-(2023, arXiv 2208.08664).
+step size are lengths of u, :math:`1/\sqrt{\bar\alpha}` times as long in image units. Together with
+``early_stop`` this trains the time-dependent robust classifier of Kawar et al. (2023, arXiv
+2208.08664).
 
-Everything random is drawn for the whole batch from a generator keyed by (seed, stream, step); a
-process attacks its share. So the number of processes does not change what is drawn, and a
-checkpoint needs nothing of it.
+All random numbers are drawn for the whole batch from a generator keyed by (seed, stream, step); a
+process attacks its share. So they do not depend on the number of processes, and checkpoints need no
+state of the attack.
 """
 
 from __future__ import annotations
@@ -64,11 +64,11 @@ from ebmkit.sampling.base import per_chain
 __all__ = ["ADV", "NUDGE", "TRADES", "AdversarialConfig", "Attack", "TradesConfig", "divergence"]
 
 NUDGE = 0.001
-"""Deviation of the Gaussian noise that TRADES starts at, image units."""
+"""Standard deviation of the noise that TRADES adds to its starting point, image units."""
 
 
 class AdversarialConfig(ObjectiveConfig):
-    """The attack inside the loss (RCG eq. 2.28-2.30)."""
+    """The attack of adversarial training (RCG eq. 2.28-2.30)."""
 
     norm: Literal["l2", "linf"] = Field("l2", description="norm of the ball: l2 or linf")
     eps: Radius = Field(
@@ -100,7 +100,7 @@ class AdversarialConfig(ObjectiveConfig):
         return 2.5 * self.eps / self.steps if self.step_size is None else self.step_size
 
     def at(self, step: int) -> Self:
-        """What holds at training step ``step``, the first being 0: eps and step size in warm-up."""
+        """The settings at training step ``step`` (from 0): warm-up scales eps and step size."""
         share = (step + 1) / (self.warmup_steps + 1)
         if share >= 1:
             return self
@@ -121,22 +121,22 @@ class TradesConfig(AdversarialConfig):
             raise UserError("the divergence of trades has no target: use adv, or targeted=false")
         if not self.random_start:
             raise UserError(
-                "the divergence of trades has no gradient at the image itself: leave random_start "
-                "out"
+                "the divergence of trades has no gradient at the image itself: omit random_start, "
+                "or set it to true"
             )
         return self
 
 
 class Attack:
-    """Attacks the images of a run's batches: `Objective.prepare` of the objectives here.
+    """Attacks the images of a run's batches; returned by `Objective.prepare` of adv and trades.
 
     Args:
-        context: the run.
-        config: the attack.
-        on_divergence: raise the divergence from the clean image, as TRADES does, not the loss.
+        context: facts of the run.
+        config: settings of the attack.
+        on_divergence: maximise the divergence from the clean image (TRADES) instead of the loss.
 
     Raises:
-        UserError: if the network has no labels, or a single one and the attack a target.
+        UserError: if the network has no labels, or only one and the attack is targeted.
     """
 
     def __init__(
@@ -145,13 +145,13 @@ class Attack:
         model = context.model
         if not isinstance(model, EnergyModel) or model.num_classes == 0:
             raise UserError(
-                f"objective {context.term!r} needs a classifier, and this network knows no labels: "
+                f"objective {context.term!r} needs a classifier, and this network has no labels: "
                 "choose a backbone, and images with labels"
             )
         if model.num_classes == 1 and config.targeted:
             raise UserError(
-                f"objective.{context.term}.targeted needs a label to aim at, and there is but one "
-                "class: set it to false"
+                f"objective.{context.term}.targeted needs another class as target, and there is "
+                "only one class: set it to false"
             )
         self.model: EnergyModel = model
         self.config, self.on_divergence = config, on_divergence
@@ -160,13 +160,13 @@ class Attack:
         self.computed = context.inference.wrap(model)
 
     def __call__(self, batch: Batch, step: int) -> dict[str, Tensor]:
-        """The attacked images of ``batch`` of training step ``step``."""
+        """The column ``attacked`` for ``batch`` at training step ``step``."""
         return {"attacked": self.attack(batch, step)}
 
     def attack(self, batch: Batch, step: int) -> Tensor:
-        """The images y of ``batch`` after the attack, (B, C, H, W); y itself at eps 0.
+        """The images y of ``batch`` after the attack, (B, C, H, W); y itself if eps is 0.
 
-        They carry no gradient. The network is as it was afterwards.
+        They carry no gradient. The mode of the network is restored.
         """
         config = self.config if self.warm else self.config.at(step)
         if config.eps == 0:
@@ -186,7 +186,7 @@ class Attack:
     def _drawn(
         self, batch: Batch, config: AdversarialConfig, generator: torch.Generator
     ) -> tuple[Tensor, Tensor | None]:
-        """Where the images start, shape of y, and the labels they are to take, (B,), if any."""
+        """Starting points, shape of y, and target labels (B,), or None if untargeted."""
         y, world = batch.y, self.world
         total = len(y) * world.size
         own = slice(world.rank * len(y), (world.rank + 1) * len(y))
@@ -212,14 +212,14 @@ class Attack:
         other: Tensor | None,
         config: AdversarialConfig,
     ) -> Tensor:
-        """The images that the steps lead to from ``start``."""
+        """Images after the steps of PGD from ``start``."""
         weights, labels = self._weights(batch, other), _labels(batch)
         scale = _scale(batch, config)
 
         def gradient(y: Tensor) -> Tensor:
             target = WeightedLogProbability(weights)
             energies, (found,) = self.computed.value_and_grads(y, batch.sigma, target)
-            if config.early_stop:  # an image without a gradient stays where it is
+            if config.early_stop:  # an image with zero gradient does not move
                 found = found * per_chain(energies.logits.argmax(dim=1) == labels, found)
             return found
 
@@ -235,7 +235,7 @@ class Attack:
         )
 
     def _weights(self, batch: Batch, other: Tensor | None) -> Tensor:
-        """w (B, C), of the log-posteriors whose sum is raised."""
+        """Weights w (B, C) of the log-posteriors whose sum is maximised."""
         assert batch.soft is not None
         if self.on_divergence:
             return -self.computed.energies(batch.y, batch.sigma).logits.softmax(dim=1)
@@ -246,20 +246,20 @@ class Attack:
 
 
 def _labels(batch: Batch) -> Tensor:
-    """The label of each image (B,); of a mixed one, the larger part's."""
+    """Label of each image (B,); for a mixed image, the one of larger weight."""
     assert batch.soft is not None
     return batch.soft.argmax(dim=1)
 
 
 def _scale(batch: Batch, config: AdversarialConfig) -> Tensor:
-    """What lengths of the attack are multiplied with in image units, (B,)."""
+    """Factors (B,) that convert lengths of the attack to image units."""
     if config.variance_preserving:
         return (1 + (2 * batch.sigma.to(batch.y)).square()).sqrt()
     return torch.ones(len(batch.y), device=batch.y.device, dtype=batch.y.dtype)
 
 
 def _bounds(batch: Batch) -> tuple[Tensor, Tensor]:
-    """What each image is clipped to, (B,) twice: [0, 1] where it carries no noise."""
+    """Lower and upper bounds of each image, (B,) each: 0 and 1 without noise, else infinite."""
     noisy = batch.sigma > 0
     zero = torch.zeros_like(batch.sigma, dtype=batch.y.dtype)
     return zero.masked_fill(noisy, -torch.inf), (zero + 1).masked_fill(noisy, torch.inf)
@@ -272,7 +272,7 @@ def _kept(start: Tensor, batch: Batch) -> Tensor:
 
 @contextmanager
 def _in_eval_mode(model: EnergyModel) -> Iterator[None]:
-    """Within, ``model`` is in evaluation mode."""
+    """Set ``model`` to evaluation mode within the context."""
     training = model.training
     model.eval()
     try:
@@ -294,12 +294,12 @@ def _passes(config: AdversarialConfig, forwards: int) -> ExtraPasses | None:
 
 
 def _attack_text(config: AdversarialConfig) -> dict[str, str]:
-    """Norm and radius of the attack, as in "l2 0.5"; empty where there is none."""
+    """Norm and radius of the attack for the model card, as in "l2 0.5"; empty without attack."""
     return {"attack": f"{config.norm} {config.eps:.6g}"} if config.eps else {}
 
 
 def adversarial_training(config: AdversarialConfig) -> Objective:
-    """Cross-entropy at the attacked images (Madry et al. 2018)."""
+    """Cross-entropy of the attacked images (Madry et al. 2018)."""
 
     def loss(output: ModelOutput, batch: Batch) -> Tensor:
         attacked = output.energies_at(batch.extra["attacked"], batch.sigma)
@@ -322,7 +322,7 @@ def adversarial_training(config: AdversarialConfig) -> Objective:
 
 
 def trades(config: TradesConfig) -> Objective:
-    """Cross-entropy plus beta times the divergence that an attack makes (Zhang et al. 2019)."""
+    """Cross-entropy plus beta times the divergence under attack (Zhang et al. 2019)."""
 
     def loss(output: ModelOutput, batch: Batch) -> Tensor:
         attacked = output.energies_at(batch.extra["attacked"], batch.sigma)

@@ -1,13 +1,13 @@
-r"""What an objective is.
+r"""The `Objective` interface.
 
-An objective turns what a model says of a batch into a loss per image. It never calls the model
-itself: it declares what it needs (`Objective`), gets it (`ModelOutput`), and the sum of a run's
-objectives (`ebmkit.objectives.TrainingLoss`) shares one forward pass, one score and one compiled
-graph among all that draw from the same stream.
+An objective computes a loss per image from the outputs of a model on a batch. It never calls the
+model itself: it declares which outputs it needs (`Objective`) and receives them (`ModelOutput`). So
+the sum of a run's objectives (`ebmkit.objectives.TrainingLoss`) shares one forward pass, one score
+and one compiled graph among all objectives of a stream.
 
-An objective that needs more in its batch than clean and noisy images (images under attack, samples
-of the model) makes it in its own file: `Objective.prepare` is called once for a run and returns a
-function that is called before each step, outside the loss and its gradient.
+An objective that needs further columns in its batch (attacked images, samples of the model)
+computes them itself: `Objective.prepare` is called once per run and returns a function that is
+called before each step, outside the loss and its gradient.
 """
 
 from __future__ import annotations
@@ -43,25 +43,24 @@ class ObjectiveConfig(BaseModel):
 
 
 class Scale(Enum):
-    """How a loss of one number per image entry is brought to the scale of one per image."""
+    """How a loss with one value per image entry is reduced to one value per image."""
 
-    PLAIN = "plain"  # a loss per image as it stands
-    MEAN = "mean"  # averaged over the d entries
-    SUM = "sum"  # summed over the d entries
-    BALANCED = "balanced"  # the logarithm of the average (see ebmkit.objectives.loss)
+    PLAIN = "plain"  # no reduction: the loss has one value per image
+    MEAN = "mean"  # mean over the d entries
+    SUM = "sum"  # sum over the d entries
+    BALANCED = "balanced"  # logarithm of the mean (see ebmkit.objectives.loss)
 
 
 @dataclass(frozen=True)
 class ModelOutput:
-    """What a loss reads of the model at the noisy images of a batch.
+    """Outputs of the model at the noisy images of a batch.
 
     Attributes:
-        energies: of an energy model, unless `Objective.needs_energies` is False.
-        score: (B, C, H, W), of the labels that `Objective.score_labels` names; None where no score
-            is needed.
-        hessian_products: H v for each of `Objective.hessian_vectors`.
-        forward: energies at other images (B, C, H, W) and their noise levels (B,) or None, with
-            their gradient by the parameters.
+        energies: energies of an energy model; None if no objective of the stream needs them.
+        score: score (B, C, H, W) for the labels of `Objective.score_labels`; None if not needed.
+        hessian_products: Hessian-vector products H v for each of `Objective.hessian_vectors`.
+        forward: function from other images (B, C, H, W) and their noise levels (B,) or None to
+            energies, differentiable with respect to the parameters.
     """
 
     energies: Energies | None
@@ -70,7 +69,7 @@ class ModelOutput:
     forward: Callable[[Tensor, Tensor | None], Energies] | None = None
 
     def energies_at(self, images: Tensor, sigma: Tensor | None) -> Energies:
-        """Energies at other images, see `forward`."""
+        """Energies at other images (see `forward`)."""
         assert self.forward is not None
         return self.forward(images, sigma)
 
@@ -82,13 +81,13 @@ class Loss(Protocol):
 
 
 class ExtraPasses(NamedTuple):
-    """Passes of the model that `Objective.prepare` costs for each batch, for predictions of cost.
+    """Passes of the model that `Objective.prepare` adds per batch, for cost estimates.
 
     Attributes:
-        name: what they are, as "7 attack steps".
-        gradients: number of gradients by the images.
-        of_labels: whether these are of log p(c | y), not of log p(y).
-        forwards: number of forward passes beside.
+        name: description, such as "7 attack steps".
+        gradients: number of gradients with respect to the images.
+        of_labels: whether these are gradients of log p(c | y) instead of log p(y).
+        forwards: number of additional forward passes.
     """
 
     name: str
@@ -99,19 +98,19 @@ class ExtraPasses(NamedTuple):
 
 @dataclass(frozen=True)
 class RunContext:
-    """What `Objective.prepare` knows of a run.
+    """Facts of a run for `Objective.prepare`.
 
     Attributes:
-        model: the model that is trained, on its device.
+        model: model to train, on its device.
         term: name of the objective.
-        stream: name of the stream that it draws from.
-        seed: the run's.
-        inference: precision and compilation; ``inference.wrap(model)`` computes as the run does.
-        world: the processes that share each batch.
-        parts: number of parts a process handles its share in, to need less memory.
-        validating: whether the batches are for validation, where nothing is warmed up.
-        images: the training images; None in validation.
-        streams: configurations of the streams by name; none in validation.
+        stream: name of the stream that the objective draws from.
+        seed: seed of the run.
+        inference: precision and compilation of the run; apply them by ``inference.wrap(model)``.
+        world: processes that share each batch.
+        parts: number of parts that a process splits its share into, to save memory.
+        validating: whether the batches are for validation, which ignores warm-up.
+        images: training images; None in validation.
+        streams: stream name -> configuration; empty in validation.
     """
 
     model: ScoreModel
@@ -127,10 +126,10 @@ class RunContext:
 
 
 class Prepare(Protocol):
-    """Makes the columns that an objective adds to the batch of a step, each (B, ...).
+    """Computes the columns that an objective adds to the batch of a step, each (B, ...).
 
-    The loss finds them in ``batch.extra``. What is drawn must be a function of (seed, stream, step)
-    alone, or a state of its own, as the replay buffer of `ebmkit.objectives.likelihood` is.
+    The loss finds them in ``batch.extra``. They must be functions of (seed, stream, step), or of a
+    state that is saved, such as the replay buffer of `ebmkit.objectives.likelihood`.
     """
 
     def __call__(self, batch: Batch, step: int, /) -> dict[str, Tensor]: ...
@@ -138,38 +137,39 @@ class Prepare(Protocol):
 
 @dataclass(frozen=True)
 class Objective:
-    """One objective: what it needs and its loss.
+    """One objective: its requirements and its loss.
 
     Attributes:
-        description: one line.
-        stream: name of the data stream it draws from unless told otherwise.
-        loss: from the model's output and a batch to the loss of each image (B,), unreduced over the
-            batch; losses summed over entries are *means* over the d entries, `scale` says what
-            becomes of them. A pair adds a penalty, a scalar that is minimised and not reported.
-        family: of which method it is: ``classification``, ``score matching``, ``diffusion``,
-            ``likelihood``, ``adversarial``, or empty; default recipes are chosen by it.
+        description: one-line description.
+        stream: name of the default data stream.
+        loss: function from the model's output and a batch to the loss of each image (B,). A loss
+            over the d entries of an image must be their *mean*; `scale` converts it. It may return
+            a pair with a scalar penalty, which is minimised and not reported.
+        family: method: ``classification``, ``score matching``, ``diffusion``, ``likelihood``,
+            ``adversarial``, or empty; selects the default recipe.
         needs_labels: whether data and model must have labels.
-        needs_hard_labels: refuse a stream that mixes labels (MixUp, CutMix), for a loss of
-            ``batch.labels``.
-        needs_energies: whether the loss reads ``output.energies``, those at the noisy images;
-            ``output.energies_at`` works in any case.
-        needs_score: whether the loss reads ``output.score``, None otherwise.
-        score_labels: from a batch to the labels (B,) whose score is needed, -1 for none; None: the
-            score of log p(y).
-        hessian_vectors: from a batch to the vectors that the Hessian is multiplied with; None
-            where the loss does not differentiate twice.
+        needs_hard_labels: whether the loss uses ``batch.labels``, so that the stream must not mix
+            labels (MixUp, CutMix).
+        needs_energies: whether the loss uses ``output.energies``, at the noisy images;
+            ``output.energies_at`` is always available.
+        needs_score: whether the loss uses ``output.score``.
+        score_labels: function from a batch to the labels (B,) of the conditional score, -1 for the
+            score of log p(y); None: the score of log p(y) for all images.
+        hessian_vectors: function from a batch to the vectors v of Hessian-vector products; None:
+            no second derivative is needed.
         scale: how the loss enters the total.
-        validates: whether its value on held-out images says anything.
-        validation_loss: the loss of held-out images, where it is another.
-        prepare: makes, for a run, what adds columns to its batches; None: nothing is added.
-        columns: names of the added columns that have the images' shape.
-        extra_passes: what `prepare` costs.
+        validates: whether its value on held-out images is meaningful.
+        validation_loss: loss on held-out images, if it differs from ``loss``.
+        prepare: function from a run to a function that adds columns to its batches; None: no
+            columns are added.
+        columns: names of added columns that have the shape of the images.
+        extra_passes: cost of `prepare`.
         card: facts for the card of the trained model (`ebmkit.card.ModelCard`).
-        implies: what follows from it in a run's configuration, made of that before it is validated,
-            what was given beside the recipe, and the name of its stream; None: nothing.
-        config: class of its settings; None: it has none.
-        configure: from settings to the objective under them.
-        section: where a run's configuration has its settings; None: in ``terms.NAME``.
+        implies: function from a run's configuration before validation, the settings given beside
+            the recipe, and the stream name to settings that the objective fixes; None: none.
+        config: class of its settings; None: it has no settings.
+        configure: function from settings to the objective with these settings.
+        section: section of its settings in a run's configuration; None: ``terms.NAME``.
     """
 
     description: str
@@ -196,12 +196,12 @@ class Objective:
 
     @property
     def trains_density(self) -> bool:
-        """Whether log p(y) is learnt, by its gradient or by maximum likelihood."""
+        """Whether the objective trains log p(y), by score matching or maximum likelihood."""
         return self.needs_score or self.family == "likelihood"
 
 
 def mapping_at(values: Any, *path: str) -> Mapping[str, Any]:
-    """The mapping at ``path`` of nested mappings; empty where there is none."""
+    """The mapping at ``path`` of nested mappings; empty if there is none."""
     for key in path:
         values = values.get(key) if isinstance(values, Mapping) else None
     return values if isinstance(values, Mapping) else {}

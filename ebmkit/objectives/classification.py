@@ -1,11 +1,11 @@
-r"""Classification: the cross-entropy of the labels.
+r"""Classification: cross-entropy of the labels.
 
 With soft labels q (one-hot, or mixed by MixUp or CutMix) and :math:`y = x + \sigma\epsilon` (CDN
 eq. 13),
 
 .. math:: \text{ce:} \quad -\sum_c q_c \log p(c \mid y) .
 
-Label smoothing of a share s takes :math:`(1 - s) q + s / C` for q, in training alone.
+Label smoothing s replaces q by :math:`(1 - s) q + s / C`, in training only.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ class ClassificationConfig(ObjectiveConfig):
 
 
 def cross_entropy(output: ModelOutput, batch: Batch) -> Tensor:
-    """-sum_c q_c log p(c|y) with the (soft) labels q, (B,), in nats (CDN eq. 13)."""
+    """-sum_c q_c log p(c|y) with (soft) labels q, (B,), in nats (CDN eq. 13)."""
     assert batch.soft is not None
     assert output.energies is not None
     return -(batch.soft * output.energies.log_posterior()).sum(dim=1)
 
 
 def configure(config: ClassificationConfig) -> Objective:
-    """``ce``, of smoothed labels where that is asked for."""
+    """Objective ``ce`` with the label smoothing of ``config``."""
     share = config.label_smoothing
     if not share:
         return CE

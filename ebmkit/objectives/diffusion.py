@@ -1,14 +1,15 @@
 r"""Noise prediction of diffusion models.
 
-At the levels of a diffusion schedule (Ho et al. 2020, eq. 14; RCG eq. 2.15),
+At the noise levels of a diffusion schedule (Ho et al. 2020, eq. 14; RCG eq. 2.15),
 
 .. math:: \text{ddpm:} \quad \frac1d \|\hat\epsilon - \epsilon\|^2, \qquad
     \hat\epsilon = -\sigma\,\nabla_y \log p_\sigma(y) :
 
-dsm of any model under the noise law ``diffusion``, averaged over entries. With class dropout it is
-of :math:`\log p(y \mid c)`, but for a share of images whose label is hidden, so that one network
-learns both scores (Ho & Salimans, arXiv 2207.12598). A hash of an image's own noise decides whether
-its label is hidden, so that is keyed as the noise is, and the same however a batch is divided.
+dsm of any model under the noise law ``diffusion``, averaged over entries. With class dropout the
+score is that of :math:`\log p(y \mid c)`, except for a share of images without label, so that one
+network learns both scores (Ho & Salimans, arXiv 2207.12598). A hash of an image's own noise selects
+these images. So the selection has the seed of the noise and does not depend on how a batch is
+divided.
 """
 
 from __future__ import annotations
@@ -43,14 +44,14 @@ class DiffusionConfig(ObjectiveConfig):
 
 
 def label_dropout(eps: Tensor, share: float) -> Tensor:
-    """Which images of noise ``eps`` (B, ...) hide their label, (B,) bool: a ``share`` of them."""
+    """Mask (B,) of the images, a ``share``, that lose their label; ``eps`` (B, ...): noise."""
     low = 0xFFFFFFFF
     uniform = (bit_hash(eps).flatten(1).sum(1) & low).double() / (low + 1)  # in [0, 1)
     return uniform < share
 
 
 def configure(config: DiffusionConfig) -> Objective:
-    """``ddpm``, of the conditional score where there is class dropout."""
+    """Objective ``ddpm``; with class dropout, of the conditional score."""
     share = config.class_dropout
     if share is None:
         return DDPM
@@ -65,14 +66,14 @@ def configure(config: DiffusionConfig) -> Objective:
 def implied_settings(
     raw: Mapping[str, Any], given: Mapping[str, Any], stream: str
 ) -> dict[str, Any]:
-    """The noise law of the ``stream`` and the settings of a UNet, which follow from the settings.
+    """Noise law of ``stream`` and settings of a UNet that follow from the objective's settings.
 
-    The law draws the levels of ``objective.ddpm.schedule``, and a UNet has the timesteps of it;
-    whether it knows labels follows from ``objective.ddpm.class_dropout``. Arguments are those of
+    The noise levels and the UNet's timesteps are those of ``objective.ddpm.schedule``;
+    ``objective.ddpm.class_dropout`` makes the UNet class-conditional. Arguments are those of
     `Objective.implies`.
 
     Raises:
-        UserError: if something else was given.
+        UserError: if other values were given.
     """
     own = DiffusionConfig().model_dump() | dict(mapping_at(raw, "terms", "ddpm"))
     schedule, conditional = own["schedule"], own["class_dropout"] is not None
@@ -81,8 +82,8 @@ def implied_settings(
         if value != law.get(field, value):
             raise UserError(
                 f"objective 'ddpm' trains at the noise levels of its schedule, {schedule}, and "
-                f"streams.{stream}.noise.{field} is {value!r}: leave that out and choose by "
-                "objective.ddpm.schedule, or take --objective dsm-mean, which has any noise"
+                f"streams.{stream}.noise.{field} is {value!r}: omit that and set "
+                "objective.ddpm.schedule, or use --objective dsm-mean, which allows any noise"
             )
     found: dict[str, Any] = {"streams": {stream: {"noise": law}}}
     if mapping_at(raw, "model", "backbone").get("kind") != "unet":

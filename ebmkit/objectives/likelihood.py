@@ -1,7 +1,7 @@
 r"""Maximum likelihood, with negatives: samples of the model being trained.
 
-The gradient of :math:`-\log p(y)` by the parameters contains that of the constant nobody computes,
-which is an expectation over the model itself,
+The gradient of :math:`-\log p(y)` with respect to the parameters contains that of the intractable
+normalising constant, an expectation over the model itself,
 :math:`-E_{\tilde y \sim p}[\nabla_\theta \log \tilde p(\tilde y)]` with the unnormalised
 :math:`\tilde p`. So the losses are differences,
 
@@ -9,23 +9,23 @@ which is an expectation over the model itself,
     \text{ml:}  & \quad \log p(\tilde y) - \log p(y) \\
     \text{cml:} & \quad \log p(\tilde y \mid c) - \log p(y \mid c) ,
 
-whose value says nothing (it should stay near 0) and whose gradient is right if the *negatives*
-:math:`\tilde y` are samples of the model. JEM (arXiv 1912.03263, eq. 6-8) is ``ce+ml``, for short
-``jem``. A penalty :math:`\alpha\,(e^2(y) + e^2(\tilde y))` of the energies (Du & Mordatch, arXiv
-1903.08689, eq. 7) pulls them together when they run away.
+whose value is not informative (it should stay near 0) and whose gradient is correct if the
+*negatives* :math:`\tilde y` are samples of the model. JEM (arXiv 1912.03263, eq. 6-8) is ``ce+ml``,
+with the alias ``jem``. A penalty :math:`\alpha\,(e^2(y) + e^2(\tilde y))` of the energies (Du &
+Mordatch, arXiv 1903.08689, eq. 7) counteracts their divergence.
 
-At each step a batch of chains is taken from a replay buffer, some of them started anew, and moved
-by K Langevin steps on the model as it is (JEM, algorithm 1),
+Each step takes a batch of chains from a replay buffer, restarts some of them, and updates them by K
+Langevin steps on the current model (JEM, algorithm 1),
 
-.. math:: \tilde y \leftarrow \tilde y + \eta\,\nabla_y \log p_\theta(\tilde y) + \tau\,\xi ,
+.. math:: \tilde y \leftarrow \tilde y + \eta\,\nabla_y \log p_\theta(\tilde y) + \tau\,\xi .
 
-whereupon they go into the loss and back into the buffer. Defaults are JEM's in our units
-(`ebmkit.sampling.langevin`). Chains start from uniform noise, or, as JEM++ does (arXiv 2109.09032),
+The loss uses the result as negatives, and the buffer stores it. Defaults are JEM's in our units
+(`ebmkit.sampling.langevin`). Chains start from uniform noise, or, as in JEM++ (arXiv 2109.09032),
 from a Gaussian fitted to the training images of each class.
 
-Slots, new starts and noise are drawn for the whole batch from a generator keyed by (seed, step,
-attempt); a process moves its share of the chains, and all of them keep the same buffer. So the
-number of processes does not change what is drawn, and a checkpoint needs nothing but the buffer.
+Slots, restarts and noise are drawn for the whole batch from a generator keyed by (seed, step,
+attempt). A process updates its share of the chains; all processes hold the same buffer. So the
+random numbers do not depend on the number of processes, and a checkpoint needs only the buffer.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ from ebmkit.sampling.langevin import JEM_NOISE, JEM_STEP, Langevin
 __all__ = ["CML", "ML", "Negatives", "NegativesConfig", "log_density_of"]
 
 FITTED = 10_000
-"""Training images that the Gaussians of starting points are fitted to, at the most."""
+"""Maximum number of training images to fit the Gaussians of starting points to."""
 
 
 class NegativesConfig(ObjectiveConfig):
-    """How negatives are drawn; the defaults are JEM's, for images in [0, 1]."""
+    """Sampling of negatives; the defaults are JEM's, for images in [0, 1]."""
 
     steps: int = Field(20, ge=1, description="Langevin steps per chain in each training step")
     step_size: float = Field(JEM_STEP, gt=0, description="step size eta, image units squared")
@@ -86,31 +86,31 @@ class NegativesConfig(ObjectiveConfig):
 
 
 def log_density_of(energies: Energies, labels: Tensor | None) -> Tensor:
-    """log p(y) up to a constant, (B,), nats; log p(y|c) of each image's label where there are."""
+    """log p(y), or with ``labels`` log p(y|c), up to a constant, (B,), nats."""
     if labels is None:
         return energies.log_density
     return energies.log_density + energies.at_label(labels)
 
 
 class Negatives:
-    """Draws the negatives of a run: `Objective.prepare` of maximum likelihood.
+    """Draws the negatives of a run; returned by `Objective.prepare` of maximum likelihood.
 
     Args:
-        context: the run, with its training images.
-        config: how they are drawn.
-        conditional: whether chains are of log p(y|c).
+        context: facts of the run, with its training images.
+        config: settings of the sampling.
+        conditional: whether chains sample log p(y|c).
 
     Attributes:
-        stream: whose batches they join.
-        buffer: the chains.
-        steps: Langevin steps of a chain, which a divergence monitor may raise.
-        penalty: alpha of the penalty, which it may raise too.
-        attempt: how often the run was rolled back; part of the key of all that is drawn.
+        stream: name of the stream whose batches get the negatives.
+        buffer: replay buffer of the chains.
+        steps: Langevin steps per chain; divergence mitigation may raise them.
+        penalty: alpha of the penalty; divergence mitigation may raise it.
+        attempt: number of rollbacks of the run; part of the random key.
         spread: root mean square of the last chains about gray, image units, a scalar tensor.
 
     Raises:
-        UserError: if the model has no density, the stream's images change size, the buffer does not
-            divide among the classes or is smaller than a batch.
+        UserError: if the model has no density, the stream's images change size, the buffer cannot
+            be divided equally among the classes or is smaller than a batch.
     """
 
     def __init__(self, context: RunContext, config: NegativesConfig, conditional: bool) -> None:
@@ -124,8 +124,8 @@ class Negatives:
         batch_size, crop = stream.batch_size, stream.augmentation.crop_size
         if stream.phases or (crop is not None and config.start == "gaussian"):
             raise UserError(
-                "negatives are of one size, and start from whole images where they start from "
-                "Gaussians: leave phases (and crop_size) out of the stream of "
+                "negatives have a fixed size, and with negatives.start=gaussian that of whole "
+                "images: remove phases (and crop_size) from the stream of "
                 f"{context.term!r}, or set negatives.start=uniform"
             )
         if batch_size > config.buffer_size:
@@ -154,14 +154,14 @@ class Negatives:
         self.spread = torch.zeros((), device=self.device)
 
     def __call__(self, batch: Batch, step: int) -> dict[str, Tensor]:
-        """This process's negatives for its batch of ``step``, and the penalty's weight."""
+        """Columns for ``batch`` at ``step``: this process's negatives, and the penalty's weight."""
         columns = {"negatives": self.draw(batch, step)}
         if self.penalty:
             columns["penalty"] = torch.full((len(batch.x),), self.penalty, device=self.device)
         return columns
 
     def draw(self, batch: Batch, step: int) -> Tensor:
-        """Negatives (B, C, H, W) for ``batch``; their chains in the buffer move on."""
+        """Draw negatives (B, C, H, W) for ``batch``, and store them in the buffer."""
         config, world = self.config, self.world
         labels = self._everyone(batch.labels) if self.conditional else None
         total = len(batch.x) * world.size
@@ -184,7 +184,7 @@ class Negatives:
         own: slice,
         total: int,
     ) -> Tensor:
-        """Chains ``x`` after the Langevin steps."""
+        """Run the Langevin steps on chains ``x``."""
         config, training = self.config, self.model.training
 
         def score(y: Tensor, sigma: Noise | None = None) -> Tensor:
@@ -193,7 +193,7 @@ class Negatives:
         def normal(y: Tensor, generator: torch.Generator) -> Tensor:
             if len(y) == total:
                 return normal_like(y, generator)
-            shape = (total, *y.shape[1:])  # the share of what one process would draw
+            shape = (total, *y.shape[1:])  # draw for all processes, and take this one's share
             return torch.randn(shape, generator=generator, device=y.device)[own]
 
         langevin = Langevin(
@@ -221,7 +221,7 @@ class Negatives:
         return torch.rand((count, *self.shape), generator=generator, device=self.device)
 
     def _everyone(self, rows: Tensor | None) -> Tensor:
-        """The rows of all processes, by rank."""
+        """Concatenate the rows of all processes, by rank."""
         assert rows is not None
         if self.world.size == 1:
             return rows

@@ -1,23 +1,23 @@
-r"""Sums of objectives, and how they are balanced.
+r"""Sums of objectives, and their balance.
 
-The paper adds its two losses without a weight (CDN eq. 13). As a sum over the d entries of an image
-the denoising loss drowns the classifier, as a mean it hardly starts. The default here is neither. A
-Gaussian likelihood of the denoising residual with its variance *profiled out* is the logarithm of
-the mean square,
+The paper adds its two losses without a weight (CDN eq. 13). If the denoising loss is a sum over the
+d entries of an image, the classifier hardly learns; if it is a mean, the denoiser hardly learns.
+The default is a third form. The Gaussian likelihood of the denoising residual with *profiled*
+variance is the logarithm of the mean square,
 
 .. math::
     L = L_{ce} + \lambda \log \bar L_{dsm}, \qquad
     \nabla L = \nabla L_{ce} + \frac{\lambda}{\bar L_{dsm}} \nabla \bar L_{dsm},
 
-with :math:`\bar L_{dsm}` the mean over entries and images. It does not change with the number of
-entries or the unit of the residual, so one :math:`\lambda` (`BALANCE`) serves every image size; at
-the start it is the mean form times lambda, and as denoising gets better its weight grows.
-Minimising the logarithm has the same minimiser as minimising the mean. The mean in the denominator
-is a running one over the last steps (its state is part of a checkpoint), so the gradient is linear
-in the batch and is the same however the batch is divided over devices.
+with :math:`\bar L_{dsm}` the mean over entries and images. Its gradient does not depend on the
+number of entries or the unit of the residual, so one :math:`\lambda` (`BALANCE`) works for every
+image size. At the start it is the mean form times lambda; as denoising improves, its weight grows.
+The logarithm has the same minimiser as the mean. The denominator is a running mean over the last
+steps (stored in checkpoints), so the gradient is linear in the batch and does not depend on how the
+batch is divided over devices.
 
-Several balanced terms share lambda. An explicit coefficient, as in ``ce+0.5*dsm``, switches the
-balancing of that term off: it is then 0.5 times the mean form.
+Several balanced terms share lambda. An explicit coefficient, as in ``ce+0.5*dsm``, turns balancing
+off for that term: it is then 0.5 times the mean form.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ __all__ = [
 ]
 
 BALANCE = 2.0
-"""lambda of the balanced form; how it was found is told in the docs ("The balance")."""
+"""lambda of the balanced form; docs/concepts/balance.md describes how it was chosen."""
 
 EMA_DECAY = 0.9
 """Weight of the past in the running mean of a balanced term."""
@@ -76,9 +76,9 @@ _TERM = re.compile(r"(?:(?P<weight>[^*]+)\*)?(?P<name>[^*]+)")
 
 
 class TermSettings(BaseModel):
-    """Settings by the name of the objective, as ``{"ce": {"label_smoothing": 0.1}}``.
+    """Settings by name of the objective, as ``{"ce": {"label_smoothing": 0.1}}``.
 
-    Of every objective of the table that has settings there; those not named have their defaults.
+    Objectives that are not named have default settings.
     """
 
     model_config = ConfigDict(extra="allow", frozen=True)
@@ -92,12 +92,12 @@ class TermSettings(BaseModel):
 
     @classmethod
     def class_for(cls, given: Any) -> type[BaseModel]:
-        """The class with a field for each objective that has settings."""
+        """Model class with a field for each objective that has settings here."""
         kinds = ((n, o.config) for n, o in OBJECTIVES.items() if o.config and o.section is None)
         return _settings_model(tuple(kinds))
 
     def of(self, name: str) -> ObjectiveConfig | None:
-        """The settings of the objective called ``name``; None where it has none here."""
+        """Settings of the objective ``name``; None if it has no settings here."""
         found: ObjectiveConfig | None = (self.model_extra or {}).get(name)
         return found
 
@@ -110,11 +110,11 @@ def _settings_model(kinds: tuple[tuple[str, type[ObjectiveConfig]], ...]) -> typ
 
 @dataclass(frozen=True)
 class Term:
-    """One summand: an objective by name, and its coefficient if one was given.
+    """One summand: name of an objective, and its coefficient (``weight``) if one was given.
 
     Attributes:
-        settings: the objective's own; None: its defaults.
-        objective: the entry of `OBJECTIVES`, under the settings.
+        settings: settings of the objective; None: defaults.
+        objective: entry of `OBJECTIVES` with these settings.
     """
 
     name: str
@@ -134,7 +134,7 @@ class Term:
         return self.weight is None and self.objective.scale is Scale.BALANCED
 
     def for_validation(self) -> Term | None:
-        """The term as held-out images are measured by; None where that says nothing."""
+        """The term for held-out images; None if its value on them is not meaningful."""
         if not self.objective.validates:
             return None
         loss = self.objective.validation_loss or self.objective.loss
@@ -149,12 +149,12 @@ def parse_objective(
     """Read ``"ce+dsm"`` or ``"ce + 0.5*dsm"``.
 
     Args:
-        text: names of `OBJECTIVES` or `ALIASES`.
-        settings: of objectives, by name; those not there have their defaults.
+        text: names of `OBJECTIVES` or `ALIASES`, joined by +, with optional coefficients.
+        settings: name -> settings of the objective; others have default settings.
 
     Raises:
-        UserError: if it does not parse, an objective is unknown or named twice, or a coefficient is
-            not a finite number above 0.
+        UserError: if ``text`` does not parse, an objective is unknown or named twice, or a
+            coefficient is not a finite number above 0.
 
     >>> parse_objective("ce + 0.5*dsm")
     (Term(name='ce', weight=None), Term(name='dsm', weight=0.5))
@@ -175,7 +175,7 @@ def parse_objective(
                 f"coefficient {written.strip()!r} in objective {text!r} must be a number above 0"
             )
         for name in ALIASES.get(own_name, (own_name,)):
-            find("objective", OBJECTIVES | ALIASES, name)  # an alias is suggested, too
+            find("objective", OBJECTIVES | ALIASES, name)  # an error suggests aliases, too
             if any(term.name == name for term in terms):
                 raise UserError(f"objective {text!r} names {name!r} twice: give it one coefficient")
             terms.append(Term(name, weight, own(name)))
@@ -186,11 +186,11 @@ class Losses(NamedTuple):
     """The total to differentiate, and each term's mean over the batch.
 
     Attributes:
-        total: scalar; its gradient is that of the objective. With balanced terms its value is that
-            of the linearised logarithm, so log `parts` instead.
-        values: (number of terms,), detached: nats for ``ce``, the mean over entries (1 for a score
-            of zero) for score matching in every form.
-        names: of the terms.
+        total: scalar, whose gradient is that of the objective. With balanced terms its value is
+            that of the linearised logarithm, so log `parts` instead.
+        values: mean of each term, (number of terms,), detached: in nats for ``ce``, the mean over
+            entries (1 for a zero score) for every form of score matching.
+        names: names of the terms.
     """
 
     total: Tensor
@@ -199,32 +199,32 @@ class Losses(NamedTuple):
 
     @property
     def parts(self) -> dict[str, Tensor]:
-        """Name of the term -> its entry of ``values``, a scalar."""
+        """Name of a term -> its entry of ``values``, a scalar."""
         return dict(zip(self.names, self.values.unbind(), strict=True))
 
 
 class TrainingLoss(nn.Module):
     """Model and objectives in one module, whose forward returns the loss.
 
-    Scores are taken inside, so this is the module that compilers and data parallelism wrap. Terms
-    of one stream share its batch and one forward pass, and each score is taken once.
+    It computes the scores, so it is the module for `torch.compile` and data parallelism. Terms of
+    one stream share its batch and one forward pass, and each score is computed once.
 
     Args:
-        model: the model to train.
-        terms: the summands (`parse_objective`).
-        balance: lambda of the balanced terms together.
-        streams: name of a term -> stream to draw from, where it is not the objective's own. Terms
-            on one stream see the same batch.
+        model: model to train.
+        terms: summands (`parse_objective`).
+        balance: lambda, shared by all balanced terms.
+        streams: name of a term -> stream to draw from, if not the objective's default. Terms on one
+            stream see the same batch.
 
     Attributes:
-        precision: what the network computes in; scores, residuals and losses are float32 always.
-        separate: whether each stream is to go backward before the next goes forward, so that no two
-            are kept at once; for who calls this module, which sums over the streams it is given.
-        use_autograd: whether scores are taken by `torch.autograd.grad`, not by `torch.func.vjp`;
-            the same values (see `ebmkit.energy.value_and_grads`).
-        differentiates: whether the loss differentiates the model by its input.
+        precision: precision of the network; scores, residuals and losses are always float32.
+        separate: whether the caller should run forward and backward for one stream at a time, so
+            that activations of only one are kept; this module sums over the streams it is given.
+        use_autograd: whether to compute scores by `torch.autograd.grad` instead of
+            `torch.func.vjp`; the values are equal (see `ebmkit.energy.value_and_grads`).
+        differentiates: whether the loss differentiates the model with respect to its input.
         balanced: names of the balanced terms.
-        running: (len(balanced),) their running means.
+        running: running means of the balanced terms, (len(balanced),).
     """
 
     running: Tensor
@@ -250,14 +250,14 @@ class TrainingLoss(nn.Module):
 
     @property
     def streams(self) -> tuple[str, ...]:
-        """Names of the streams that batches are needed of."""
+        """Names of the streams that the terms draw from."""
         return tuple(dict.fromkeys(self.stream_of[term.name] for term in self.terms))
 
     def preparations(self, **run: Any) -> dict[str, Prepare]:
-        """Term -> what adds columns to its batches, of the terms that need some.
+        """Term -> function that adds columns to its batches, for the terms that need one.
 
         Args:
-            **run: fields of `RunContext` beside model, term and stream.
+            **run: fields of `RunContext` other than model, term and stream.
         """
         return {
             t.name: t.objective.prepare(
@@ -279,7 +279,7 @@ class TrainingLoss(nn.Module):
         return found
 
     def forward(self, batches: Mapping[str, Batch]) -> Losses:
-        """Losses of one batch per stream; of the streams given alone, if some are left out."""
+        """Losses of one batch per stream; streams without a batch are skipped."""
         total: Tensor | float = 0.0
         means: dict[str, Tensor] = {}
         for stream in (stream for stream in self.streams if stream in batches):
@@ -291,8 +291,8 @@ class TrainingLoss(nn.Module):
                 losses, penalty = found if isinstance(found, tuple) else (found, None)
                 if losses.ndim != 1:
                     raise UserError(
-                        f"objective {term.name!r} gives a loss of shape {tuple(losses.shape)}: one "
-                        "number for each image, (B,), is needed"
+                        f"objective {term.name!r} returns a loss of shape {tuple(losses.shape)}: "
+                        "it must return one number per image, (B,)"
                     )
                 factor = self._factor(term, batch)
                 if penalty is not None:
@@ -301,16 +301,16 @@ class TrainingLoss(nn.Module):
                 means[term.name] = mean.detach()
                 total = total + factor * mean
         assert isinstance(total, Tensor)
-        # not the means themselves: a compiler takes one for the total where they are equal, and
-        # detaching one then detaches both
+        # a stack, not the means themselves: a compiler may merge a mean with an equal total, and
+        # detaching one would detach both
         names = tuple(term.name for term in self.terms if term.name in means)
         return Losses(total, torch.stack([means[name] for name in names]), names)
 
     def summary(self, parts: Mapping[str, Tensor | float]) -> float:
-        """One number to compare states of a run by, lower is better.
+        """One number that compares states of a run; lower is better.
 
-        The means of plain terms plus lambda times the logarithms of score-matching means, whatever
-        the weights in training are; without terms that say nothing (`Objective.validates`).
+        The means of plain terms plus lambda times the mean logarithm of score-matching terms,
+        independent of the training weights, without terms whose `Objective.validates` is False.
         """
         means = {name: torch.as_tensor(mean, dtype=torch.float64) for name, mean in parts.items()}
         matching = [t.name for t in self.terms if t.objective.scale is not Scale.PLAIN]
@@ -326,7 +326,7 @@ class TrainingLoss(nn.Module):
             self.running.lerp_(means.to(self.running), 1 - EMA_DECAY)
 
     def _outputs(self, terms: Sequence[Term], batch: Batch) -> dict[str, ModelOutput]:
-        """What each of ``terms`` reads of the model at the images of ``batch``."""
+        """Model outputs for each of ``terms`` at the images of ``batch``."""
         matching = {term.name: term.objective for term in terms if term.objective.needs_score}
         if not matching:
             needed = any(term.objective.needs_energies for term in terms)
@@ -347,7 +347,7 @@ class TrainingLoss(nn.Module):
     def _scores(
         self, y: Tensor, sigma: Tensor, labels: list[Tensor | None], vectors: list[Tensor]
     ) -> tuple[Energies | None, list[Tensor], list[Tensor]]:
-        """Energies, the score for each of ``labels``, products of the Hessian with ``vectors``."""
+        """Energies, score for each of ``labels``, Hessian-vector products with ``vectors``."""
         model = self.model
         if not isinstance(model, EnergyModel):
             with autocast(y.device, self.precision):
@@ -374,11 +374,11 @@ class TrainingLoss(nn.Module):
         return energies, [marginal[0] if c is None else next(conditional) for c in labels], products
 
     def _energies(self, y: Tensor, sigma: Tensor | None) -> Energies:
-        """Energies where no score is needed."""
+        """Energies without a score."""
         return self._forward(self._laid_out(y, differentiate=False), sigma)
 
     def _forward(self, y: Tensor, sigma: Noise | None) -> Energies:
-        """The model's forward pass at the precision of training."""
+        """Forward pass of the model at the training precision."""
         with autocast(y.device, self.precision):
             energies: Energies = self.model(y, sigma)
         return energies
@@ -390,7 +390,7 @@ class TrainingLoss(nn.Module):
         return y
 
     def _factor(self, term: Term, batch: Batch) -> Tensor | float:
-        """What the mean over entries is multiplied with in the total."""
+        """Factor of the mean over entries in the total."""
         if term.balanced:
             running = self.running[self.balanced.index(term.name)]
             return self.balance / len(self.balanced) / running
@@ -401,10 +401,11 @@ class TrainingLoss(nn.Module):
 def check_labels(
     name: str, objective: Objective, num_classes: int, mixes: bool = False, stream: str = ""
 ) -> None:
-    """Whether the data of ``stream`` can serve ``objective``.
+    """Check that the data of ``stream`` has the labels that ``objective`` needs.
 
     Raises:
-        UserError: if it needs labels and there are none, or mixed ones where it needs hard ones.
+        UserError: if the objective needs labels and there are none, or needs hard labels and they
+            are mixed.
     """
     if objective.needs_labels and num_classes == 0:
         raise UserError(

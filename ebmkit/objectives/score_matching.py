@@ -1,4 +1,4 @@
-r"""Score matching, denoising and implicit.
+r"""Denoising and implicit score matching.
 
 With :math:`y = x + \sigma\epsilon` (CDN eq. 5 and 13), denoising score matching (Vincent, 2011) is
 
@@ -8,25 +8,24 @@ With :math:`y = x + \sigma\epsilon` (CDN eq. 5 and 13), denoising score matching
 
 a regression whose minimiser at one sigma is the score of the noisy images, since
 :math:`\sigma\nabla\log p + \epsilon = (D(y) - x)/\sigma`. The paper does not say whether
-:math:`\|\cdot\|^2` is the sum over the d entries of an image or their mean; both are here by name
-(``dsm-sum``, ``dsm-mean``), and so is the balanced form that is the default (``dsm``): see
-`ebmkit.objectives.loss`.
+:math:`\|\cdot\|^2` is the sum or the mean over the d entries of an image. Both are available
+(``dsm-sum``, ``dsm-mean``); the default ``dsm`` is a balanced form (`ebmkit.objectives.loss`).
 
-Implicit score matching (Hyvarinen, 2005; the thesis's eq. 2.5) learns the same score without the
-noise in its formula,
+Implicit score matching (Hyvarinen, 2005; RCG eq. 2.5) learns the same score without the noise in
+its formula,
 
 .. math::
     J(y) = \tfrac12 \|s(y)\|^2 + \operatorname{tr} \nabla s(y), \qquad
     E\,J = \tfrac12 E\|s(y) - \nabla\log p_\sigma(y)\|^2 + \text{constant}, \qquad
     \text{ism:} \quad 1 + \tfrac{2\sigma^2}{d} J(y) .
 
-So scaled it equals dsm in expectation, for every score and at every sigma, because
-:math:`E[\epsilon^\top s] = \sigma E[\operatorname{tr}\nabla s]` (Stein). The trace is exact up to
-`EXACT_TRACE` entries, one product with the Hessian H each; beyond, it is estimated without bias
-from one product, :math:`v^\top H v` with random signs v (Hutchinson; sliced score matching, Song et
-al. 2019). The signs must be independent of y, which the image's own noise is not:
-:math:`E[\epsilon^\top H \epsilon \mid y]` is no trace. So they are hashed from the *bits* of the
-noise (`rademacher_probes`): keyed as the noise is, and each image's own however a batch is divided.
+With this scale it equals dsm in expectation, for every score and every sigma, because
+:math:`E[\epsilon^\top s] = \sigma E[\operatorname{tr}\nabla s]` (Stein). Up to `EXACT_TRACE`
+entries the trace is exact, with one Hessian-vector product per entry. For larger images it is
+estimated without bias by one product, :math:`v^\top H v` with random signs v (Hutchinson; sliced
+score matching, Song et al. 2019). The signs must be independent of y, which the image's noise is
+not: :math:`E[\epsilon^\top H \epsilon \mid y]` is not a trace. So they are a hash of the *bits* of
+the noise (`rademacher_probes`): they have its seed and do not depend on how a batch is divided.
 """
 
 from __future__ import annotations
@@ -52,11 +51,11 @@ __all__ = [
 ]
 
 EXACT_TRACE = 16
-"""Up to how many entries of an image `hyvarinen` takes the trace exactly."""
+"""Maximum number of entries of an image for which the trace is exact."""
 
 
 def denoising_score_matching(output: ModelOutput, batch: Batch) -> Tensor:
-    """Mean over entries of (sigma * score + eps)^2, (B,); 1 for a score of zero (CDN eq. 13)."""
+    """Mean over entries of (sigma * score + eps)^2, (B,); 1 for a zero score (CDN eq. 13)."""
     score = output.score
     assert score is not None
     sigma = batch.sigma.reshape(-1, *[1] * (score.ndim - 1))
@@ -64,23 +63,23 @@ def denoising_score_matching(output: ModelOutput, batch: Batch) -> Tensor:
 
 
 def labels_of(batch: Batch) -> Tensor:
-    """The labels (B,), for the class-conditional score (CDN section 3.3)."""
+    """Labels (B,) for the class-conditional score (CDN section 3.3)."""
     assert batch.labels is not None
     return batch.labels
 
 
 def implicit_score_matching(output: ModelOutput, batch: Batch) -> Tensor:
-    """1 + 2 sigma^2 J / d, (B,): in expectation what dsm is, but below 0 at times."""
+    """1 + 2 sigma^2 J / d, (B,): equals dsm in expectation, but can be negative."""
     assert output.score is not None
     J = hyvarinen(output.score, trace_vectors(batch), output.hessian_products)
     return 1 + 2 * batch.sigma**2 * J / batch.y[0].numel()
 
 
 def trace_vectors(batch: Batch) -> list[Tensor]:
-    """Vectors v, each (B, ...), so that the mean of the sum of v^T H v is the trace of H.
+    """Vectors v, each (B, ...), whose sum of v^T H v has the trace of H as its expectation.
 
-    The unit vectors up to `EXACT_TRACE` entries of an image; beyond, one of random signs, taken
-    from the bits of the noise (`rademacher_probes`).
+    These are the unit vectors up to `EXACT_TRACE` entries of an image; for larger images one vector
+    of random signs, computed from the bits of the noise (`rademacher_probes`).
     """
     y, entries = batch.y, batch.y[0].numel()
     if entries > EXACT_TRACE:
@@ -90,23 +89,22 @@ def trace_vectors(batch: Batch) -> list[Tensor]:
 
 
 def rademacher_probes(eps: Tensor) -> Tensor:
-    """Random signs, of the shape and type of the continuous noise ``eps``, from its bits.
+    """Random signs, with shape and dtype of the continuous noise ``eps``, from a hash of its bits.
 
-    A hash of all bits of an entry is decided by the last ones, which say nothing of its value. So
-    the signs are as good as independent of anything that is a smooth function of the noise, and
-    the same for the same noise, on every device and under every compiler.
+    The hash of an entry depends on its last bits, which carry no information about its value. So
+    the signs are practically independent of smooth functions of the noise. The same noise gives
+    the same signs on every device and with every compiler.
     """
     return (1 - 2 * (bit_hash(eps) & 1)).to(eps.dtype)
 
 
 def hyvarinen(score: Tensor, vectors: Sequence[Tensor], products: Sequence[Tensor]) -> Tensor:
-    """J = |s|^2 / 2 + tr grad s, (B,), in squared image units to the -1 (Hyvarinen 2005; the
-    thesis's eq. 2.5).
+    """J = |s|^2 / 2 + tr grad s, (B,), per squared image unit (Hyvarinen 2005; RCG eq. 2.5).
 
     Args:
-        score: s, (B, ...).
-        vectors: v, of the shape of the score (`trace_vectors`).
-        products: H v for each.
+        score: score s, (B, ...).
+        vectors: vectors v with the shape of the score (`trace_vectors`).
+        products: Hessian-vector product H v for each vector.
     """
     trace = torch.zeros(len(score), dtype=score.dtype, device=score.device)
     for v, product in zip(vectors, products, strict=True):
@@ -115,7 +113,7 @@ def hyvarinen(score: Tensor, vectors: Sequence[Tensor], products: Sequence[Tenso
 
 
 def denoising(scale: Scale = Scale.BALANCED, conditional: bool = False) -> Objective:
-    """Denoising score matching of log p(y), or of log p(y|c), on the scale named."""
+    """Denoising score matching of log p(y), or of log p(y|c), with the given ``scale``."""
     what = "log p(y|c)" if conditional else "log p(y)"
     how = {
         Scale.BALANCED: "balanced against the other objectives",

@@ -30,4 +30,4 @@ OBJECTIVES: dict[str, Objective] = Table(
 )
 
 ALIASES: dict[str, tuple[str, ...]] = {"jem": ("ce", "ml")}
-"""Names that stand for several objectives."""
+"""Short names of sums of objectives."""

@@ -1,4 +1,4 @@
-"""Samplers of any model: chains on a score, a density or a denoiser, never on a network."""
+"""Samplers: chains driven by a score, a log-density or a denoiser of any model."""
 
 from ebmkit.sampling.ascent import ENTRIES as _ASCENT
 from ebmkit.sampling.ascent import Ascent, StochasticAscent

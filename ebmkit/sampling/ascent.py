@@ -1,25 +1,25 @@
-r"""Ascent to a label, and the stochastic ascent of Kadkhodaie & Simoncelli with a blind denoiser.
+r"""Gradient ascent to a label, and the stochastic ascent of Kadkhodaie & Simoncelli.
 
-**To a label** (RCG sections 3.1-3.2). With a log-density :math:`\ell(x)`, :math:`\log p(c \mid x)`
-(`label_density_of`) or :math:`\log p(x, c)` (`density_of`), and its gradient g, a step is
+**Ascent to a label** (RCG sections 3.1-3.2). For a log-density :math:`\ell(x)`, either
+:math:`\log p(c \mid x)` (`label_density_of`) or :math:`\log p(x, c)` (`density_of`), with gradient
+g, a step is
 
 .. math:: x' = \Pi\bigl(x + \eta\, n(g)\bigr), \qquad
-    n(g) = g,\quad g / \|g\|_2 \quad\text{or}\quad \operatorname{sign} g ,
+    n(g) = g,\quad g / \|g\|_2 \quad\text{or}\quad \operatorname{sign} g .
 
-with :math:`\Pi` the projection on a ball about the start and on the range of images, each left out
-where not asked for. On a robust classifier the images take on the look of the label, which is what
-"perceptually aligned gradients" means; on a plain one they hardly change. On the loss, in a small
-ball, it is projected gradient descent, the attack of Madry et al. (arXiv 1706.06083).
-Santurkar et al. (2019) take 60 steps of 0.5 in l2 with projection on a ball of radius 40, from
-draws of `ebmkit.sampling.ClassGaussians`. With plain steps it is Langevin dynamics at
-temperature 0.
+:math:`\Pi` projects onto a ball around the start and onto the range of images; both are optional.
+With a robust classifier the images come to look like the label ("perceptually aligned gradients");
+with a plain classifier they hardly change. On the loss, in a small ball, this is projected gradient
+descent, the attack of Madry et al. (arXiv 1706.06083). Santurkar et al. (2019) take 60 steps of 0.5
+in l2 with projection onto a ball of radius 40, from samples of `ebmkit.sampling.ClassGaussians`.
+With plain steps it is Langevin dynamics at temperature 0.
 
-**With a blind denoiser** ("Stochastic solutions for linear inverse problems using the prior
-implicit in a denoiser", NeurIPS 2021, arXiv 2007.13640), free or under linear measurements, chains
-climb the density of noisy images while the noise falls. A blind denoiser's residual
-:math:`f(y) = D(y) - y` is :math:`\sigma^2 \nabla\log p_\sigma(y)` at a level that it finds by
-itself: :math:`\|f(y)\|^2 / N` of N entries is that level squared. Step t = 1, 2, ... from
-:math:`y_0 \sim \mathcal N(0.5, \sigma_0^2 I)` is
+**Stochastic ascent with a blind denoiser** ("Stochastic solutions for linear inverse problems using
+the prior implicit in a denoiser", NeurIPS 2021, arXiv 2007.13640) increases the density of noisy
+images while the noise level decreases, with or without linear measurements. The residual
+:math:`f(y) = D(y) - y` of a blind denoiser is :math:`\sigma^2 \nabla\log p_\sigma(y)` at a level
+that the denoiser estimates: :math:`\sigma^2 = \|f(y)\|^2 / N` for N entries. Step t = 1, 2, ...
+from :math:`y_0 \sim \mathcal N(0.5, \sigma_0^2 I)` is
 
 .. math::
     h_t &= \frac{h_0 t}{1 + h_0 (t - 1)}, \qquad
@@ -29,27 +29,26 @@ itself: :math:`\|f(y)\|^2 / N` of N entries is that level squared. Step t = 1, 2
     y_t &= y_{t-1} + h_t d_t + \gamma_t z_t, \qquad z_t \sim \mathcal N(0, I)
 
 (algorithm 1), until :math:`\sigma_t \le \sigma_L`. With beta = 1 no noise is added; with a small
-beta each step lowers the noise by the share :math:`\beta h_t` only. Of measurements
-:math:`m = M^\top x` (`ebmkit.sampling.inverse`), algorithm 2 takes
+beta each step reduces the noise by a fraction of only :math:`\beta h_t`. For measurements
+:math:`m = M^\top x` (`ebmkit.sampling.inverse`), algorithm 2 uses
 
 .. math:: d_t = (I - M M^\top) f(y_{t-1}) + M (m - M^\top y_{t-1}), \qquad
     y_0 \sim \mathcal N\bigl(0.5\,(I - M M^\top)\, e + M m,\ \sigma_0^2 I\bigr).
 
-In the paper a chain ends at the level :math:`\sigma_L`, with that noise on it. Here it then takes
-one step with h = 1 and no noise, after which the image is the denoised one and its measurements are
-the given ones exactly.
+In the paper the final image still has noise of level :math:`\sigma_L`. Here one more step, with
+h = 1 and no noise, returns the denoised image, which satisfies the measurements exactly.
 
-It samples the prior, or the posterior, of images, with a bias to the modes. Along a direction of
-variance v the variance at a level :math:`\sigma` tends to
+The samples follow the prior, or the posterior, with a bias towards the modes. Along a direction of
+variance v, the variance at noise level :math:`\sigma` converges to
 
 .. math:: V = \sigma^2\, \frac{(1 - \beta h)^2 - (1 - h)^2}{1 - (1 - \kappa h)^2}
-    \quad\text{of the exact}\quad v + \sigma^2, \qquad \kappa = \frac{\sigma^2}{v + \sigma^2},
+    \quad\text{instead of}\quad v + \sigma^2, \qquad \kappa = \frac{\sigma^2}{v + \sigma^2},
 
-at a rate of :math:`\kappa h`, while the noise falls at a rate of :math:`\beta h`; so it stops
-changing near :math:`\sigma^2 = \beta v`. For small h the ratio is :math:`1 - \beta`; where h has
-come to 1, as :math:`h_t` does, it is a half. ``largest_step`` keeps h small, for as many more steps
-(numbers: docs/concepts/samplers.md). A second part of the bias, that :math:`\|f\|^2 / N` is less
-than the level, vanishes where images are low-dimensional.
+at a rate of :math:`\kappa h`, while the noise decreases at a rate of :math:`\beta h`; so it stops
+changing near :math:`\sigma^2 = \beta v`. The ratio of the variances is :math:`1 - \beta` for small
+h, but a half for h = 1, the limit of :math:`h_t`. ``largest_step`` bounds h, at the cost of more
+steps (see docs/concepts/samplers.md). A second bias, that :math:`\|f\|^2 / N` is below the level
+squared, vanishes for low-dimensional images.
 """
 
 from __future__ import annotations
@@ -92,7 +91,7 @@ Ball = Literal["l2", "linf"]
 
 
 class AscentChain(NamedTuple):
-    """Where the chains are, and where they started."""
+    """State of `Ascent`, with the starting points of the chains."""
 
     x: Tensor
     step: int
@@ -103,15 +102,14 @@ class Ascent:
     """Gradient ascent on a log-density, with normalised or plain steps.
 
     Args:
-        density: what is climbed, with its gradient.
+        density: log-density to increase, with its gradient.
         step_size: length of a step in image units (``l2``), of each entry (``sign``), or eta in
             image units squared (``plain``); a number or (B,).
         direction: ``l2``, ``plain`` or ``sign``.
-        radius: of a ball about the start that chains do not leave, image units, a number or (B,);
-            None: no ball.
-        ball: its norm.
-        bounds: x is clipped to them after each step, numbers or (B,); None: not at all.
-        sigma: noise level handed to the density, for models that take one.
+        radius: radius of the ball around the start, image units, a number or (B,); None: no ball.
+        ball: norm of the ball, ``l2`` or ``linf``.
+        bounds: range to which x is clipped after each step, numbers or (B,); None: no clipping.
+        sigma: noise level passed to the density, for models that take one.
 
     Raises:
         UserError: if a number or a name is not legal.
@@ -134,17 +132,17 @@ class Ascent:
                 raise unknown_name(kind, given, get_args(names))
         self.density, self.sigma = density, sigma
         for name, value in (("step size", step_size), ("radius", radius)):
-            if isinstance(value, (int, float)):  # numbers of each chain are not looked at
+            if isinstance(value, (int, float)):  # tensors (B,) are not checked
                 check_positive(name, value)
         self.step_size, self.radius = step_size, radius
         self.direction, self.ball, self.bounds = direction, ball, bounds
 
     def init(self, x: Tensor) -> AscentChain:
-        """Chains that start at ``x`` (B, ...)."""
+        """State of chains that start at ``x`` (B, ...)."""
         return AscentChain(x, 0, x)
 
     def step(self, state: AscentChain, generator: torch.Generator) -> tuple[AscentChain, Info]:
-        """One step up; nothing is drawn."""
+        """Take one ascent step; ``generator`` is not used."""
         x = state.x
         _, gradient = self.density(x, self.sigma)
         if self.direction != "plain":
@@ -154,15 +152,15 @@ class Ascent:
             moved = state.start + _within(moved - state.start, self.radius, self.ball)
         if self.bounds is not None:
             low, high = (per_chain(bound, moved) for bound in self.bounds)
-            moved = torch.clamp(moved, low, high)  # type: ignore[arg-type]  # both are of one kind
+            moved = torch.clamp(moved, low, high)  # type: ignore[arg-type]  # both have one type
         return AscentChain(moved, state.step + 1, state.start), Info(root_mean_square(moved - x))
 
 
 def _within(offset: Tensor, radius: float | Tensor, ball: Ball) -> Tensor:
-    """The nearest offset (B, ...) in the ball."""
+    """Project offsets (B, ...) onto the ball."""
     if ball == "linf":
         bound = per_chain(radius, offset)
-        return torch.clamp(offset, -bound, bound)  # type: ignore[arg-type]  # both are of one kind
+        return torch.clamp(offset, -bound, bound)  # type: ignore[arg-type]  # both have one type
     norm = torch.linalg.vector_norm(offset.flatten(1), dim=1)
     return offset * per_chain(radius / norm.clamp_min(radius), offset)
 
@@ -222,16 +220,16 @@ class StochasticAscentConfig(SamplerConfig):
 class StochasticAscent(PositionSampler):
     """The sampler of Kadkhodaie & Simoncelli 2021, algorithms 1 and 2.
 
-    Each chain estimates its own level and ends when that is low enough.
+    Each chain estimates its noise level and ends when the level is low enough.
 
     Args:
-        denoiser: blind; it is given no sigma.
-        config: settings; noise levels that are not given are 1 and 0.01.
-        measurement: of which images; None: free.
-        measured: (B, n) or (1, n), what was measured.
+        denoiser: blind denoiser, called without sigma.
+        config: settings; noise levels default to 1 (first) and 0.01 (last).
+        measurement: linear measurement for algorithm 2; None: algorithm 1.
+        measured: measured values, (B, n) or (1, n).
 
     Raises:
-        UserError: if the noise does not fall, or of measurement and measured one alone is given.
+        UserError: if the noise does not decrease, or only one of the last two is given.
     """
 
     def __init__(
@@ -247,7 +245,7 @@ class StochasticAscent(PositionSampler):
                 f"the noise must fall: first sigma {first:g} is not above last sigma {last:g}"
             )
         if (measurement is None) != (measured is None):
-            raise UserError("a measurement and what was measured belong together: give both")
+            raise UserError("measurement and measured belong together: give both")
         self.denoiser, self.config = denoiser, config
         self.sigmas, self.steps = (first, last), config.steps
         self.measurement, self.measured = measurement, measured
@@ -255,14 +253,14 @@ class StochasticAscent(PositionSampler):
     def start(
         self, shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype = torch.float32
     ) -> Tensor:
-        """Where chains of ``shape`` (B, C, H, W) begin: gray, or what was measured, with noise."""
+        """Starting points of ``shape`` (B, C, H, W): gray, with the measured values, plus noise."""
         gray = torch.full(shape, 0.5, dtype=dtype, device=generator.device)
         if self.measurement is not None and self.measured is not None:
             gray = self.measurement.impose(gray, self.measured.to(gray).expand(len(gray), -1))
         return gray + self.sigmas[0] * normal_like(gray, generator)
 
     def step(self, state: Chain, generator: torch.Generator) -> tuple[Chain, Info]:
-        """Up the density with noise, or, where the level is low enough, to the clean image."""
+        """Take a noisy ascent step, or denoise the images of chains that end."""
         y, t, config = state.x, state.step + 1, self.config
         change = self.denoiser(y) - y
         if self.measurement is not None and self.measured is not None:
@@ -296,7 +294,7 @@ ENTRIES = (
         config=AscentConfig,
         needs=("density", "labels"),
         make=_ascent,
-        no_law="climbs",
+        no_law="maximises a function",
     ),
 )
 
@@ -308,13 +306,13 @@ def make_restorer(
     config: StochasticAscentConfig | None = None,
     c: Labels = None,
 ) -> StochasticAscent:
-    """The stochastic ascent under linear measurements: images that have exactly these.
+    """Build the stochastic ascent to images that satisfy linear measurements exactly.
 
-    ``model`` is a blind denoiser, ``measured`` (B, n) or (1, n) what ``measurement`` says of the
-    images, ``c`` labels, a number or (B,).
+    ``model`` is a blind denoiser, ``measured`` (B, n) or (1, n) the values of ``measurement``,
+    ``c`` labels, a number or (B,).
 
     Raises:
-        UserError: if the sampler cannot drive the model, or a noise level is not the model's.
+        UserError: if the sampler does not support the model, or a noise level is out of its range.
     """
     KADKHODAIE_SIMONCELLI_ENTRY.check(model, c)
     config = (config or StochasticAscentConfig()).at_levels_of(model)

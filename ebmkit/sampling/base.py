@@ -1,11 +1,11 @@
-r"""What a sampler is, what it uses of a model, and how its chains are run.
+r"""Sampler interface, the functions of a model that samplers call, and the runner of chains.
 
-A sampler is two functions, pure in their state: ``init`` makes the state of B chains from their
-starting points, ``step`` maps a state and a source of randomness to the next state and a report
-(`Info`). A state is a `NamedTuple` of numbers and of tensors with one row per chain; it holds all
-that the next step needs, so an interrupted chain resumes from its saved state.
+A sampler consists of two pure functions: ``init`` returns the state of B chains at given starting
+points, ``step`` maps a state and a random generator to the next state and a report (`Info`). A
+state is a `NamedTuple` of numbers and of tensors with one row per chain; it holds everything that
+the next step needs, so an interrupted chain resumes from its saved state.
 
-It sees functions of images (B, ...), never the network: at fixed labels c one of
+At fixed labels c, a sampler calls one of these functions of images (B, ...), never the network:
 
 .. math::
     \text{score:}   & \quad (x, \sigma) \mapsto \nabla_x \log p_\sigma(x \mid c) \\
@@ -13,12 +13,12 @@ It sees functions of images (B, ...), never the network: at fixed labels c one o
                             \log p_\sigma(x \mid c),\ \nabla_x \log p_\sigma(x \mid c) \\
     \text{denoiser:}& \quad (y, \sigma) \mapsto E[x \mid y, c]
 
-with sigma a float or (B,), in image units, or None for a blind model. The functions here make them
-of a model and labels c, a number or (B,), and raise `UserError` if labels are given and the model
-has none, or one is out of range. The log-density holds up to one constant for each label.
+Sigma is a float or (B,) in image units, or None for a blind model. Functions of this module build
+them from a model and labels c, a number or (B,). They raise `UserError` if the model has no labels
+or one is out of range. The log-density holds up to one constant per label.
 
-`Chains` runs a sampler. A chain that reaches NaN or Inf has diverged: it is put back to its last
-finite state and stops; the others are not affected, since no chain depends on another.
+`Chains` runs a sampler. A chain that reaches NaN or Inf has diverged: it returns to its last finite
+state and stops. Chains are independent, so the others are not affected.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from ebmkit.noise import check_trained
 
 
 class State(Protocol):
-    """What every state has: positions ``x`` (B, ...) and the number of steps done."""
+    """Fields of every state: positions ``x`` (B, ...) and the number of steps done."""
 
     @property
     def x(self) -> Tensor: ...
@@ -45,18 +45,18 @@ class State(Protocol):
 
 
 class Chain(NamedTuple):
-    """The state of samplers that depend on the positions alone."""
+    """State of samplers that need only the positions."""
 
     x: Tensor
     step: int
 
 
 class Info(NamedTuple):
-    """Report of a step, one entry per chain (B,), None where it has no meaning.
+    """Report of a step, one entry per chain (B,); None where undefined.
 
     Attributes:
         move: root mean square of the change over the entries of x, image units.
-        sigma: noise level at which the target was taken, or that was estimated, image units.
+        sigma: noise level that was passed to the target or estimated, image units.
         accepted: whether the proposal was accepted.
         finished: whether the chain needs no further step.
     """
@@ -71,24 +71,24 @@ S = TypeVar("S", bound=State)
 
 
 class Sampler(Protocol[S]):
-    """Chains on a target that was given when it was made.
+    """Sampler interface; the target is an argument of the constructor.
 
-    A sampler at several noise levels has them, first to last, as ``sigmas``; one at a single level
-    as ``sigma``.
+    Samplers over several noise levels have an attribute ``sigmas`` (first to last), samplers at one
+    level an attribute ``sigma``.
 
     Attributes:
-        steps: length of its schedule; None: any number of steps can be taken.
+        steps: length of the schedule; None: unlimited.
     """
 
     @property
     def steps(self) -> int | None: ...
 
     def init(self, x: Tensor) -> S:
-        """The state of chains that start at ``x`` (B, ...)."""
+        """State of chains that start at ``x`` (B, ...)."""
         ...
 
     def step(self, state: S, generator: torch.Generator) -> tuple[S, Info]:
-        """The next state and its report; ``state`` is not changed."""
+        """Next state and its report; ``state`` is not changed."""
         ...
 
 
@@ -96,27 +96,27 @@ class PositionSampler:
     """Base of samplers whose state is a `Chain`."""
 
     def init(self, x: Tensor) -> Chain:
-        """Chains that start at ``x`` (B, ...); of several noise levels, with the first's noise."""
+        """State of chains that start at ``x`` (B, ...), noisy images at the first level, if any."""
         return Chain(x, 0)
 
 
 def moved_to(state: Chain, x: Tensor, sigma: float | None = None) -> tuple[Chain, Info]:
-    """The state after a step to ``x`` at noise level ``sigma``, and its report."""
+    """State after a step to ``x`` at noise level ``sigma``, and report."""
     level = None if sigma is None else torch.full_like(x.flatten(1)[:, 0], sigma)
     return Chain(x, state.step + 1), Info(root_mean_square(x - state.x), level)
 
 
 class Chains(Generic[S]):
-    """Chains of a sampler, of which those that diverge stop.
+    """Run the chains of a sampler; diverged chains stop.
 
     Args:
         sampler: any sampler.
-        state: where they are; ``sampler.init(x)`` to begin.
-        diverged: chain -> step at which it diverged, of chains that are resumed.
+        state: initial state; ``sampler.init(x)`` for new chains.
+        diverged: chain -> step at which it diverged, for resumed chains.
 
     Attributes:
-        state: the present one; finite everywhere.
-        finished: (B,) bool, chains that need no further step, diverged ones among them.
+        state: current state; finite everywhere.
+        finished: (B,) bool, chains that need no further step, including diverged ones.
 
     Raises:
         UserError: if a chain starts at NaN or Inf.
@@ -136,12 +136,12 @@ class Chains(Generic[S]):
 
     @property
     def done(self) -> bool:
-        """Whether no chain needs a further step, or the schedule is at its end."""
+        """Whether no chain needs a further step, or the schedule has ended."""
         length = self.sampler.steps
         return (length is not None and self.state.step >= length) or bool(self.finished.all())
 
     def advance(self, generator: torch.Generator) -> Info:
-        """One step of all chains that are not finished."""
+        """Advance all unfinished chains by one step."""
         old = self.state
         new, info = self.sampler.step(old, generator)
         lost = ~_is_finite(new) & ~self.finished
@@ -159,7 +159,7 @@ class Chains(Generic[S]):
     def run(
         self, steps: int, generator: torch.Generator, after: Callable[[S, Info], None] | None = None
     ) -> S:
-        """Up to ``steps`` steps, fewer if the chains are `done` before; the last state.
+        """Take up to ``steps`` steps, fewer if the chains are `done` before; return the last state.
 
         ``after`` is called with the state and the report after each step.
 
@@ -167,7 +167,7 @@ class Chains(Generic[S]):
             UserError: if ``steps`` is below 1.
         """
         if steps < 1:
-            raise UserError(f"{steps} steps move no chain: take 1 or more")
+            raise UserError(f"{steps} steps are too few: take 1 or more")
         for _ in range(steps):
             if self.done:
                 break
@@ -178,7 +178,7 @@ class Chains(Generic[S]):
 
 
 def normal_like(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Standard normal numbers of x's shape, type and device."""
+    """Standard normal numbers with the shape, dtype and device of ``x``."""
     return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
 
 
@@ -188,23 +188,23 @@ def root_mean_square(change: Tensor) -> Tensor:
 
 
 def unit_length(gradient: Tensor) -> Tensor:
-    """``gradient`` (B, ...) at l2 length 1 for each chain; 0 where it is 0."""
+    """Scale ``gradient`` (B, ...) to l2 norm 1 for each chain; a gradient of 0 stays 0."""
     norm = torch.linalg.vector_norm(gradient.flatten(1), dim=1)
     return gradient / per_chain(norm.clamp_min(torch.finfo(norm.dtype).tiny), gradient)
 
 
 def per_chain(value: float | Tensor, x: Tensor) -> float | Tensor:
-    """A number, or one for each chain (B,), shaped to multiply ``x`` (B, ...)."""
+    """Reshape a value per chain (B,) to broadcast with ``x`` (B, ...); keep a number."""
     if isinstance(value, Tensor) and value.ndim:
         return value.reshape(-1, *[1] * (x.ndim - 1))
     return value
 
 
 def check_positive(name: str, value: float, zero: bool = False) -> float:
-    """``value`` itself.
+    """Return ``value`` if it is legal.
 
     Raises:
-        UserError: if it is not a finite number above 0 (or 0, if that is legal).
+        UserError: if it is not a finite number above 0 (or 0, if ``zero``).
     """
     if not (0 if zero else math.ulp(0.0)) <= value < math.inf:
         legal = "of 0 or more" if zero else "above 0"
@@ -213,14 +213,14 @@ def check_positive(name: str, value: float, zero: bool = False) -> float:
 
 
 def _per_chain_fields(state: Any) -> dict[str, Tensor]:
-    """The fields of a state that have one row per chain."""
+    """Fields of a state that have one row per chain."""
     count = len(state.x)
     fields = state._asdict().items()
     return {n: v for n, v in fields if isinstance(v, Tensor) and v.shape[:1] == (count,)}
 
 
 def _is_finite(state: State) -> Tensor:
-    """Which chains are finite in every field, (B,) bool."""
+    """Mask (B,) bool of the chains that are finite in every field."""
     fields = _per_chain_fields(state).values()
     return torch.stack([v.reshape(len(v), -1).isfinite().all(1) for v in fields]).all(0)
 
@@ -228,33 +228,33 @@ def _is_finite(state: State) -> Tensor:
 Labels = Tensor | int | None
 
 HIGHEST, LOWEST = 1.0, 0.01
-"""Ends of the noise levels where the model sets none, image units."""
+"""Default highest and lowest noise level, image units."""
 
 
 class ScoreFunction(Protocol):
-    """(x, sigma) to the score, shape of x, per image unit."""
+    """Map (x, sigma) to the score, in the shape of x, per image unit."""
 
     def __call__(self, x: Tensor, sigma: Noise | None = None, /) -> Tensor: ...
 
 
 class DensityFunction(Protocol):
-    """(x, sigma) to the log-density (B,) in nats and its gradient, shape of x."""
+    """Map (x, sigma) to the log-density (B,) in nats and its gradient, in the shape of x."""
 
     def __call__(self, x: Tensor, sigma: Noise | None = None, /) -> tuple[Tensor, Tensor]: ...
 
 
 DenoiserFunction = ScoreFunction
-"""(y, sigma) to an estimate of the clean image, shape of y; no sigma: blind."""
+"""Map (y, sigma) to an estimate of the clean image, in the shape of y; blind without sigma."""
 
 
 def score_of(model: ScoreModel, c: Labels = None) -> ScoreFunction:
-    """The score of ``model``, or of p(x|c)."""
+    """Score function of p(x), or of p(x|c) with labels."""
     _check_labels(model, c)
     return lambda x, sigma=None: model.score(x, sigma, c)
 
 
 def density_of(model: ScoreModel, c: Labels = None) -> DensityFunction:
-    """log p(x), or log p(x|c) up to a constant, with its gradient, from one forward pass.
+    """Density function of log p(x), or of log p(x|c) up to a constant; it takes one forward pass.
 
     Raises:
         UserError: if the model has no density.
@@ -264,7 +264,7 @@ def density_of(model: ScoreModel, c: Labels = None) -> DensityFunction:
 
 
 def label_density_of(model: ScoreModel, c: Tensor | int) -> DensityFunction:
-    """log p(c|x) of labels ``c`` and its gradient: what ascent on a classifier climbs.
+    """Density function of log p(c|x) for labels ``c``, the target of ascent on a classifier.
 
     Raises:
         UserError: if the model has no density.
@@ -280,16 +280,16 @@ def label_density_of(model: ScoreModel, c: Tensor | int) -> DensityFunction:
 
 
 def denoiser_of(model: ScoreModel, c: Labels = None) -> DenoiserFunction:
-    """The denoiser of ``model``, conditional on labels if they are given."""
+    """Denoiser function of ``model``, conditional on labels if they are given."""
     _check_labels(model, c)
     return lambda y, sigma=None: model.denoise(y, sigma, c)
 
 
 def blind_denoiser_of(model: ScoreModel, c: Labels = None) -> DenoiserFunction:
-    """The denoiser of a blind ``model`` at the noise level that it estimates.
+    """Denoiser function of a blind ``model`` at the noise level that the model estimates.
 
-    The estimate sqrt(d) / ||score|| is unbounded where the score is small, and so is the change
-    made of it; so it is clamped to the levels that the model was trained for.
+    The estimate sqrt(d) / ||score|| is unbounded where the score is small, and so is the change of
+    the image. So it is clamped to the trained range.
     """
     _check_labels(model, c)
     limits = trained_range(model)
@@ -300,18 +300,18 @@ def blind_denoiser_of(model: ScoreModel, c: Labels = None) -> DenoiserFunction:
 
 
 def trained_range(model: ScoreModel) -> tuple[float, float] | None:
-    """The lowest and the highest noise level of training, image units; None: no limit is known."""
+    """Lowest and highest noise level of training, image units; None: no limits are known."""
     return model.card.sigma_range if model.card else None
 
 
 def clean_level(model: ScoreModel) -> float | None:
-    """The noise level at which ``model`` takes clean images: its lowest, if it takes a level."""
+    """Noise level for clean images: the lowest of ``model``, or None if it takes no noise level."""
     limits = trained_range(model)
     return limits[0] if limits and model.noise_conditional else None
 
 
 def highest_level(model: ScoreModel, asked: float | None = None) -> float:
-    """Where chains begin: ``asked`` (a `UserError` if untrained there), or the model's highest."""
+    """First noise level of chains: ``asked``, checked, or the model's highest."""
     limits = trained_range(model)
     if asked is not None:
         return check_trained(asked, limits)
@@ -319,7 +319,7 @@ def highest_level(model: ScoreModel, asked: float | None = None) -> float:
 
 
 def lowest_level(model: ScoreModel, asked: float | None = None) -> float:
-    """Where chains end: ``asked``, as `highest_level`, or 0.01, or the model's lowest above it."""
+    """Last noise level of chains: ``asked``, checked, or 0.01 clamped to the trained range."""
     limits = trained_range(model)
     if asked is not None:
         return check_trained(asked, limits)
@@ -330,7 +330,7 @@ def _energy_model(model: ScoreModel, c: Labels) -> EnergyModel:
     if not isinstance(model, EnergyModel):
         raise UserError(
             f"{type(model).__name__} is a plain denoiser and has no log-density: take a sampler "
-            "that needs the score alone"
+            "that needs only the score"
         )
     _check_labels(model, c)
     return model

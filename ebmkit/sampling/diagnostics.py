@@ -1,24 +1,23 @@
-r"""Whether chains have converged, and how much they say (Vehtari et al. 2021, arXiv 1903.08008).
+r"""Convergence diagnostics of chains: split R-hat and effective sample size.
 
-All measures are of one scalar summary of the images, its log-density or a projection, as draws
-(N, M) of M chains. Each chain is split in half, so that a drift shows as a difference.
+They (Vehtari et al. 2021, arXiv 1903.08008) use a scalar summary of the images, such as the
+log-density or a projection: draws (N, M) of M chains. Each chain is split in half, so that a drift
+shows as a difference. With the mean W of the variances within the 2M halves, of n draws each, and
+the variance B/n of their means,
 
-With the mean W of the variances within the 2M halves, of n draws each, and the variance B/n of
-their means,
+.. math:: \hat R = \sqrt{\frac{\tfrac{n-1}{n} W + \tfrac1n B}{W}}
 
-.. math:: \hat R = \sqrt{\frac{\tfrac{n-1}{n} W + \tfrac1n B}{W}},
+is near 1 if the halves agree; the authors recommend values below 1.01. `split_rhat` is the larger
+of the values for the normal scores of two rankings: of the draws, and of their distances from the
+median. So it detects differences of location and of scale, and is robust to heavy tails.
 
-near 1 where the halves agree: below 1.01 is what the authors ask for. `split_rhat` takes the larger
-of the one of the normal scores of the ranks, and the one of those of the distances from the median,
-so that it notices differences of location and of scale, and no heavy tail hides them.
+Chains with autocorrelations :math:`\rho_t` are worth :math:`N M / \tau` independent draws, with
 
-Chains of autocorrelations :math:`\rho_t` are worth :math:`N M / \tau` independent draws,
+.. math:: \tau = 1 + 2 \sum_{t \ge 1} \rho_t .
 
-.. math:: \tau = 1 + 2 \sum_{t \ge 1} \rho_t ,
-
-where the sum ends, and is smoothed, as Geyer's initial monotone sequence: sums of pairs
-:math:`\rho_{2t} + \rho_{2t+1}` are positive and fall. `effective_size` is that of the ranks'
-normal scores (the "bulk"), or of the draws themselves.
+The sum is truncated and smoothed as Geyer's initial monotone sequence: sums of pairs
+:math:`\rho_{2t} + \rho_{2t+1}` are positive and decrease. `effective_size` uses the normal scores
+of the ranks (the "bulk" size), or the draws themselves.
 """
 
 from __future__ import annotations
@@ -36,18 +35,18 @@ from ebmkit.sampling.base import Info, State
 from ebmkit.sampling.entry import SamplerEntry
 
 MIN_DRAWS = 4
-"""Draws of a chain without which nothing can be said of it: two in each half."""
+"""Minimum number of draws per chain: two in each half."""
 
 
 FAR = 1.5
-"""Distance of a pixel from 0.5 beyond which a sample is no image, for whatever reason."""
+"""Distance of a pixel from 0.5 above which a sample does not count as an image."""
 
 
 class Trace:
-    """Records chains: pass it to `Chains.run` as ``after``.
+    """Recorder of chains: pass it to `Chains.run` as ``after``.
 
-    ``summary`` maps positions (B, ...) to numbers (B, K), or (B,); one of ``every`` steps is
-    recorded, after the first ``warm_up``.
+    ``summary`` maps positions (B, ...) to numbers (B, K) or (B,). One of ``every`` steps is
+    recorded, after ``warm_up``.
 
     >>> trace = Trace(random_projections((1, 8, 8), 4))          # doctest: +SKIP
     >>> chains.run(500, generator, trace)                        # doctest: +SKIP
@@ -58,7 +57,7 @@ class Trace:
         self, summary: Callable[[Tensor], Tensor], every: int = 1, warm_up: int = 0
     ) -> None:
         if every < 1:
-            raise UserError(f"every {every} steps none is recorded: take 1 or more")
+            raise UserError(f"cannot record every {every} steps: take 1 or more")
         self.summary, self.every, self.warm_up = summary, every, warm_up
         self._draws: list[Tensor] = []
         self._accepted: list[Tensor] = []
@@ -70,10 +69,10 @@ class Trace:
             self._draws.append(self.summary(state.x).detach().double().cpu())
 
     def draws(self) -> Tensor:
-        """What was recorded, (N, B, K) or (N, B), float64.
+        """Recorded numbers, (N, B, K) or (N, B), float64.
 
         Raises:
-            UserError: if nothing was.
+            UserError: if nothing was recorded.
         """
         if not self._draws:
             raise UserError(f"no step was recorded: run more than {self.warm_up} steps")
@@ -81,14 +80,14 @@ class Trace:
 
     @property
     def acceptance(self) -> float | None:
-        """Mean share of accepted proposals, None of samplers that accept all."""
+        """Mean share of accepted proposals; None for samplers without acceptance."""
         return float(torch.stack(self._accepted).mean()) if self._accepted else None
 
 
 def random_projections(
     shape: tuple[int, ...], count: int, seed: int = 0
 ) -> Callable[[Tensor], Tensor]:
-    """A summary (B, count) of images: projections on ``count`` random unit directions."""
+    """Summary (B, count) of images: projections onto ``count`` random unit directions."""
     generator = torch.Generator().manual_seed(seed)
     directions = torch.randn(math.prod(shape), count, generator=generator, dtype=torch.float64)
     directions = directions / directions.norm(dim=0)
@@ -96,10 +95,10 @@ def random_projections(
 
 
 def split_rhat(draws: Tensor) -> float:
-    """The rank-normalised split R-hat of ``draws`` (N, M); nan where none of them moved.
+    """Rank-normalised split R-hat of ``draws`` (N, M); nan if all draws are equal.
 
     Raises:
-        UserError: if a chain has fewer than 4 draws, or a draw is not finite.
+        UserError: if a chain has fewer than 4 draws, or a draw is NaN or Inf.
     """
     halves = _halves(draws)
     folded = (halves - float(np.median(halves.cpu().numpy()))).abs()
@@ -107,12 +106,12 @@ def split_rhat(draws: Tensor) -> float:
 
 
 def effective_size(draws: Tensor, ranks: bool = True) -> float:
-    """How many independent draws ``draws`` (N, M) of M chains are worth; nan where none moved.
+    """Effective sample size of ``draws`` (N, M) of M chains; nan if all draws are equal.
 
-    It is that of the ``ranks``' normal scores, which heavy tails do not upset, or of the draws.
+    ``ranks``: use the normal scores of the ranks, which are robust to heavy tails.
 
     Raises:
-        UserError: if a chain has fewer than 4 draws, or a draw is not finite.
+        UserError: if a chain has fewer than 4 draws, or a draw is NaN or Inf.
     """
     halves = _halves(draws)
     return _effective(_normal_scores(halves) if ranks else halves)
@@ -126,10 +125,10 @@ class Gap(NamedTuple):
 
 
 def energy_gap(samples: Tensor, data: Tensor) -> Gap:
-    """How far the energies of samples (N,) lie above those of data (M,).
+    """Mean energy of samples (N,) minus that of data (M,), from their energies.
 
-    Near 0 where the chains sample what the data are; far below 0, the samples lie nearer to the
-    modes than data do, or where the model is wrong.
+    Near 0: samples and data may have the same distribution. Far below 0: samples are nearer to the
+    modes than data, or in regions where the model is wrong.
 
     Raises:
         UserError: if there are fewer than two of either.
@@ -144,20 +143,20 @@ def energy_gap(samples: Tensor, data: Tensor) -> Gap:
 
 
 def _halves(draws: Tensor) -> Tensor:
-    """Each chain as two, (N // 2, 2M); the middle draw of an odd number is left out."""
+    """Split each chain in two, (N // 2, 2M); the middle draw of an odd number is dropped."""
     if draws.ndim != 2 or len(draws) < MIN_DRAWS:
         raise UserError(
             f"draws must be (N, chains) with N of {MIN_DRAWS} or more, not {tuple(draws.shape)}"
         )
     if not bool(draws.isfinite().all()):
         bad = torch.nonzero(~draws.isfinite().all(0)).flatten().tolist()
-        raise UserError(f"draws of chains {bad[:8]} are not finite: leave these chains out")
+        raise UserError(f"draws of chains {bad[:8]} are NaN or Inf: exclude these chains")
     half = len(draws) // 2
     return torch.cat([draws[:half], draws[-half:]], dim=1).double()
 
 
 def _normal_scores(draws: Tensor) -> Tensor:
-    """Quantiles of the standard normal at the draws' average ranks, (r - 3/8) / (S + 1/4)."""
+    """Quantiles of the standard normal at the average ranks of draws, (r - 3/8) / (S + 1/4)."""
     from scipy.stats import rankdata
 
     ranks = torch.from_numpy(rankdata(draws.cpu().numpy(), axis=None)).reshape(draws.shape)
@@ -182,18 +181,18 @@ def _effective(chains: Tensor) -> float:
     rho[0] = 1
     if not bool(rho.isfinite().all()):
         return math.nan
-    # Geyer: sums of neighbouring pairs, up to the first that is not positive, made to fall
+    # Geyer: sums of neighbouring pairs up to the first non-positive one, made monotone
     pairs = rho[: n - n % 2].reshape(-1, 2).sum(1)
     below = torch.nonzero(pairs <= 0).flatten()
-    most = max(1, (n - 3) // 2)  # the last lags rest on too few draws; Stan and ArviZ end here
+    most = max(1, (n - 3) // 2)  # later lags have too few draws; Stan and ArviZ stop here
     length = min(int(below[0]) if len(below) else most, most)
     tau = float(-1 + 2 * pairs[:length].cummin(0).values.sum())
-    if 2 * length < n:  # the next one that is positive, as Stan and ArviZ add it
+    if 2 * length < n:  # add the next lag if it is positive, as Stan and ArviZ do
         tau += max(0.0, float(rho[2 * length]))
     return n * count / max(tau, 1 / math.log10(n * count))
 
 
-# --- the entries of a report ---------------------------------------------------------------------
+# --- entries of sampling.json --------------------------------------------------------------------
 
 
 def chain_diagnostics(
@@ -201,24 +200,24 @@ def chain_diagnostics(
 ) -> dict[str, Any]:
     """Effective size and split R-hat of the log-density, over the second half of the steps.
 
-    ``entry`` is None where no step was taken; ``draws`` are log-densities (N, B) of each batch, one
-    of ``every`` steps. Chains that are not ``finite`` (all chains,) are left out.
+    ``entry`` is None if no step was taken. ``draws`` are the log-densities (N, B) of each batch,
+    one of ``every`` steps; ``finite`` (all chains,) bool marks the chains that are included.
     """
     if no_law := "took no step" if entry is None else entry.no_law:
-        what = "effective size and R-hat compare draws of one law, and this sampler"
-        return {"meaning": f"{what} {no_law}: they have no meaning"}
+        what = "effective size and R-hat need draws of one distribution, but this sampler"
+        return {"meaning": f"{what} {no_law}: they are undefined"}
     known = [d for d in draws if d is not None]
     if len(known) < len(draws):
-        return {"meaning": "this model has no log-density, or no step was kept: nothing to compare"}
+        return {"meaning": "this model has no log-density, or no step was recorded"}
     recorded = torch.cat(known, dim=1)[:, finite]
     late = recorded[len(recorded) // 2 :]
     if len(late) < MIN_DRAWS or not late.shape[1]:
-        return {"meaning": f"{len(late)} draws of each chain say nothing: take more steps"}
+        return {"meaning": f"{len(late)} draws of each chain are too few: take more steps"}
     if not bool(late.isfinite().all()):
-        return {"meaning": "log-densities of chains are not finite"}
+        return {"meaning": "log-densities of chains are NaN or Inf"}
     meaning = (
-        "of log p along the chains, second half; R-hat below 1.01 and an effective size of 100 a "
-        "chain or so are what one asks for before trusting them"
+        "computed from log p along the second half of the chains; recommended are R-hat below 1.01 "
+        "and an effective size of about 100 per chain"
     )
     return {
         "meaning": f"{meaning}; {entry.caveat}" if entry and entry.caveat else meaning,
@@ -233,8 +232,10 @@ def chain_diagnostics(
 def energy_diagnostics(
     samples: Tensor | None, finite: Tensor, data: Tensor | None, note: str, level: float | None
 ) -> dict[str, Any]:
-    """Mean log p of ``samples`` (N,), if the model has one, and of held-out images ``data`` (M,),
-    if any (``note``: why not), both at noise ``level``, and the gap of their energies."""
+    """Mean log p of samples and of held-out images at noise ``level``, and their energy gap.
+
+    ``samples`` (N,) and ``data`` (M,) are log-densities, None if there are none; ``note`` says why
+    there are no held-out images."""
     if samples is None:
         return {"note": "this model is a plain denoiser and has no log-density"}
     own = samples[finite & samples.isfinite()].double()
@@ -252,10 +253,10 @@ def energy_diagnostics(
 
 
 def far_from_images(x: Tensor) -> Tensor:
-    """Which of the samples (N, C, H, W) have pixels beyond `FAR` from the middle, (N,) bool."""
+    """Mask (N,) bool of samples (N, C, H, W) with pixels farther than `FAR` from 0.5."""
     return (x - 0.5).abs().flatten(1).amax(1) > FAR
 
 
 def finite_or_none(value: float) -> float | None:
-    """``value`` as JSON can hold it."""
+    """Replace NaN and Inf, which JSON cannot represent, by None."""
     return value if math.isfinite(value) else None

@@ -1,14 +1,14 @@
 r"""DDPM and DDIM as one update between two noise levels.
 
 In image units (`ebmkit.noise`) a diffusion chain is at :math:`y = x + \sigma\epsilon`.
-A predictor of the noise says :math:`\hat\epsilon`, so the clean image is predicted as
-:math:`\hat x = y - \sigma\hat\epsilon`, and the chain goes to the next level
-:math:`\sigma' < \sigma` by
+A noise predictor estimates :math:`\hat\epsilon`, so the predicted clean image is
+:math:`\hat x = y - \sigma\hat\epsilon`. The chain moves to the next level :math:`\sigma' < \sigma`
+by
 
 .. math:: y' = \hat x + a\, \hat\epsilon + b\, \xi, \qquad \xi \sim \mathcal N(0, I).
 
-All samplers of this family are choices of a and b. With the deviation of the posterior of y' given
-y and x, :math:`s = \sigma' \sqrt{1 - \sigma'^2 / \sigma^2}`,
+The samplers of this family differ in a and b. With the standard deviation of the posterior of y'
+given y and x, :math:`s = \sigma' \sqrt{1 - \sigma'^2 / \sigma^2}`,
 
 ==================================== ==================================== =========================
 sampler                              a                                    b
@@ -21,14 +21,14 @@ DDPM, ``fixed_large``                :math:`\sigma'^2 / \sigma`           :math:
 ancestral sampling (Song et al.)     :math:`\sigma'^2 / \sigma`           :math:`s`
 ==================================== ==================================== =========================
 
-where :math:`r^2 = (h^2 + \sigma'^2)/(h^2 + \sigma^2)`, with 1/h the width of the model's range of
-images, comes of the shrinking coordinates in which that variance is :math:`\beta_t`. At
-:math:`\sigma' = 0` all are :math:`y' = \hat x`. With eta = 0 the update is an Euler step of the
-probability-flow equation :math:`dy/d\sigma = \hat\epsilon`: its error is of first order in the
-step. With eta = 1 it is `PredictorCorrector` without corrections.
+Here :math:`r^2 = (h^2 + \sigma'^2)/(h^2 + \sigma^2)`, where 1/h is the width of the model's range
+of images; r converts from the scaled coordinates of the model, in which this variance is
+:math:`\beta_t`. At :math:`\sigma' = 0` all are :math:`y' = \hat x`. With eta = 0 the update is an
+Euler step of the probability-flow equation :math:`dy/d\sigma = \hat\epsilon`, with an error of
+first order in the step. With eta = 1 it is `PredictorCorrector` without corrections.
 
-Any denoiser predicts the noise, :math:`\hat\epsilon = (y - D(y, \sigma)) / \sigma`. A blind one
-finds sigma itself. The chain leaves out the levels it was not trained for (`Schedule.within`).
+Any denoiser predicts the noise, :math:`\hat\epsilon = (y - D(y, \sigma)) / \sigma`; a blind one
+estimates sigma itself. Levels outside the trained range are skipped (`Schedule.within`).
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ Variance = Literal["fixed_small", "fixed_large"]
 
 
 class NoisePredictor(Protocol):
-    """(u_t, t) to the noise in u_t, shape of u_t: what diffusion networks are.
+    """Map (u_t, t) to the noise in u_t, in the shape of u_t, as diffusion networks do.
 
     ``u_t`` is in the model's own coordinates, sqrt(abar) u + sqrt(1 - abar) eps.
     """
@@ -74,9 +74,9 @@ class NoisePredictor(Protocol):
 
 
 def noise_predictor_of(denoiser: DenoiserFunction, schedule: Schedule) -> NoisePredictor:
-    """The noise (y - D(y, sigma)) / sigma that a ``denoiser``, blind or not, implies.
+    """Noise predictor (y - D(y, sigma)) / sigma of a ``denoiser``, blind or not.
 
-    ``schedule`` says which sigma and which coordinates a timestep is.
+    ``schedule`` maps timesteps to noise levels and coordinates.
     """
 
     def predict(u: Tensor, t: int) -> Tensor:
@@ -89,8 +89,9 @@ def noise_predictor_of(denoiser: DenoiserFunction, schedule: Schedule) -> NoiseP
 def update_coefficients(
     sigma: float, lower: float, eta: float, variance: Variance = "fixed_small", half: float = 0.5
 ) -> tuple[float, float]:
-    """The coefficients a and b of the module's table, from the level ``sigma`` to the next,
-    ``lower`` (image units; 0 at the end); ``half`` is h."""
+    """Coefficients a and b of the module's table, from level ``sigma`` to ``lower``.
+
+    Both are in image units; ``lower`` is 0 at the end. ``half`` is h."""
     deviation = lower * math.sqrt(max(0.0, 1 - (lower / sigma) ** 2))
     a = math.sqrt(max(0.0, lower**2 - (eta * deviation) ** 2))
     if variance == "fixed_large" and lower:
@@ -100,23 +101,23 @@ def update_coefficients(
 
 
 class DDIM(PositionSampler):
-    """The diffusion chain over any timesteps, between DDIM (eta 0) and DDPM (eta 1, all steps).
+    """Diffusion chain over any timesteps, between DDIM (eta 0) and DDPM (eta 1, all steps).
 
-    The state is in image units: y = x + sigma(t) * eps at the present timestep, and the image
+    The state is in image units: y = x + sigma(t) * eps at the current timestep, and the image
     itself at the end.
 
     Args:
         noise_predictor: a diffusion network, or `noise_predictor_of` a denoiser.
-        schedule: the noise levels.
-        timesteps: from the noisiest down, as `Schedule.timesteps` gives.
-        eta: from 0 to 1.
-        clip: whether the predicted clean image is clipped to [0, 1], where the clean images are.
-        rederive: whether the noise is then derived anew from the clipped image, as DDPM does;
-            DDIM in `diffusers` keeps the predicted one by default.
-        variance: ``fixed_large`` is DDPM's larger variance, for eta 1 only.
+        schedule: noise schedule.
+        timesteps: decreasing timesteps, as from `Schedule.timesteps`.
+        eta: share of fresh noise, from 0 to 1.
+        clip: whether to clip the predicted clean image to [0, 1].
+        rederive: whether to recompute the noise from the clipped image, as DDPM does; DDIM in
+            `diffusers` does not by default.
+        variance: ``fixed_small``, or ``fixed_large``, DDPM's larger variance, for eta 1 only.
 
     Raises:
-        UserError: if eta is not legal, or timesteps do not go down.
+        UserError: if eta or variance is not legal, or the timesteps do not decrease.
     """
 
     def __init__(
@@ -131,7 +132,7 @@ class DDIM(PositionSampler):
     ) -> None:
         check_positive("eta", eta, zero=True)
         if eta > 1:
-            raise UserError(f"eta {eta} is above 1: 0 is DDIM, 1 draws all of the noise anew")
+            raise UserError(f"eta {eta} is above 1: take 0 (DDIM, deterministic) to 1 (ancestral)")
         if variance not in get_args(Variance):
             raise UserError(f"unknown variance {variance!r}: fixed_small or fixed_large")
         if variance == "fixed_large" and eta != 1:
@@ -147,7 +148,7 @@ class DDIM(PositionSampler):
         self.steps = len(self.timesteps)
 
     def step(self, state: Chain, generator: torch.Generator) -> tuple[Chain, Info]:
-        """From one timestep to the next, the last to the clean image."""
+        """Move to the next timestep, or from the last one to the clean image."""
         y, t = state.x, self.timesteps[state.step]
         sigma, lower = self.sigmas[state.step : state.step + 2]
         noise = self.noise_predictor(self.schedule.from_image_units(y, t), t)
@@ -190,7 +191,7 @@ class DDPMConfig(DDIMConfig):
 
 
 def _make(model: ScoreModel, c: Labels, config: DDIMConfig) -> DDIM:
-    """The chain over the timesteps at which ``model`` was trained."""
+    """Chain over the timesteps in the trained range of ``model``."""
     own = model.schedule
     schedule = own or make_schedule(config.schedule or "linear")
     if own is not None and config.schedule is not None:
@@ -201,7 +202,7 @@ def _make(model: ScoreModel, c: Labels, config: DDIMConfig) -> DDIM:
                 "trained on: leave it out"
             )
     if config.steps > len(schedule):
-        raise UserError(f"{config.steps} timesteps cannot be had: this model has {len(schedule)}")
+        raise UserError(f"{config.steps} timesteps are too many: this model has {len(schedule)}")
     timesteps = schedule.within(
         schedule.timesteps(config.steps, config.spacing), trained_range(model)
     )

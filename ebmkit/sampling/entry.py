@@ -1,24 +1,24 @@
-r"""The table of samplers: what an entry says, what all settings have, and where chains start.
+r"""Table of samplers, settings of all samplers, and starting points of chains.
 
-A sampler is one file with its functions, its settings and its `SamplerEntry`, and one line in
-`ebmkit.sampling`, which puts the entry into `SAMPLERS`. Nothing else asks for a sampler by name: an
-entry says what its sampler needs of a model, makes it at fixed labels, says where chains start and
-for how many steps they run, and what is left to do at the end.
+A sampler is one file with its functions, its settings and its `SamplerEntry`; `ebmkit.sampling`
+adds the entry to `SAMPLERS`. No other code depends on the name of a sampler: an entry states what
+its sampler needs of a model, builds it for fixed labels, draws starting points, sets the number of
+steps and removes remaining noise at the end.
 
-**Gaussian of each class** (Santurkar et al., arXiv 1906.09453; JEM++, arXiv 2109.09032): starts are
-:math:`x_0 \sim \mathcal N(\mu_c, \Sigma_c)` with the mean and covariance of the images of class c.
-Of n images in d dimensions the covariance is never formed: with the centred images
+**Class Gaussians** (Santurkar et al., arXiv 1906.09453; JEM++, arXiv 2109.09032): starting points
+are :math:`x_0 \sim \mathcal N(\mu_c, \Sigma_c)` with the mean and covariance of the images of class
+c. The covariance of n images in d dimensions is never formed: with the centred images
 :math:`X \in \mathbb R^{n \times d}`,
 
 .. math:: x_0 = \mu_c + X^\top z / \sqrt{n - 1}, \qquad z \sim \mathcal N(0, I_n)
 
-has just that covariance, of whatever rank.
+has this covariance, whatever its rank.
 
 **Replay buffer.** Persistent contrastive divergence (Tieleman 2008) continues its chains between
-training steps instead of starting them anew; JEM stores 10,000 of them and continues a random batch
-at each step. With labels the slots are divided among the classes, class c owning the slots
-:math:`cM/C \dots (c+1)M/C - 1`, so a chain of p(x|c) continues as one of p(x|c). A batch takes
-different slots as long as there are enough, so that writing it back does not depend on any order.
+training steps instead of restarting them. JEM stores 10,000 chains and continues a random batch at
+each step. With labels, class c owns the slots :math:`cM/C \dots (c+1)M/C - 1`, so a chain of p(x|c)
+continues as one of p(x|c). The slots of a batch are distinct if there are enough, so writing the
+batch back does not depend on an order.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ from ebmkit.sampling.base import (
 from ebmkit.storage.hdf5 import find_array, open_hdf5, read_array
 
 FITTED = 1000
-"""Images of a class that its Gaussian is fitted to, at the most, evenly through the set."""
+"""Maximum number of images per Gaussian, evenly spaced in the set."""
 
 
 class ClassGaussians:
-    """The Gaussians of each class of images (N, C, H, W), or of all, without labels (N,).
+    """Gaussians fitted to images (N, C, H, W): one per class of ``labels`` (N,), or one for all.
 
     Raises:
         UserError: if a class has fewer than two images.
@@ -78,18 +78,19 @@ class ClassGaussians:
     def sample(
         self, count: int, generator: torch.Generator, labels: Tensor | None = None
     ) -> Tensor:
-        """Starting points (count, C, H, W), not clipped; the generator is on the images' device.
+        """Draw starting points (count, C, H, W), not clipped.
 
-        ``labels`` (count,) say of which Gaussians; None: classes as often as they are in the set.
+        ``generator`` is on the device of the images. ``labels`` (count,) select the Gaussians;
+        None: classes are drawn with their frequencies in the set.
 
         Raises:
-            UserError: if there were no images of a label.
+            UserError: if a label has no images.
         """
         if labels is None:
             labels = torch.multinomial(self.shares, count, replacement=True, generator=generator)
         elif len(labels) and (largest := int(labels.max())) >= len(self.means):
             raise UserError(
-                f"label {largest} has 0 images to fit a Gaussian to, the largest label among them "
+                f"label {largest} has 0 images to fit a Gaussian to, the largest label with images "
                 f"is {len(self.means) - 1}: start chains from uniform noise"
             )
         kind: dict[str, Any] = {"dtype": self.shares.dtype, "device": self.shares.device}
@@ -105,15 +106,15 @@ class ClassGaussians:
 
 
 class ReplayBuffer:
-    """M chains ``images`` (M, C, H, W) of float32; ``num_classes`` share the slots (0: none).
+    """M chains ``images`` (M, C, H, W) float32, divided among ``num_classes`` (0: no labels).
 
     Raises:
-        UserError: if M is 0 or does not divide among the classes.
+        UserError: if M is 0 or not a multiple of ``num_classes``.
     """
 
     def __init__(self, images: Tensor, num_classes: int = 0) -> None:
         if not len(images):
-            raise UserError("a replay buffer needs room for 1 image or more: negatives.buffer_size")
+            raise UserError("a replay buffer needs 1 image or more: set negatives.buffer_size")
         if num_classes and len(images) % num_classes:
             raise UserError(
                 f"a replay buffer of {len(images)} images does not divide among {num_classes} "
@@ -126,17 +127,17 @@ class ReplayBuffer:
 
     @property
     def labels(self) -> Tensor | None:
-        """The label of each slot, (M,) int64; None without labels."""
+        """Label of each slot, (M,) int64; None without labels."""
         slots = torch.arange(len(self), device=self.images.device)
         return slots // (len(self) // self.num_classes) if self.num_classes else None
 
     def choose(
         self, count: int, generator: torch.Generator, labels: Tensor | None = None
     ) -> Tensor:
-        """Slots (count,) int64, drawn at random, different ones as long as there are enough.
+        """Draw random slots (count,) int64, distinct if there are enough.
 
-        ``generator`` is on the buffer's device; ``labels`` (count,), whose slots to take, are
-        needed by a buffer with classes.
+        ``generator`` is on the device of the buffer. A buffer with classes needs ``labels``
+        (count,), the label of each slot.
         """
         classes, device = self.num_classes or 1, self.images.device
         shape = classes, len(self) // classes
@@ -145,11 +146,11 @@ class ReplayBuffer:
             return order[0, torch.arange(count, device=device) % len(self)]
         assert labels is not None
         own = torch.nn.functional.one_hot(labels, classes)
-        rank = (own.cumsum(0) * own).sum(1) - 1  # how many of its class come before it
+        rank = (own.cumsum(0) * own).sum(1) - 1  # index of each entry within its class
         return labels * shape[1] + order[labels, rank % shape[1]]
 
     def put(self, slots: Tensor, images: Tensor) -> None:
-        """Replace the chains in ``slots`` (B,) by ``images`` (B, C, H, W)."""
+        """Replace the chains in ``slots`` (B,) with ``images`` (B, C, H, W)."""
         self.images[slots] = images.detach()
 
     def to_bytes(self) -> bytes:
@@ -165,10 +166,10 @@ class ReplayBuffer:
 
     @staticmethod
     def read_images(content: bytes, what: str) -> Tensor:
-        """The images in an HDF5 file that `to_bytes` wrote, (M, C, H, W) float32.
+        """Read the images (M, C, H, W) float32 of an HDF5 file that `to_bytes` wrote.
 
         Raises:
-            UserError: if ``content`` is not such a file; it names it as ``what``.
+            UserError: if ``content`` is not such a file; the error calls it ``what``.
         """
         with open_hdf5(content, what) as file:
             found = find_array(file, "images", what)
@@ -186,20 +187,20 @@ START = (
     "label's images, or of all. Samplers over noise levels add the first level's noise to data and "
     "class_gaussian"
 )
-"""The description of the field ``start``."""
+"""Description of the field ``start``."""
 
 RENAMED = {"ks": "kadkhodaie_simoncelli", "seeds": "class_gaussian", "largest_drift": "drift_clip"}
-"""Names of earlier versions -> today's, of samplers, starts and settings."""
+"""Old -> current names of samplers, starts and settings."""
 
 
 def check_renamed(kind: str, name: str | None) -> None:
-    """Raise a `UserError` at a name of an earlier version; it says what it is called now."""
+    """Raise a `UserError` that gives the current name if ``name`` is an old one."""
     if name in RENAMED:
         raise UserError(f"{kind} {name!r} is now called {RENAMED[name]!r}: write that instead")
 
 
 class SamplerConfig(BaseModel):
-    """Settings that all samplers have."""
+    """Settings of all samplers."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -207,16 +208,16 @@ class SamplerConfig(BaseModel):
     start: Start = Field("auto", description=START)
 
     def at_levels_of(self, model: ScoreModel) -> Self:
-        """These settings with noise levels that ``model`` was trained for in place of none.
+        """Return the settings with unset noise levels replaced by those of ``model``.
 
         Raises:
-            UserError: if one was asked for at which it was not trained.
+            UserError: if a noise level is outside the trained range.
         """
         return self
 
 
 class LevelConfig(SamplerConfig):
-    """Settings of samplers of one density."""
+    """Settings of samplers at one noise level."""
 
     sigma: Sigma | None = Field(
         None,
@@ -237,25 +238,25 @@ Need = Literal["score", "density", "labels", "levels", "blind"]
 
 @dataclass(frozen=True, kw_only=True)
 class SamplerEntry(Generic[C]):
-    """A sampler that has a name.
+    """Entry of a sampler in `SAMPLERS`.
 
     Attributes:
-        name: of the table.
-        description: one line.
-        config: its settings; their defaults are for images in [0, 1] and models trained on noise
-            of 1 to 100/255.
-        needs: what a model must have: ``score`` (any has one), ``density`` (of which the score is
-            the gradient), ``labels`` and noise ``levels`` (that it was trained on; closed forms
-            have all levels), ``blind`` (it takes no noise level).
-        make: model, labels and settings, at noise levels of the model, to the sampler.
-        noisy_end: whether images at the end carry noise that `finish` takes out.
-        no_law: why its chains have no stationary law, so that their draws cannot be compared with
-            each other; empty: they have one.
-        caveat: what to know of that law.
-        priority: the sampler that is taken where none is asked for is the one of the highest
-            priority that can drive the model; 0: never.
-        starts_from_data: whether ``start=auto`` means the Gaussian of the data.
-        fresh_steps: steps that a chain needs at least unless it resumes a replay buffer's.
+        name: name of the sampler.
+        description: one-line description.
+        config: class of the settings; defaults are for images in [0, 1] and models trained on
+            noise of 1 to 100/255.
+        needs: requirements on the model: ``score`` (every model has one), ``density`` (the score
+            is its gradient), trained ``labels``, trained noise ``levels`` (closed forms have all
+            levels), ``blind`` (the model takes no noise level).
+        make: maps the model, labels and settings with noise levels of the model to the sampler.
+        noisy_end: whether the final images contain noise that `finish` removes.
+        no_law: why the chains have no stationary distribution, so that diagnostics are undefined;
+            empty: they have one.
+        caveat: a note on the stationary distribution.
+        priority: the default sampler is the one of highest priority that supports the model; 0:
+            never the default.
+        starts_from_data: whether ``start=auto`` means ``class_gaussian`` if there are data.
+        fresh_steps: minimum number of steps of chains that do not continue a replay buffer.
     """
 
     name: str
@@ -271,40 +272,43 @@ class SamplerEntry(Generic[C]):
     fresh_steps: int = 0
 
     def drives(self, model: ScoreModel) -> bool:
-        """Whether it can drive ``model``."""
+        """Whether the sampler supports ``model``."""
         return missing(model, self.needs) is None
 
     def check(self, model: ScoreModel, c: Labels = None) -> None:
-        """Raise a `UserError` if it cannot drive ``model``, with labels ``c`` if they are given.
+        """Raise a `UserError` if the sampler does not support ``model`` with labels ``c``.
 
-        It says why, and which samplers can.
+        The error states the reason and the samplers that support the model.
         """
         if (reason := missing(model, self.needs)) is not None:
             able = ", ".join(name for name, entry in SAMPLERS.items() if entry.drives(model))
-            raise UserError(f"sampler {self.name} cannot drive this model: {reason}; take {able}")
+            raise UserError(
+                f"sampler {self.name} does not support this model: {reason}; take {able}"
+            )
         if c is not None and (reason := missing(model, ("labels",))) is not None:
-            raise UserError(f"labels cannot be asked of this model: {reason}; leave the label out")
+            raise UserError(f"this model does not take labels: {reason}; leave the label out")
         if c is None and "labels" in self.needs:
-            raise UserError(f"sampler {self.name} climbs to a label: say which")
+            raise UserError(f"sampler {self.name} needs a label: give one")
 
     def build(self, model: ScoreModel, c: Labels = None, config: C | None = None) -> Sampler[Any]:
-        """The sampler of p(x), or of p(x|c) with labels ``c``, a number or (B,).
+        """Build the sampler of p(x), or of p(x|c) with labels ``c``, a number or (B,).
 
         Raises:
-            UserError: if the model cannot be driven by it, or a noise level is not the model's.
+            UserError: if the sampler does not support the model, or a noise level is outside the
+                trained range.
         """
         self.check(model, c)
         config = self.config() if config is None else config
         return self.make(model, c, config.at_levels_of(model))
 
     def length(self, sampler: Sampler[Any], config: C) -> int:
-        """How many steps are taken: the sampler's own schedule, or what the settings say."""
+        """Number of steps: the length of the schedule of ``sampler``, or ``config.steps``."""
         return config.steps if sampler.steps is None else sampler.steps
 
     def resolve_start(self, start: Start, model: ScoreModel, has_data: bool) -> Start:
-        """What ``auto`` means for ``model``: the Gaussian of the data where there are any.
+        """Replace ``auto`` by ``class_gaussian`` if there are data, else by ``noise``.
 
-        A diffusion model begins with noise that hides an image, and needs none.
+        Diffusion models always start from noise, which hides any image at their first level.
         """
         if start != "auto":
             return start
@@ -322,20 +326,20 @@ class SamplerEntry(Generic[C]):
         data: tuple[Tensor, Tensor | None] | None = None,
         mean: Tensor | float = 0.5,
     ) -> Tensor:
-        """Where chains begin, (B, C, H, W) float32 on the generator's device.
+        """Draw starting points (B, C, H, W) float32 on the device of ``generator``.
 
-        Samplers that go down noise levels begin with noise of the first one on top of what
-        ``config.start`` says.
+        For samplers over noise levels, noise of the first level is added to the points of
+        ``config.start``, except for ``uniform``.
 
         Args:
-            model: what is sampled.
-            sampler: as `build` made it of ``config``.
-            config: its settings.
+            model: model to sample from.
+            sampler: sampler that `build` returned for ``config``.
+            config: settings of the sampler.
             shape: (B, C, H, W).
-            generator: source of what is drawn.
-            c: labels, for ``class_gaussian`` of labels; None: of all images.
+            generator: random generator.
+            c: labels for ``class_gaussian``; None: one Gaussian for all images.
             data: training images and labels, for ``data`` and ``class_gaussian``.
-            mean: of the images that ``noise`` is added to; gray, or the mean image.
+            mean: image that ``noise`` is added to: gray, or the mean image.
 
         Raises:
             UserError: if data are needed and none are given.
@@ -367,10 +371,10 @@ class SamplerEntry(Generic[C]):
     def finish(
         self, model: ScoreModel, sampler: Sampler[Any], x: Tensor, c: Labels = None
     ) -> Tensor:
-        """``x`` without the noise of the last level; ``x`` itself where the end has none.
+        """Remove the noise of the last level from ``x``; return ``x`` if there is none.
 
-        A blind model estimates the level, within those it was trained at. A model that was never
-        trained to denoise has no such noise: its density is that of the images themselves.
+        A blind model estimates the level, clamped to the trained range. A model that was not
+        trained to denoise has no such noise: its density is that of clean images.
         """
         untrained = model.card is not None and model.card.sigma_range is None
         if not self.noisy_end or untrained:
@@ -382,33 +386,33 @@ class SamplerEntry(Generic[C]):
 
 
 SAMPLERS: dict[str, SamplerEntry[Any]] = Table("sampler", {})
-"""All samplers, by name; filled by `ebmkit.sampling`."""
+"""All samplers, by name; `ebmkit.sampling` fills the table."""
 
 
 def find_sampler(name: str) -> SamplerEntry[Any]:
-    """The entry of `SAMPLERS` called ``name``.
+    """Return the entry of `SAMPLERS` called ``name``.
 
     Raises:
-        UserError: if there is none; it names the nearest, or the new name of a renamed one.
+        UserError: if it is unknown; the error suggests the nearest name, or gives the new one.
     """
     check_renamed("sampler", name)
     return find("sampler", SAMPLERS, name)
 
 
 def default_sampler(model: ScoreModel) -> SamplerEntry[Any]:
-    """The sampler for ``model`` where none is asked for.
+    """Return the default sampler of ``model``.
 
     ``kadkhodaie_simoncelli`` for blind denoisers, ``ddim`` for those that take the noise level, and
-    ``sgld``, JEM's own, for densities that were never trained to denoise.
+    ``sgld``, as in JEM, for densities that were not trained to denoise.
     """
     able = (entry for entry in SAMPLERS.values() if entry.priority and entry.drives(model))
     return max(able, key=lambda entry: entry.priority)
 
 
 def noise_levels(sampler: Sampler[Any]) -> tuple[float | None, float | None]:
-    """The noise level at which a sampler begins, and that of the images at its end.
+    """Noise levels of the starting points and of the final images of a sampler.
 
-    The first is None where there is a single level, both where there is none.
+    The first is None for a single level; both are None without levels.
     """
     levels: Sequence[float] = getattr(sampler, "sigmas", ())
     return (levels[0], levels[-1]) if levels else (None, getattr(sampler, "sigma", None))
@@ -417,17 +421,17 @@ def noise_levels(sampler: Sampler[Any]) -> tuple[float | None, float | None]:
 def takes_labels(model: ScoreModel) -> bool:
     """Whether ``model`` has a score for each label that it was trained on.
 
-    A class-conditional diffusion model has, and is no classifier.
+    This includes class-conditional diffusion models, which are not classifiers.
     """
     conditional = not isinstance(model, EnergyModel) and model.num_classes > 0
     return conditional or classifies(model)
 
 
 def missing(model: ScoreModel, needs: Sequence[Need]) -> str | None:
-    """Why ``model`` does not have what a sampler ``needs``, for a sentence; None if it does."""
+    """Reason why ``model`` lacks one of ``needs``, as a clause of a message; None if it has all."""
     plain = f"{type(model).__name__} is a plain denoiser and has no log-density"
-    untrained = "it was not trained to denoise, so noise levels mean nothing to it"
-    given = "it takes the noise level as an input, and this sampler reads it off a blind denoiser"
+    untrained = "it was not trained to denoise, so it has no noise levels"
+    given = "it takes the noise level as an input, and this sampler needs a blind denoiser"
     lacking: dict[Need, str] = {
         "density": "" if isinstance(model, EnergyModel) else plain,
         "labels": "" if takes_labels(model) else "it was trained without labels",

@@ -1,28 +1,28 @@
-r"""Linear inverse problems: measurements of images, simple solutions, and the table of tasks.
+r"""Linear inverse problems: measurements of images, baseline solutions, and the table of tasks.
 
-A measurement of n numbers is :math:`m = M^\top x` with :math:`M^\top M = I`, so that :math:`M m` is
-the image that explains m with the least norm, and :math:`M M^\top` projects on what was measured.
-Nothing here holds a matrix.
+A measurement consists of n numbers :math:`m = M^\top x` with :math:`M^\top M = I`. So :math:`M m`
+is the minimum-norm image with measurements m, and :math:`M M^\top` projects onto the measured
+subspace. The matrices are never formed.
 
 ============== =============================== ======================= ===========================
 measurement    :math:`M^\top x`                :math:`M m`             simple solutions, for a
                                                                        comparison (`baselines`)
 ============== =============================== ======================= ===========================
-`Pixels`       the pixels of a mask            m there, 0 elsewhere    the mean of the known
-                                                                       pixels; the nearest one;
-                                                                       with scikit-image the
-                                                                       biharmonic fill (Damelin &
-                                                                       Hoang 2018)
+`Pixels`       the pixels of a mask            m at these pixels, 0    mean of the known pixels;
+                                               elsewhere               nearest known pixel; with
+                                                                       scikit-image biharmonic
+                                                                       inpainting (Damelin & Hoang
+                                                                       2018)
 `BlockAverage` means of k x k blocks, times k  each block filled with  :math:`M m`; bicubic
                                                its mean                interpolation
 `LowPass`      the low frequencies             the blurred image       :math:`M m` on gray
-`Compressed`   random frequencies of the image the image of these      :math:`M m` on gray
-               with random signs               alone
+`Compressed`   random frequencies of the image the image with only     :math:`M m` on gray
+               with random signs               these frequencies
 ============== =============================== ======================= ===========================
 
-Frequencies are taken by the discrete Hartley transform, the real part of the orthonormal Fourier
-transform minus its imaginary part: it is real, orthonormal and its own inverse, and a set of
-frequencies with their negatives spans the same images in both.
+Frequencies are those of the discrete Hartley transform: the real part of the orthonormal Fourier
+transform minus its imaginary part. It is real, orthonormal and its own inverse. A set of
+frequencies that contains their negatives spans the same images in both transforms.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ from ebmkit.registry import find
 Shape = tuple[int, int, int]
 
 BIHARMONIC = 5000
-"""Unknown pixels up to which the biharmonic fill, a linear system of that size, is worth it."""
+"""Maximum number of unknown pixels for biharmonic inpainting, a linear system of that size."""
 
 
 class Measurement(ABC):
-    """A measurement of images (B, C, H, W) of a ``shape`` (C, H, W) in ``count`` n numbers each.
+    """Measurement of n = ``count`` numbers of each image of ``shape`` (C, H, W).
 
     Raises:
-        UserError: if the shape is none, or nothing is measured.
+        UserError: if the shape is not legal, or ``count`` is 0.
     """
 
     def __init__(self, shape: Shape, count: int) -> None:
@@ -60,7 +60,7 @@ class Measurement(ABC):
             raise UserError("nothing is measured: keep more than 0 of the image")
 
     def measure(self, x: Tensor) -> Tensor:
-        """M^T x, (B, n), of images (B, C, H, W); a `UserError` if they have another shape."""
+        """Measure images (B, C, H, W): M^T x, (B, n); a `UserError` if they have another shape."""
         if x.shape[1:] != self.shape:
             raise UserError(
                 f"this measurement is of images {self.shape}, not {tuple(x.shape[1:])}: make it "
@@ -69,7 +69,7 @@ class Measurement(ABC):
         return self._measure(x)
 
     def adjoint(self, m: Tensor) -> Tensor:
-        """M m, images (B, C, H, W), of (B, n); a `UserError` if it is not n numbers for each."""
+        """Map measurements (B, n) to images M m (B, C, H, W); a `UserError` for another shape."""
         if m.ndim != 2 or m.shape[1] != self.count:
             raise UserError(
                 f"this measurement has {self.count} numbers of each image, (B, {self.count}), not "
@@ -84,19 +84,19 @@ class Measurement(ABC):
     def _adjoint(self, m: Tensor) -> Tensor: ...
 
     def project(self, x: Tensor) -> Tensor:
-        """M M^T x: what of ``x`` was measured."""
+        """Project ``x`` onto the measured subspace: M M^T x."""
         return self.adjoint(self.measure(x))
 
     def impose(self, x: Tensor, m: Tensor) -> Tensor:
-        """The image nearest to ``x`` whose measurements are ``m`` exactly."""
+        """Return the images nearest to ``x`` whose measurements are exactly ``m``."""
         return x + self.adjoint(m - self.measure(x))
 
     def on_gray(self, m: Tensor) -> Tensor:
-        """The measured (1, n) on gray ground, (C, H, W)."""
+        """Return the image (C, H, W) nearest to gray with the measurements ``m`` (1, n)."""
         return self.impose(torch.full((1, *self.shape), 0.5, device=m.device), m)[0]
 
     def baselines(self, m: Tensor) -> dict[str, Tensor]:
-        """The simple solutions (C, H, W) of measurements (1, n) by name, clipped to [0, 1]."""
+        """Simple solutions (C, H, W) for the measurements (1, n), by name, clipped to [0, 1]."""
         return {name: image.clamp(0, 1) for name, image in self._simple(m).items()}
 
     def _simple(self, m: Tensor) -> dict[str, Tensor]:
@@ -104,7 +104,7 @@ class Measurement(ABC):
 
 
 class _Selection(Measurement):
-    """The ``known`` coordinates (C, H, W) bool of an orthonormal transform, here the identity."""
+    """The ``known`` coordinates (C, H, W) bool of an orthonormal transform (here the identity)."""
 
     def __init__(self, shape: Shape, known: Tensor) -> None:
         self._where = torch.nonzero(known.flatten()).flatten()
@@ -126,7 +126,7 @@ class _Selection(Measurement):
 
 
 class Pixels(_Selection):
-    """The pixels of a mask, (H, W) or (C, H, W) bool where they are ``known``, for inpainting.
+    """The pixels that a mask ``known``, (H, W) or (C, H, W) bool, marks; for inpainting.
 
     Raises:
         UserError: if the mask has another size, or no pixel is known.
@@ -194,18 +194,18 @@ class BlockAverage(Measurement):
         return {"nearest": self.on_gray(m), "bicubic": large[0]}
 
     def small_images(self, m: Tensor) -> Tensor:
-        """The block means (B, C, H / factor, W / factor) that ``m`` (B, n) holds."""
+        """Block means (B, C, H / factor, W / factor) from measurements ``m`` (B, n)."""
         return m.reshape(-1, *self.small) / self.factor
 
     def of_small_images(self, small: Tensor) -> Tensor:
-        """The measurements (B, n) that small images (B, C, H / factor, W / factor) are."""
+        """Measurements (B, n) from block means ``small`` (B, C, H / factor, W / factor)."""
         return self.factor * small.flatten(1)
 
 
 class LowPass(_Selection):
-    """The frequencies up to a radius, for deblurring: an ideal low-pass filter.
+    """Ideal low-pass filter: the frequencies up to a radius, for deblurring.
 
-    At least a ``share`` of all, above 0 and up to 1, those of the smallest radius.
+    The radius is the smallest with at least ``share`` of all frequencies, above 0 and up to 1.
 
     Raises:
         UserError: if the share is not legal.
@@ -227,11 +227,11 @@ class LowPass(_Selection):
 
 
 class Compressed(_Selection):
-    """Random frequencies of the image with random signs: compressed sensing.
+    """Compressed sensing: random frequencies of the image with random signs.
 
-    The signs spread every image over all frequencies, so each measurement sees all pixels, much as
-    a random orthonormal projection does. A ``share`` of the number of entries is measured, above 0
-    and up to 1; ``seed`` is that of signs and frequencies.
+    The signs spread every image over all frequencies, so each measurement depends on all pixels, as
+    in a random orthonormal projection. A ``share`` of the number of entries is measured, above 0
+    and up to 1; ``seed`` is the random seed of signs and frequencies.
 
     Raises:
         UserError: if the share is not legal.
@@ -252,15 +252,15 @@ class Compressed(_Selection):
 
 
 def center_hole(shape: Shape, share: float = 0.25) -> Pixels:
-    """All pixels but a rectangle in the middle, of ``share`` of the area.
+    """All pixels except a rectangle in the centre that covers ``share`` of the area.
 
     Raises:
-        UserError: if the share is not legal, or leaves no hole.
+        UserError: if the share is not legal, or the hole is empty or the whole image.
     """
     _, height, width = _checked_shape(shape, share)
     high, wide = round(height * math.sqrt(share)), round(width * math.sqrt(share))
     if not high or not wide or (high, wide) == (height, width):
-        raise UserError(f"a hole of {share:g} of {height} x {width} pixels is none, or all of them")
+        raise UserError(f"share {share:g} of {height} x {width} pixels leaves no hole, or no pixel")
     known = torch.ones(height, width, dtype=torch.bool)
     top, left = (height - high) // 2, (width - wide) // 2
     known[top : top + high, left : left + wide] = False
@@ -268,7 +268,7 @@ def center_hole(shape: Shape, share: float = 0.25) -> Pixels:
 
 
 def random_pixels(shape: Shape, share: float, seed: int = 0) -> Pixels:
-    """A random ``share`` of the pixels, all channels of each.
+    """A random ``share`` of the pixels, with all their channels.
 
     Raises:
         UserError: if the share is not legal.
@@ -279,14 +279,14 @@ def random_pixels(shape: Shape, share: float, seed: int = 0) -> Pixels:
 
 
 def _random_choice(total: int, share: float, generator: torch.Generator) -> Tensor:
-    """Which of ``total`` are known, (total,) bool: that share of them, and at least one."""
+    """Random mask (total,) bool, true for a ``share`` of the entries, at least one."""
     known = torch.zeros(total, dtype=torch.bool)
     known[torch.randperm(total, generator=generator)[: max(1, round(share * total))]] = True
     return known
 
 
 def _hartley(x: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """The orthonormal discrete Hartley transform over ``dims``, its own inverse."""
+    """Orthonormal discrete Hartley transform over ``dims``; it is its own inverse."""
     found = torch.fft.fftn(x, dim=dims, norm="ortho")
     coordinates: Tensor = found.real - found.imag
     return coordinates
@@ -304,34 +304,34 @@ def _checked_shape(shape: Shape, share: float = 1.0) -> Shape:
 
 
 class TaskOptions(NamedTuple):
-    """What a measurement is made of; None: the task's own."""
+    """Options of a measurement; None: the default of the task."""
 
     mask: Tensor | None = None  # (H, W) bool, true where the image is to be filled in
-    share: float | None = None  # of the image, missing (inpaint) or known (the others)
-    factor: int | None = None  # by which super-resolution enlarges
-    seed: int = 0  # of random pixels and random frequencies
+    share: float | None = None  # missing (inpaint) or known (other tasks) share of the image
+    factor: int | None = None  # upscaling factor of super-resolution
+    seed: int = 0  # random seed of pixels and frequencies
 
 
 @dataclass(frozen=True)
 class Task:
-    """A task that has a name."""
+    """A named restoration task."""
 
     name: str
     description: str
-    make: Callable[[Shape, TaskOptions], Measurement]  # of options with defaults filled in
-    defaults: dict[str, Any]  # the options that it uses, and their values where none are given
-    from_measured: bool = True  # the measured image is an image that one can have
+    make: Callable[[Shape, TaskOptions], Measurement]  # its options are resolved
+    defaults: dict[str, Any]  # the options of the task and their default values
+    from_measured: bool = True  # whether a measurement can be given as an image
 
     def resolved(self, options: TaskOptions) -> TaskOptions:
-        """``options`` with the task's own values where none are given."""
+        """Fill in the defaults of the task."""
         missing = {k: v for k, v in self.defaults.items() if getattr(options, k) is None}
         return options._replace(**missing)
 
     def measurement(self, shape: Shape, options: TaskOptions) -> Measurement:
-        """The measurement of images of ``shape``.
+        """Build the measurement for images of ``shape``.
 
         Raises:
-            UserError: if an option is not the task's, or not legal for the shape.
+            UserError: if the task does not have an option, or its value does not fit the shape.
         """
         for name in ("mask", "share", "factor"):
             if getattr(options, name) is not None and name not in self.defaults:
@@ -342,24 +342,21 @@ class Task:
     def degrade(
         self, image: Tensor, options: TaskOptions, measured: bool = False
     ) -> tuple[Measurement, Tensor, Tensor | None]:
-        """Measure an ``image`` (C, H, W) in [0, 1], or take it for the ``measured`` one.
+        """Measure an ``image`` (C, H, W) in [0, 1]; with ``measured``, it is the measurement.
 
-        That has parts to fill in (inpaint), is small (superres), or blurred (deblur).
-        Super-resolution of a clean image leaves out rows and columns at the bottom and at the right
-        that make no whole block.
+        A measured image has missing parts (inpaint), is small (superres), or blurred (deblur).
+        Super-resolution of a clean image drops rows and columns at the bottom and the right that do
+        not fill a block.
 
         Returns:
-            The measurement, what it measures (1, n), and the clean image (C, H, W), or None where
-            only measurements are known.
+            The measurement, its values (1, n), and the clean image (C, H, W), None if unknown.
 
         Raises:
-            UserError: if an option is not the task's or not legal for the image, or no image can
-                be what was measured.
+            UserError: if the task does not have an option, its value does not fit the image, or
+                the task does not accept a measured image.
         """
         if measured and not self.from_measured:
-            raise UserError(
-                f"task {self.name} measures no image: give the clean one, and leave out --measured"
-            )
+            raise UserError(f"task {self.name} needs the clean image: leave out --measured")
         channels, height, width = image.shape
         factor = self.resolved(options).factor or 1
         if measured and factor > 1:
@@ -375,7 +372,7 @@ def _inpaint(shape: Shape, options: TaskOptions) -> Measurement:
     if options.mask is None:
         return center_hole(shape, options.share or 0.0)
     if not bool(options.mask.any()):
-        raise UserError("the mask is black everywhere: paint white what is to be filled in")
+        raise UserError("the mask is black everywhere: paint the area to fill in white")
     return Pixels(shape, ~options.mask)
 
 
@@ -420,9 +417,9 @@ TASKS: dict[str, Task] = {
 
 
 def find_task(name: str) -> Task:
-    """The entry of `TASKS` called ``name``.
+    """Return the task called ``name``.
 
     Raises:
-        UserError: if there is none; it names the nearest.
+        UserError: if it is unknown; the error suggests the nearest name.
     """
     return find("task", TASKS, name)

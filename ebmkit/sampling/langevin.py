@@ -5,15 +5,14 @@ Overdamped Langevin dynamics :math:`dx = s(x)\,dt + \sqrt{2T}\,dW` has the stati
 
 .. math:: x' = x + \eta\, s(x) + \sqrt{2 \eta T}\, \xi, \qquad \xi \sim \mathcal N(0, I),
 
-is `langevin_move`, of which all samplers here but HMC are made. Without a correction the chain has
-a bias of first order in :math:`\eta` (on a Gaussian of variance v the stationary variance is
-:math:`v / (1 - \eta / 2v)`). At T = 0 it is gradient ascent.
+is `langevin_move`, which all samplers here except HMC call. Without a Metropolis correction the
+chain has a bias of first order in :math:`\eta` (on a Gaussian of variance v the stationary variance
+is :math:`v / (1 - \eta / 2v)`). At T = 0 it is gradient ascent.
 
-**SGLD** as JEM uses it (arXiv 1912.03263) takes noise of a deviation that does not belong to its
-step, so it samples no tempered density exactly: the ratio is a temperature of
-:math:`T = \text{noise}^2 / 2\eta`. JEM's step 1 and noise 0.01 hold for images in [-1, 1]. Such an
-image is u = 2x - 1, of which :math:`u' = u + \nabla_u + 0.01\,\xi`; with
-:math:`\nabla_u = s(x)/2` that is :math:`x' = x + s(x)/4 + 0.005\,\xi`: `JEM_STEP`, `JEM_NOISE`.
+**SGLD** as in JEM (arXiv 1912.03263) uses noise that does not match the step size: the temperature
+is :math:`T = \text{noise}^2 / 2\eta`, and no tempered density is sampled exactly. JEM's step 1 and
+noise 0.01 are for images u = 2x - 1 in [-1, 1]: :math:`u' = u + \nabla_u + 0.01\,\xi`. With
+:math:`\nabla_u = s(x)/2` this is :math:`x' = x + s(x)/4 + 0.005\,\xi` (`JEM_STEP`, `JEM_NOISE`).
 
 **MALA** (Roberts & Tweedie 1996) is exact at any step size: it accepts a step with probability
 
@@ -21,32 +20,32 @@ image is u = 2x - 1, of which :math:`u' = u + \nabla_u + 0.01\,\xi`; with
     \min\Bigl(1, \frac{p(x')^{1/T}\, q(x \mid x')}{p(x)^{1/T}\, q(x' \mid x)}\Bigr), \qquad
     q(x' \mid x) = \mathcal N(x';\ x + \eta s(x),\ 2\eta T).
 
-**Hamiltonian Monte Carlo** (Duane et al. 1987; Neal 2011, section 3) gives a position x a momentum
-:math:`v \sim \mathcal N(0, I)` and moves it under the energy
+**Hamiltonian Monte Carlo** (Duane et al. 1987; Neal 2011, section 3) adds to a position x a
+momentum :math:`v \sim \mathcal N(0, I)` and simulates the dynamics of the energy
 :math:`H(x, v) = -\log p(x) / T + \|v\|^2 / 2` by leapfrog steps of size :math:`\epsilon`,
 
 .. math:: v \leftarrow v + \tfrac\epsilon2\, s(x) / T, \qquad x \leftarrow x + \epsilon\, v, \qquad
     v \leftarrow v + \tfrac\epsilon2\, s(x) / T,
 
-which keep volumes and can be run backwards. So accepting the end with probability
-:math:`\min(1, e^{H(x, v) - H(x', v')})` leaves :math:`p^{1/T}` invariant at any step; the error of
-H is of order :math:`\epsilon^2`. With a single leapfrog step it is MALA of
-:math:`\eta = \epsilon^2 / 2T`: the same proposal, accepted by the same ratio.
+which preserve volume and are reversible. So accepting their end point with probability
+:math:`\min(1, e^{H(x, v) - H(x', v')})` leaves :math:`p^{1/T}` invariant at any step size; the
+error of H is of order :math:`\epsilon^2`. With a single leapfrog step it is MALA with
+:math:`\eta = \epsilon^2 / 2T`: the same proposal and the same acceptance ratio.
 
-**Down geometric noise levels** :math:`\sigma_1 > \dots > \sigma_L`.
-Annealed Langevin (Song & Ermon 2019; RCG algorithm 2) takes a number of Langevin steps at each, of
-size :math:`\eta_i = r\,\sigma_i^2`. Predictor-corrector (Song et al. 2021, VE) first goes from one
-level to the next,
+**Geometric noise levels** :math:`\sigma_1 > \dots > \sigma_L`.
+Annealed Langevin (Song & Ermon 2019; RCG algorithm 2) takes several Langevin steps at each level,
+of size :math:`\eta_i = r\,\sigma_i^2`. Predictor-corrector (Song et al. 2021, VE) first moves from
+one level to the next,
 
 .. math::
     x' = x + (\sigma_i^2 - \sigma_{i+1}^2)\, s_{\sigma_i}(x)
          + \sigma_{i+1} \sqrt{1 - \sigma_{i+1}^2 / \sigma_i^2}\; \xi ,
 
-and then corrects by Langevin steps there, of size
-:math:`\eta = 2\,\text{snr}^2 \sigma_{i+1}^2`. Song et al. take
-:math:`2\,(\text{snr}\,\|\xi\| / \|s\|)^2` with norms averaged over the batch; since
-:math:`\|s\|` is about :math:`\sqrt d / \sigma` the two agree in many dimensions, and here no chain
-depends on another.
+and then takes Langevin steps at that level, of size
+:math:`\eta = 2\,\text{snr}^2 \sigma_{i+1}^2`. Song et al. use
+:math:`2\,(\text{snr}\,\|\xi\| / \|s\|)^2` with norms averaged over the batch. Since
+:math:`\|s\|` is about :math:`\sqrt d / \sigma`, the two agree in high dimensions, and here chains
+stay independent.
 """
 
 from __future__ import annotations
@@ -84,17 +83,16 @@ from ebmkit.sampling.base import (
 from ebmkit.sampling.entry import START, LevelConfig, SamplerConfig, SamplerEntry, Start
 
 JEM_STEP, JEM_NOISE = 0.25, 0.005
-"""JEM's step and noise, for images in [0, 1]."""
+"""JEM's step size and noise, for images in [0, 1]."""
 
 
 def langevin_move(
     x: Tensor, score: Tensor, step_size: float | Tensor, noise_std: float | Tensor, xi: Tensor
 ) -> Tensor:
-    """``x + step_size * score + noise_std * xi``, the one Langevin step of this library.
+    """Return ``x + step_size * score + noise_std * xi``.
 
-    Of x (B, ...), its score, per image unit, and standard normal xi, which is not used where
-    ``noise_std`` is the number 0. ``step_size`` (image units squared) and ``noise_std`` (image
-    units) are numbers or (B,).
+    ``score`` is per image unit; ``xi`` is standard normal, unused if ``noise_std`` is the number 0.
+    ``step_size`` (image units squared) and ``noise_std`` (image units) are numbers or (B,).
     """
     moved = x + per_chain(step_size, x) * score
     if isinstance(noise_std, Tensor) or noise_std:
@@ -103,17 +101,17 @@ def langevin_move(
 
 
 class Langevin(PositionSampler):
-    """Unadjusted Langevin dynamics at one noise level; SGLD with a noise of its own.
+    """Unadjusted Langevin dynamics at one noise level; SGLD if ``noise_std`` is given.
 
     Args:
-        score: of the target.
+        score: score function of the target.
         step_size: eta, image units squared.
         temperature: T; 0 is gradient ascent.
-        noise_std: deviation of the noise instead of sqrt(2 eta T), image units.
+        noise_std: standard deviation of the noise, image units; None: sqrt(2 eta T).
         sigma: noise level passed to the score, for models that take one.
-        drift_clip: bound on each entry of eta * score (JEM++, arXiv 2109.09032, clips so).
-        bounds: x is clipped to them after each step; None: not at all.
-        normal: (x, generator) to standard normal numbers of x's shape.
+        drift_clip: bound on each entry of eta * score, as in JEM++ (arXiv 2109.09032).
+        bounds: range to which x is clipped after each step; None: no clipping.
+        normal: maps (x, generator) to standard normal numbers in the shape of x.
 
     Raises:
         UserError: if a number is not legal.
@@ -142,7 +140,7 @@ class Langevin(PositionSampler):
         self.drift_clip, self.bounds = drift_clip, bounds
 
     def step(self, state: Chain, generator: torch.Generator) -> tuple[Chain, Info]:
-        """x + eta s(x) + noise * xi."""
+        """Take the step x + eta s(x) + noise * xi."""
         x = state.x
         score, step_size = self.score(x, self.sigma), self.step_size
         if self.drift_clip is not None:
@@ -184,7 +182,7 @@ class SGLDConfig(LevelConfig):
 
 
 class DensityChain(NamedTuple):
-    """The state of samplers that accept or reject: positions, density and score there."""
+    """State of samplers that accept or reject: positions with their log-density and score."""
 
     x: Tensor
     step: int
@@ -204,8 +202,8 @@ class MALAConfig(LevelConfig):
 class HMCConfig(LevelConfig):
     """Settings of ``hmc``.
 
-    Each chain's step size is drawn anew from epsilon * [1 - jitter, 1 + jitter], so that no
-    proposal goes round an orbit and comes back.
+    For each proposal, the step size of each chain is drawn from epsilon * [1 - jitter, 1 + jitter],
+    so that no trajectory follows a periodic orbit back to its start.
     """
 
     steps: int = Field(200, ge=1, description="number of proposals per chain")
@@ -222,7 +220,7 @@ class HMCConfig(LevelConfig):
 
 
 class MetropolisSampler:
-    """What both samplers share; ``steps`` and ``start`` of the settings are those of jobs."""
+    """Base of `MALA` and `HMC`; only jobs use ``steps`` and ``start`` of the settings."""
 
     steps = None
 
@@ -231,15 +229,15 @@ class MetropolisSampler:
         self.step_size, self.temperature = config.step_size, config.temperature
 
     def init(self, x: Tensor) -> DensityChain:
-        """Chains that start at ``x`` (B, ...)."""
+        """State of chains that start at ``x`` (B, ...)."""
         return DensityChain(x, 0, *self.density(x, self.sigma))
 
 
 class MALA(MetropolisSampler):
-    """Metropolis-adjusted Langevin; its settings are a `MALAConfig`."""
+    """Metropolis-adjusted Langevin algorithm."""
 
     def step(self, state: DensityChain, generator: torch.Generator) -> tuple[DensityChain, Info]:
-        """Propose a Langevin move, and accept it or stay."""
+        """Propose a Langevin move, and accept or reject it."""
         x, noise_std = state.x, math.sqrt(2 * self.step_size * self.temperature)
         xi = normal_like(x, generator)
         proposed = langevin_move(x, state.score, self.step_size, noise_std, xi)
@@ -258,7 +256,7 @@ class HMC(MetropolisSampler):
         self.leapfrogs, self.jitter = config.leapfrogs, config.jitter
 
     def step(self, state: DensityChain, generator: torch.Generator) -> tuple[DensityChain, Info]:
-        """A new momentum, the leapfrog steps, and their end accepted or not."""
+        """Draw a momentum, take the leapfrog steps, and accept or reject their end point."""
         x, log_density, score = state.x, state.log_density, state.score
         start = momentum = normal_like(x, generator)
         size: float | Tensor = self.step_size
@@ -278,10 +276,10 @@ class HMC(MetropolisSampler):
 def adjusted(
     state: DensityChain, proposed: DensityChain, log_ratio: Tensor, generator: torch.Generator
 ) -> tuple[DensityChain, Info]:
-    """``proposed`` where a uniform number is below exp(``log_ratio`` (B,)), ``state`` elsewhere."""
+    """Accept ``proposed`` with probability min(1, exp(``log_ratio``)), (B,), or keep ``state``."""
     x = state.x
     u = torch.rand(len(x), generator=generator, dtype=log_ratio.dtype, device=x.device)
-    # where the ratio is NaN the proposal itself is taken, for `Chains` to find
+    # a NaN ratio accepts the proposal, so that `Chains` detects the divergence
     accepted = (u.log() < log_ratio) | log_ratio.isnan()
     rows = per_chain(accepted, x)
     new = DensityChain(
@@ -293,15 +291,15 @@ def adjusted(
     return new, Info(root_mean_square(new.x - x), accepted=accepted)
 
 
-DOWN_LEVELS = "goes down noise levels"
-"""Why chains of such samplers have no law (`SamplerEntry.no_law`)."""
+DOWN_LEVELS = "runs over decreasing noise levels"
+"""`SamplerEntry.no_law` of samplers over decreasing noise levels."""
 
 
 def geometric_sigmas(high: float, low: float, count: int) -> tuple[float, ...]:
-    """``count`` noise levels from ``high`` down to ``low``, of equal ratio, image units.
+    """Return ``count`` geometric noise levels from ``high`` down to ``low``, image units.
 
     Raises:
-        UserError: if they do not go down, or there are fewer than two for different ends.
+        UserError: if ``high`` is below ``low``, or there are too few levels.
 
     >>> geometric_sigmas(1.0, 0.25, 3)
     (1.0, 0.5, 0.25)
@@ -315,7 +313,7 @@ def geometric_sigmas(high: float, low: float, count: int) -> tuple[float, ...]:
 
 
 class RangeConfig(SamplerConfig):
-    """Settings of samplers that go down noise levels."""
+    """Settings of samplers over decreasing noise levels."""
 
     high: Sigma | None = Field(None, description="first noise level; null: the model's highest")
     low: Sigma | None = Field(
@@ -327,7 +325,7 @@ class RangeConfig(SamplerConfig):
         return self.model_copy(update=ends)
 
     def sigmas(self, count: int) -> tuple[float, ...]:
-        """``count`` geometric levels between the ends."""
+        """Return ``count`` geometric levels from ``high`` to ``low``."""
         return geometric_sigmas(self.high or HIGHEST, self.low or LOWEST, count)
 
 
@@ -343,8 +341,8 @@ class AnnealedConfig(RangeConfig):
     def _check_whole_levels(self) -> Self:
         if self.steps % self.inner or self.steps == self.inner:
             raise ValueError(
-                f"{self.steps} steps do not make two or more noise levels of {self.inner}: take a "
-                f"multiple, as {max(2, round(self.steps / self.inner)) * self.inner}"
+                f"{self.steps} steps are not two or more noise levels of {self.inner} steps: take "
+                f"a multiple, as {max(2, round(self.steps / self.inner)) * self.inner}"
             )
         return self
 
@@ -360,12 +358,12 @@ class PCConfig(RangeConfig):
 
 
 class AnnealedLangevin(PositionSampler):
-    """Langevin dynamics down a list of noise levels (RCG algorithm 2).
+    """Langevin dynamics over decreasing noise levels (RCG algorithm 2).
 
-    ``sigmas`` are in image units, usually `geometric_sigmas`; ``config`` are settings at each.
+    ``sigmas`` are in image units, usually from `geometric_sigmas`; ``config`` applies to each.
 
     Raises:
-        UserError: if levels do not go down.
+        UserError: if the levels do not decrease.
     """
 
     def __init__(
@@ -375,7 +373,7 @@ class AnnealedLangevin(PositionSampler):
         self.steps = len(sigmas) * config.inner
 
     def step(self, state: Chain, generator: torch.Generator) -> tuple[Chain, Info]:
-        """One Langevin step at the present level."""
+        """Take one Langevin step at the current level."""
         x, sigma = state.x, self.sigmas[state.step // self.config.inner]
         step_size = self.config.rate * sigma**2
         noise_std = math.sqrt(2 * step_size * self.config.temperature)
@@ -385,13 +383,13 @@ class AnnealedLangevin(PositionSampler):
 
 
 class PredictorCorrector(PositionSampler):
-    """From each noise level to the next, then Langevin steps there (Song et al. 2021, VE).
+    """Predictor-corrector sampling over decreasing noise levels (Song et al. 2021, VE).
 
-    ``sigmas`` are two levels or more, image units; at the last it ends, without denoising. Without
-    corrections it is ancestral sampling.
+    ``sigmas`` are two or more levels, image units; the images at the last one are not denoised.
+    Without corrections it is ancestral sampling.
 
     Raises:
-        UserError: if levels do not go down.
+        UserError: if the levels do not decrease.
     """
 
     def __init__(self, score: ScoreFunction, sigmas: tuple[float, ...], config: PCConfig) -> None:
@@ -399,7 +397,7 @@ class PredictorCorrector(PositionSampler):
         self.steps = len(sigmas) - 1
 
     def step(self, state: Chain, generator: torch.Generator) -> tuple[Chain, Info]:
-        """To the next level, and the corrections there."""
+        """Move to the next level, and take the correction steps there."""
         x = state.x
         now, then = self.sigmas[state.step : state.step + 2]
         fall = now**2 - then**2
@@ -445,7 +443,7 @@ ENTRIES = (
             sigma=config.sigma,
             drift_clip=config.drift_clip,
         ),
-        caveat="its noise does not belong to its step, so its law is not the model's",
+        caveat="its noise does not match its step size, so it does not sample the model's density",
         priority=1,
         fresh_steps=100,
     ),

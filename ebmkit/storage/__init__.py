@@ -1,4 +1,4 @@
-"""Files that outlive crashes: written whole, noticed when damaged, one writer at a time."""
+"""Crash-safe files: atomic writes, detection of damage, one writer at a time."""
 
 from ebmkit.storage.atomic import Busy, held, make_folder
 from ebmkit.storage.manifest import commit_files, read_together, remove_file, write_atomically

@@ -1,16 +1,15 @@
-"""Writing a file in one move, by one process at a time.
+"""Atomic file replacement and folder locks.
 
-So a crash, a full disk or Ctrl-C never leaves half of a file: the content goes to a temporary file
-beside the file's place, ``.NAME.RANDOM.partial``, is brought to the disk, and is then moved over
-what was there. A process that is killed on the way leaves the temporary behind and the file as it
-was.
+A crash, a full disk or Ctrl-C never leaves a truncated file: the content is written to a temporary
+file ``.NAME.RANDOM.partial`` in the same folder, synced to the disk, and then renamed over the old
+file. A process that is killed before the rename leaves the temporary file and the old file.
 
-A folder that one process at a time may write into has a lock of the operating system's on the file
-``.lock``: it ends with the process that holds it, however that ends. Beside it ``.holder.json``
-says who holds it, for the message to whoever comes second. Processes that the holder started
-(readers of images) share the lock and outlive it by a few seconds, for which a newcomer waits where
-the holder was on the same machine and is dead. Locks reach as far as the file system carries them:
-on one machine always, between machines where the network file system knows ``flock``.
+A folder with one writer at a time has an operating system lock on the file ``.lock``, which is
+released when the holding process ends for any reason. ``.holder.json`` describes the holder, for
+the error message of a second process. Child processes of the holder (workers that read images)
+share the lock and may outlive the holder by a few seconds; if the holder was on the same machine
+and is dead, a new process waits for them. Locks always work on one machine, and between machines if
+the network file system supports ``flock``.
 """
 
 from __future__ import annotations
@@ -33,13 +32,13 @@ from filelock import FileLock, Timeout
 from ebmkit.errors import UserError
 
 PARTIAL = ".partial"
-"""What the names of temporary files end in; they begin with a dot."""
+"""Suffix of temporary file names; the names start with a dot."""
 
 Content = bytes | memoryview
 
 
 def _umask() -> int:
-    """The process's mask of permissions, which can only be read by setting it."""
+    """The umask of the process, which can only be read by setting it."""
     mask = os.umask(0o077)
     os.umask(mask)
     return mask
@@ -49,10 +48,10 @@ _UMASK = _umask()
 
 
 def make_folder(path: Path) -> None:
-    """Make the folder ``path``, and those above it, if they are not there.
+    """Create the folder ``path`` and its parents if they do not exist.
 
     Raises:
-        UserError: if it cannot be made.
+        UserError: if it cannot be created.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -62,7 +61,7 @@ def make_folder(path: Path) -> None:
 
 @contextlib.contextmanager
 def _or_removed(temporary: str | Path) -> Iterator[None]:
-    """Remove the file ``temporary`` if something fails within."""
+    """Context that removes the file ``temporary`` on an exception."""
     try:
         yield
     except BaseException:
@@ -72,10 +71,10 @@ def _or_removed(temporary: str | Path) -> Iterator[None]:
 
 
 def stage(path: Path, content: Content) -> Path:
-    """Write ``content`` to a temporary file beside ``path``, down to the disk; its path.
+    """Write ``content`` to a temporary file in the folder of ``path``, with fsync; return its path.
 
     Raises:
-        OSError: if it cannot be written; nothing is left behind then.
+        OSError: if it cannot be written; the temporary file is removed then.
     """
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=PARTIAL, dir=path.parent)
     with _or_removed(temporary):
@@ -89,10 +88,10 @@ def stage(path: Path, content: Content) -> Path:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Within, a temporary file beside ``path`` to write, which then takes its place in one move.
+    """Context with a temporary file to write, which atomically replaces ``path`` on exit.
 
     Raises:
-        UserError: if it cannot be written; nothing is left behind then.
+        UserError: if it cannot be written; the temporary file is removed then.
     """
     with writing(path):
         temporary = stage(path, b"")
@@ -108,10 +107,10 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def replace_file(path: Path, content: Content) -> None:
-    """Put ``content`` in the place of ``path``, in one move.
+    """Atomically replace the file ``path`` by ``content``.
 
     Raises:
-        OSError: if it cannot be written; what was there before is untouched.
+        OSError: if it cannot be written; the old file is unchanged.
     """
     temporary = stage(path, content)
     with _or_removed(temporary):
@@ -120,14 +119,14 @@ def replace_file(path: Path, content: Content) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring the names in ``folder`` to the disk; where a file system cannot, nothing happens.
+    """Sync the directory entries of ``folder`` to the disk, if the file system supports it.
 
     Raises:
         OSError: if the disk fails.
     """
     try:
         handle = os.open(folder, os.O_RDONLY)
-    except OSError:  # a folder that one may write into and not read, or none that can be opened
+    except OSError:  # writable but not readable, or cannot be opened
         return
     try:
         os.fsync(handle)
@@ -149,10 +148,10 @@ _ADVICE = {
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Tell of an `OSError` within as of ``path``, which could not be written.
+    """Context that translates an `OSError` to a `UserError` about writing ``path``.
 
     Raises:
-        UserError: then.
+        UserError: if an `OSError` is raised in the context.
     """
     try:
         yield
@@ -160,39 +159,39 @@ def writing(path: Path) -> Iterator[None]:
         advice = f" ({_ADVICE[error.errno]})" if error.errno in _ADVICE else ""
         message = f"cannot write {str(path)!r}: {error.strerror or error}{advice}"
         if not path.parent.is_dir():
-            raise UserError(f"{message}: the folder is not there (moved, or removed?)") from error
-        raise UserError(f"{message}; what was there before is untouched") from error
+            raise UserError(f"{message}: its folder does not exist (moved or removed?)") from error
+        raise UserError(f"{message}; the old file, if any, is untouched") from error
 
 
 def free_name(path: Path) -> Path:
-    """``path`` if nothing has that name, else the first free of NAME-2.SUFFIX, NAME-3.SUFFIX..."""
+    """``path`` if it does not exist, else the first free one of NAME-2.SUFFIX, NAME-3.SUFFIX..."""
     names = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(2))
     return next(name for name in itertools.chain([path], names) if not name.exists())
 
 
 PATIENCE = 15.0
-"""Seconds to wait for the processes that a dead holder left."""
+"""Seconds to wait for child processes of a dead holder."""
 
 
 class Busy(UserError):
-    """Another process works in the folder."""
+    """Another process holds the lock of the folder."""
 
 
 @contextlib.contextmanager
 def held(
     folder: Path, what: str, advice: str = "choose another --out", name: str = ""
 ) -> Iterator[None]:
-    """Within, no other process works in ``folder``, or on what is called ``name`` in it.
+    """Context that holds the lock of ``folder``, or of its part ``name``.
 
     Args:
         folder: an existing folder.
-        what: is done there, for others to read, as "training".
-        advice: what else to do than wait, as a message ends.
-        name: of a part of the folder that has a lock of its own, ``NAME.lock``.
+        what: activity for the message to other processes, such as "training".
+        advice: alternative to waiting, at the end of the error message.
+        name: name of a part of the folder with its own lock, ``NAME.lock``.
 
     Raises:
-        Busy: if another process holds it: its host, number and start.
-        UserError: if the folder cannot be written into.
+        Busy: if another process holds the lock; the message states its host, process and start.
+        UserError: if the folder is not writable.
     """
     path = folder / f"{name}.lock"
     holder = folder / (f".{name}.holder.json" if name else ".holder.json")
@@ -229,7 +228,7 @@ def _self(what: str) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """Who says at ``path`` that it holds the lock; None if it has not said so (yet)."""
+    """Read the description of the lock holder; None if there is none (yet)."""
     try:
         with path.open("rb") as file:
             found = json.loads(file.read(65536))
@@ -246,7 +245,7 @@ def _sentence(place: Path, holder: dict[str, Any] | None) -> str:
 
 
 def _is_dead(holder: dict[str, Any]) -> bool:
-    """Whether the holder was a process of this machine and is no more."""
+    """Whether the holder was a process of this machine that has ended."""
     if holder.get("host") != platform.node():
         return False
     pid = holder["process"]
@@ -260,10 +259,7 @@ def _is_dead(holder: dict[str, Any]) -> bool:
 
 
 def _started(pid: int) -> str | None:
-    """When a process began, in the kernel's ticks since it booted; None where it does not say.
-
-    A zombie is no more.
-    """
+    """Start time of a process in kernel ticks since boot, "dead" for a zombie, None if unknown."""
     try:
         after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

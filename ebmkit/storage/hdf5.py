@@ -1,17 +1,17 @@
-"""HDF5 files that somebody else may have made.
+"""Read untrusted HDF5 files.
 
-HDF5 is more than arrays: a file can refer to others (external links and storage, virtual data
-sets), name filters for which the library loads code, claim sizes that no disk holds, and hold
-chunks that unpack to a million times their size. Read here are plain arrays that lie in the file
-itself, by hard links, compressed by gzip or lzf, of numbers or text, and of sizes that are looked
-at before a byte is unpacked:
+An HDF5 file can refer to other files (external links and storage, virtual data sets), name filters
+for which the library loads code, claim sizes that no disk holds, and contain chunks that decompress
+to a million times their size. This module reads only arrays of numbers or text in the file itself,
+reached by hard links, uncompressed or compressed by gzip or lzf. It checks sizes before
+decompression:
 
-- an array is no larger than what the bytes of it in the file can unpack to;
-- no chunk unpacks to more than `UNPACKED` bytes, whatever its header says;
-- text of any length, which lies in a heap that many entries may share, is read entry by entry.
+- an array is not larger than its bytes in the file can decompress to;
+- no chunk decompresses to more than `UNPACKED` bytes, whatever its header claims;
+- variable-length text, which is in a heap that many entries may share, is read entry by entry.
 
-What remains is the library's own reading of a damaged file's structures, which is C. All functions
-raise a `UserError` that names the file and the array where something else is found.
+The HDF5 library itself, which parses damaged file structures, is C code and remains a risk. All
+functions raise a `UserError` that names the file and the array for other content.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ if TYPE_CHECKING:
     import h5py
 
 LARGEST = 4 * 2**30
-"""Bytes that an array may have that is read as a whole."""
+"""Maximum bytes of an array that is read at once."""
 
 LARGEST_CHUNK = 64 * 2**20
-"""Bytes of a chunk, which is unpacked as a whole."""
+"""Maximum bytes of a chunk, which is decompressed at once."""
 
 UNPACKED = 256 * 2**20
-"""Bytes that a chunk may unpack to: one that says it is small may hold more."""
+"""Maximum bytes that a chunk may decompress to; its header may claim a smaller size."""
 
 MOST_ROWS = 2**25
 MOST_NAMES, LONGEST_NAME = 100_000, 1000
@@ -46,24 +46,24 @@ LONGEST_TEXT = 2**20
 
 _GZIP, _LZF = 1, 32000
 _FILTERS = {_GZIP: "gzip", 2: "shuffle", 3: "fletcher32", _LZF: "lzf"}
-"""Those that are read. For others the library would load a plugin; its own szip, nbit and
-scaleoffset are hardly used and have a history of faults."""
+"""Accepted filters. For others the library would load a plugin; its built-in szip, nbit and
+scaleoffset are rarely used and have a history of bugs."""
 
 _RATIO = {_GZIP: 1032, _LZF: 88}
-"""What a filter unpacks a byte to, at the most: a token of deflate's takes 2 bits and gives 258
-bytes, one of LZF's takes 3 bytes and gives 264."""
+"""Maximum decompression ratio of a filter: a deflate token of 2 bits yields 258 bytes, an LZF token
+of 3 bytes yields 264."""
 
 _BROKEN = (OSError, KeyError, RuntimeError, ValueError, TypeError, OverflowError, MemoryError)
-"""What h5py raises on damaged files; `UserError` is a `ValueError` and passes."""
+"""Exceptions of h5py on damaged files. `UserError` is a `ValueError` too, but is not translated."""
 
 
 @contextlib.contextmanager
 def open_hdf5(source: Path | bytes, what: str = "") -> Iterator[h5py.File]:
-    """An HDF5 file, read-only; an error within becomes one sentence.
+    """Open an HDF5 file read-only; errors of h5py in the context become `UserError`.
 
     Args:
         source: path, or content.
-        what: names a content in messages.
+        what: name of the content in messages.
     """
     import h5py
 
@@ -80,7 +80,7 @@ def open_hdf5(source: Path | bytes, what: str = "") -> Iterator[h5py.File]:
 
 @contextlib.contextmanager
 def translate_hdf5_errors(what: str) -> Iterator[None]:
-    """Within, what h5py raises on a damaged file becomes a `UserError`."""
+    """Context that translates errors of h5py on a damaged file to `UserError`."""
     try:
         yield
     except UserError:
@@ -93,12 +93,12 @@ def translate_hdf5_errors(what: str) -> Iterator[None]:
 
 
 def holds(file: h5py.File, name: str) -> bool:
-    """Whether the root of ``file`` has an entry ``name``, of whatever kind; nothing is opened."""
+    """Whether the root of ``file`` has an entry ``name`` of any kind; the entry is not opened."""
     return file.get(name, getlink=True) is not None
 
 
 def find_array(file: h5py.File, name: str, what: str) -> h5py.Dataset | None:
-    """The array called ``name`` (with slashes), by `check_dataset`; None if there is none."""
+    """The array at path ``name``, checked by `check_dataset`; None if there is none."""
     import h5py
 
     found: Any = file
@@ -122,7 +122,7 @@ def find_array(file: h5py.File, name: str, what: str) -> h5py.Dataset | None:
 
 
 def check_dataset(dataset: h5py.Dataset, what: str) -> None:
-    """Check that an array lies in its file, plainly, and that its chunks can be unpacked."""
+    """Check that an array is in its file, has an accepted type, and can be decompressed safely."""
     import h5py
 
     where = f"{what}, array {dataset.name!r}"
@@ -153,20 +153,20 @@ def _check_filters(filters: list[int], where: str) -> None:
     for code in filters:
         if code not in _FILTERS:
             raise UserError(
-                f"{where}: it is packed by filter {code}, which is not read: pack it by gzip or lzf"
+                f"{where}: it has filter {code}, which is not read: compress it with gzip or lzf"
             )
     packers = [i for i, code in enumerate(filters) if code in _RATIO]
     shuffled_late = packers and 2 in filters[packers[0] :]
     if len(packers) > 1 or len(set(filters)) < len(filters) or shuffled_late:
         names = ", ".join(_FILTERS[code] for code in filters)
         raise UserError(
-            f"{where}: it is packed by {names}, one upon the other, as is done to fill the memory: "
-            "pack it by one of gzip and lzf"
+            f"{where}: it has the filters {names} in sequence, which could exhaust the memory: "
+            "compress it with one of gzip and lzf"
         )
 
 
 def _check_size(dataset: h5py.Dataset, filters: list[int], where: str) -> None:
-    """Whether the file has the bytes for what an array claims to be."""
+    """Check that the file has enough bytes for the claimed size of an array."""
     item = dataset.dtype.itemsize
     size, room = math.prod(dataset.shape) * item, dataset.file.id.get_filesize()
     packer = next((code for code in filters if code in _RATIO), None)
@@ -181,14 +181,14 @@ def _check_size(dataset: h5py.Dataset, filters: list[int], where: str) -> None:
     if stored > room or size > ratio * stored + 2**20:
         raise UserError(
             f"{where}: it claims {size:,} bytes, and the file holds {min(stored, room):,} of it: "
-            "the file is incomplete, or made to fill the memory"
+            "the file is incomplete or malicious"
         )
 
 
 def _stored_chunks(
     dataset: h5py.Dataset, slots: int, small: int
 ) -> tuple[int, list[tuple[int, ...]]]:
-    """Bytes of all chunks in the file, and the offsets of those that are not ``small``."""
+    """Total stored bytes of all chunks, and offsets of the chunks of more than ``small`` bytes."""
     stored, count, large = 0, 0, list[tuple[int, ...]]()
 
     def add(chunk: Any) -> bool | None:
@@ -196,7 +196,7 @@ def _stored_chunks(
         stored, count = stored + chunk.size, count + 1
         if chunk.size > small:
             large.append(chunk.chunk_offset)
-        return True if count > slots else None  # an index that runs in circles
+        return True if count > slots else None  # a cyclic index
 
     dataset.id.chunk_iter(add)
     return (stored, large) if count <= slots else (2**63, [])
@@ -205,7 +205,7 @@ def _stored_chunks(
 def _check_chunk(
     dataset: h5py.Dataset, offset: tuple[int, ...], filters: list[int], plain: int, where: str
 ) -> None:
-    """Check that a chunk which could unpack to more than `UNPACKED` bytes does not."""
+    """Check that a large chunk does not decompress to more than `UNPACKED` bytes."""
     mask, content = dataset.id.read_direct_chunk(offset)
     used = {code for i, code in enumerate(filters) if not mask >> i & 1}
     fits = len(content) <= plain + plain // 100 + 1024
@@ -224,7 +224,7 @@ def _check_chunk(
 
 
 def read_array(dataset: h5py.Dataset, what: str) -> np.ndarray:
-    """All of an array that `find_array` gave."""
+    """Read a whole array, as returned by `find_array`."""
     size = math.prod(dataset.shape) * dataset.dtype.itemsize
     if size > LARGEST:
         raise UserError(
@@ -236,7 +236,7 @@ def read_array(dataset: h5py.Dataset, what: str) -> np.ndarray:
 
 
 def read_names(dataset: h5py.Dataset, what: str) -> tuple[str, ...]:
-    """Text (K,) as strings."""
+    """Read text (K,) as strings."""
     import h5py
 
     where = f"{what}, array {dataset.name!r}"
@@ -248,18 +248,18 @@ def read_names(dataset: h5py.Dataset, what: str) -> tuple[str, ...]:
             f"{MOST_NAMES:,} of {LONGEST_NAME:,}"
         )
     text, names = dataset.asstr(errors="replace"), list[str]()
-    for number in range(len(dataset)):  # not at once: all may be one long text in the heap
+    for number in range(len(dataset)):  # not at once: all may share one long text in the heap
         names.append(str(text[number]))
         if len(names[-1]) > LONGEST_NAME:
             raise UserError(
-                f"{where}: name {number} has {len(names[-1]):,} characters, and {LONGEST_NAME} are "
-                "the most"
+                f"{where}: name {number} has {len(names[-1]):,} characters, more than "
+                f"{LONGEST_NAME}"
             )
     return tuple(names)
 
 
 def read_attribute(file: h5py.File, name: str, what: str) -> Any:
-    """One number or text of the file's attributes; None if there is none of this name."""
+    """Read an attribute of the file, one number or text; None if it does not exist."""
     import h5py
 
     if name not in file.attrs:

@@ -1,16 +1,16 @@
-"""The manifest of a run folder: what each file holds, and how its files change together.
+"""The manifest of a run folder: checksums of its files, and atomic changes of several files.
 
-``manifest.json`` names every file of the run with its length and its SHA-256, so that one that was
-cut short, emptied, exchanged, lost, or in which a single bit has changed is noticed before it is
-used. A log that only grows is entered with the length and digest of its first bytes. The manifest
-carries a digest of itself.
+``manifest.json`` lists every file of the run with its length and SHA-256, so that a truncated,
+replaced, lost or changed file (down to one bit) is detected before it is used. A file that only
+grows, such as a log, is listed with the length and digest of its first bytes. The manifest contains
+a digest of itself.
 
-A redo log makes one change of many. The new contents lie beside their places, on the disk, before
-the manifest is replaced by one that has their digests and says where they lie (``pending``): that
-is the moment at which the change has happened. Then they are moved into place. Whoever is killed
-before that moment has changed nothing; whoever is killed after it has left everything to finish the
-change, which the next writer does (`recover`); readers follow ``pending`` meanwhile. So a reader
-sees all of the old files or all of the new ones, without a lock.
+A redo log makes a change of several files atomic. The new contents are written to temporary files.
+Then the manifest is replaced by one with their digests and temporary names (``pending``): this
+commits the change. Afterwards the temporary files are renamed. If the process is killed before the
+commit, nothing has changed; if it is killed later, the next writer completes the change
+(`recover`). Until then readers follow ``pending``. So a reader sees all of the old files or all of
+the new ones, without a lock.
 """
 
 from __future__ import annotations
@@ -35,32 +35,32 @@ from ebmkit.storage.reading import MIB, DamagedFile, read_bytes, read_json
 
 MANIFEST = "manifest.json"
 FORMAT = 2
-"""Of run folders: 1 had no manifest."""
+"""Format version of run folders; version 1 had no manifest."""
 
 FOLDERS = ("checkpoints", "breaches", "evaluation", "energies")
-"""Folders whose files are entered, beside those in the run folder itself."""
+"""Subfolders whose files the manifest lists, besides those in the run folder itself."""
 
 LARGEST_MANIFEST, LARGEST_FILE = 16 * MIB, 2**34
-"""Bytes, at the most."""
+"""Maximum bytes of a manifest and of another file."""
 
 PATIENCE = 60.0
-"""Seconds to wait for another process that changes the manifest."""
+"""Maximum seconds to wait for another process that changes the manifest."""
 
 KIND = "ebmkit run"
 
 
 class DamagedManifest(DamagedFile):
-    """The manifest itself is not what was written."""
+    """The manifest itself is damaged."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What is known of a file.
+    """Size and checksum of a file.
 
     Attributes:
-        size: bytes; of a file that grows, those that are vouched for.
-        sha256: of these bytes.
-        grows: whether bytes may follow.
+        size: number of bytes; for a file that grows, of the part that is checked.
+        sha256: digest of these bytes.
+        grows: whether more bytes may follow.
     """
 
     size: Annotated[int, Field(ge=0, strict=True, validation_alias="bytes")]
@@ -69,12 +69,12 @@ class Entry:
 
 
 def entry_of(content: Content, grows: bool = False) -> Entry:
-    """The entry of a file that holds ``content``."""
+    """Make the entry of a file with ``content``."""
     return Entry(len(content), hashlib.sha256(content).hexdigest(), grows)
 
 
 def _check_name(name: str) -> str:
-    """A name in a manifest, which must lie in its folder."""
+    """Check that a name in a manifest does not lead out of the run folder."""
     parts = PurePosixPath(name).parts
     if not parts or name.startswith("/") or ".." in parts or "\0" in name or "\\" in name:
         raise ValueError(name)
@@ -85,12 +85,12 @@ Name = Annotated[str, AfterValidator(_check_name)]
 
 
 class Manifest(BaseModel):
-    """The files of a run.
+    """Files of a run.
 
     Attributes:
-        files: by name, relative to the run folder, with slashes.
-        pending: files on their way -> the temporary file, beside it, that holds its new content.
-        removed: files on their way out.
+        files: name, relative to the run folder, with slashes -> entry.
+        pending: name of a changed file -> temporary file in the same folder with its new content.
+        removed: names of files that are still to be removed.
     """
 
     files: dict[Name, Entry] = {}
@@ -108,7 +108,7 @@ class Manifest(BaseModel):
         return self
 
     def to_bytes(self) -> bytes:
-        """As it is written: JSON that carries a digest of itself."""
+        """Serialise to JSON that contains a digest of itself."""
         files = {
             name: {"bytes": e.size, "sha256": e.sha256} | ({"grows": True} if e.grows else {})
             for name, e in sorted(self.files.items())
@@ -125,15 +125,15 @@ class Manifest(BaseModel):
 
 
 def read_manifest(root: Path) -> Manifest | None:
-    """The manifest of the run folder ``root``; None if there is none.
+    """Read the manifest of the run folder ``root``; None if there is none.
 
     Raises:
         DamagedManifest: if it is damaged.
-        UserError: if it is of a later version.
+        UserError: if its format is of a later version.
     """
     path = root / MANIFEST
     damaged = DamagedManifest(
-        f"{str(path)!r} is damaged: move it away, or let `ebmkit train --resume` make it anew"
+        f"{str(path)!r} is damaged: move it away, or let `ebmkit train --resume` rebuild it"
     )
     try:
         values = read_json(path, LARGEST_MANIFEST)
@@ -145,8 +145,8 @@ def read_manifest(root: Path) -> Manifest | None:
         raise damaged
     if isinstance(values.get("format"), int) and values["format"] > FORMAT:
         raise UserError(
-            f"{str(root)!r} is a run of format {values['format']}, and this version knows {FORMAT} "
-            "and earlier ones: use a newer ebmkit"
+            f"{str(root)!r} is a run of format {values['format']}, and this version supports at "
+            f"most {FORMAT}: use a newer ebmkit"
         )
     if values.pop("sha256", None) != _digest(values) or values.get("format") != FORMAT:
         raise damaged
@@ -157,7 +157,7 @@ def read_manifest(root: Path) -> Manifest | None:
 
 
 def manifest_or_none(root: Path) -> Manifest | None:
-    """As `read_manifest`, but None also where it is damaged."""
+    """As `read_manifest`, but None also if it is damaged."""
     try:
         return read_manifest(root)
     except DamagedManifest:
@@ -175,7 +175,7 @@ def begin_manifest(root: Path, files: Mapping[str, Entry]) -> None:
 
 
 def matches(content: Content, entry: Entry) -> bool:
-    """Whether ``content`` is what the entry says."""
+    """Whether ``content`` has the size and digest of ``entry``."""
     if len(content) < entry.size or (len(content) > entry.size and not entry.grows):
         return False
     return hashlib.sha256(memoryview(content)[: entry.size]).hexdigest() == entry.sha256
@@ -191,24 +191,24 @@ def commit_files(
     drop: Sequence[str] = (),
     grown: Mapping[str, Entry] | None = None,
 ) -> None:
-    """Replace several files of the run folder ``root``, all or none.
+    """Replace several files of the run folder ``root`` atomically.
 
     Args:
         root: a folder with a manifest.
         files: name, relative to ``root`` -> content.
-        drop: names of files to remove with it.
-        grown: entries of files that grew, which are not written.
+        drop: names of files to remove in the same change.
+        grown: new entries of files that have grown, which are not written.
 
     Raises:
-        UserError: if they cannot be written; what was there before is untouched, or, where only
-            moving into place failed, the next writer does it.
+        UserError: if writing fails; the old files are unchanged, or, if only a rename failed, the
+            next writer completes the change.
         DamagedFile: if the manifest is damaged.
     """
     staged: dict[str, Path] = {}
     committed = False
     current = root / next(iter(files), MANIFEST)
     try:
-        with ThreadPoolExecutor(1) as aside:  # digests are taken while the disk writes
+        with ThreadPoolExecutor(1) as aside:  # compute digests while the disk writes
             entries = {name: aside.submit(entry_of, content) for name, content in files.items()}
             for name, content in files.items():
                 current = root / name
@@ -225,7 +225,7 @@ def commit_files(
                 redo = stage(root / MANIFEST, manifest.to_bytes())
                 staged[MANIFEST] = redo
                 os.replace(redo, root / MANIFEST)
-                committed = True  # whatever fails now, the next writer finishes it
+                committed = True  # after an error from here on, the next writer completes it
                 sync_folder(root)
             with writing(current):
                 _finish(root, manifest)
@@ -237,16 +237,16 @@ def commit_files(
 
 
 def write_atomically(path: Path, content: Content) -> None:
-    """Write ``content`` to ``path`` in one move: readers see the old file or the new one.
+    """Write ``content`` to ``path`` atomically: readers see the old file or the new one.
 
-    A file of a run (in it, or in one of its `FOLDERS`) is entered into the run's manifest.
+    A file of a run (in its folder, or in one of its `FOLDERS`) is listed in the run's manifest.
 
     Raises:
-        UserError: if it cannot be written; the old file, if any, is untouched.
+        UserError: if it cannot be written; the old file, if any, is unchanged.
     """
     found = _home(path)
     if found is not None:
-        with contextlib.suppress(DamagedFile):  # the file is good nevertheless
+        with contextlib.suppress(DamagedFile):  # the file itself can be written nevertheless
             commit_files(found[0], {found[1]: content})
             return
     with writing(path):
@@ -254,7 +254,7 @@ def write_atomically(path: Path, content: Content) -> None:
 
 
 def remove_file(path: Path) -> None:
-    """Remove ``path`` if it is there; from the manifest too, if it is a file of a run.
+    """Remove the file ``path`` if it exists, also from the manifest if it is a file of a run.
 
     Raises:
         UserError: if it cannot be removed.
@@ -268,21 +268,21 @@ def remove_file(path: Path) -> None:
 
 
 def read_together(root: Path, names: Iterable[str]) -> dict[str, bytes]:
-    """The contents of files of a run folder, of one moment, each as it was written.
+    """Read a consistent snapshot of files of a run folder and verify them.
 
     Args:
-        root: the folder; without a manifest, files are read as they are.
-        names: relative to it; of a file that grows all is read, and the bytes vouched for checked.
+        root: run folder; without a manifest, files are not verified.
+        names: names relative to it; a file that grows is read whole, and its listed bytes verified.
 
     Raises:
-        DamagedFile: naming the first that is missing or is not what was written.
+        DamagedFile: if a file is missing or damaged; the message names the first one.
     """
     wanted = list(names)
     for attempt in range(20):
         manifest = read_manifest(root)
         try:
             return {name: read_entered(root, name, manifest) for name in wanted}
-        except DamagedFile:  # or else replaced just now by another process
+        except DamagedFile:  # may also be a change by another process
             if attempt == 19 or read_manifest(root) == manifest:
                 raise
             time.sleep(0.05)
@@ -290,22 +290,22 @@ def read_together(root: Path, names: Iterable[str]) -> dict[str, bytes]:
 
 
 def recover(root: Path) -> None:
-    """Finish what a killed process had begun to write.
+    """Complete the committed change of a killed process, and remove stale temporary manifests.
 
     Raises:
         UserError: if it cannot be written.
         DamagedFile: if the manifest is damaged.
     """
     with _changing(root):
-        for path in root.glob(f".{MANIFEST}.*{PARTIAL}"):  # only who is in here writes such
+        for path in root.glob(f".{MANIFEST}.*{PARTIAL}"):  # only the holder of the lock writes them
             path.unlink(missing_ok=True)
 
 
 def read_entered(root: Path, name: str, manifest: Manifest | None) -> bytes:
-    """The content of a file as ``manifest`` has it; as it is, if it is not in there.
+    """Read a file and verify it against ``manifest``; an unlisted file is not verified.
 
     Raises:
-        DamagedFile: if it is missing or another.
+        DamagedFile: if the file is missing or differs.
     """
     path = root / name
     known = manifest.files.get(name) if manifest else None
@@ -326,16 +326,16 @@ def read_entered(root: Path, name: str, manifest: Manifest | None) -> bytes:
         reason = (
             f"it has {len(content):,} bytes and had {known.size:,}"
             if short
-            else "its bytes are not those that were written"
+            else "its content differs from what was written"
         )
     meant = name in ("config.yaml", "environment.json") and path.is_file()
-    advice = f" (if that was meant: ebmkit verify {root} --accept {name})" if meant else ""
+    advice = f" (if this is intended: ebmkit verify {root} --accept {name})" if meant else ""
     raise DamagedFile(f"{str(path)!r} is damaged: {reason}{advice}")
 
 
 @contextlib.contextmanager
 def _changing(root: Path) -> Iterator[Manifest]:
-    """The manifest, settled, while no other process changes it."""
+    """Context that holds the lock of the manifest, with any committed change completed."""
     lock = FileLock(root / f".{MANIFEST}.lock")
     with writing(root / MANIFEST):
         try:
@@ -343,7 +343,7 @@ def _changing(root: Path) -> Iterator[Manifest]:
         except Timeout:
             raise UserError(
                 f"cannot write into {str(root)!r}: another process has held its manifest for "
-                f"{PATIENCE:.0f} s; see whether one hangs"
+                f"{PATIENCE:.0f} s; check whether a process hangs"
             ) from None
     try:
         manifest = read_manifest(root)
@@ -357,11 +357,11 @@ def _changing(root: Path) -> Iterator[Manifest]:
 
 
 def _finish(root: Path, manifest: Manifest) -> None:
-    """Move what is pending into place, remove what is on its way out, and say so."""
+    """Rename the pending files, remove the removed ones, and update the manifest."""
     if not (manifest.pending or manifest.removed):
         return
     for name, partial in manifest.pending.items():
-        with contextlib.suppress(FileNotFoundError):  # it is there already
+        with contextlib.suppress(FileNotFoundError):  # already renamed
             os.replace((root / name).with_name(partial), root / name)
     for folder in {(root / name).parent for name in manifest.pending}:
         sync_folder(folder)
@@ -372,7 +372,7 @@ def _finish(root: Path, manifest: Manifest) -> None:
 
 
 def _home(path: Path) -> tuple[Path, str] | None:
-    """The run folder whose manifest ``path`` belongs in, and its name there."""
+    """Run folder whose manifest lists ``path``, and its name there; None for other files."""
     path = Path(os.path.abspath(path))
     for root in list(path.parents)[:4]:
         if (root / MANIFEST).is_file() and (root / "checkpoints").is_dir():

@@ -1,29 +1,29 @@
-"""Pickles read as data: the stack machine of `pickle`, with nothing in it that can run code.
+"""Safe unpickler: the stack machine of `pickle` without instructions that can execute code.
 
 A pickle is a program for a small stack machine. Three of its instructions name functions and
 classes (GLOBAL, STACK_GLOBAL, INST), five call them (REDUCE, INST, OBJ, NEWOBJ, NEWOBJ_EX), and
-BUILD sets attributes; that is how a checkpoint runs code when `pickle` or `dill` reads it. Here a
-name is looked up in two tables, and never in a module:
+BUILD sets attributes. So a checkpoint can execute code when `pickle` or `dill` loads it. Here names
+are looked up in two tables instead of in imported modules:
 
 ============  ==================================================================================
-name          becomes
+name          result
 ============  ==================================================================================
-known         a function of this module, which makes a container or a tensor, or a type
-inert         an `Inert`, which remembers its name; calling it gives another, BUILD changes nothing
-all others    a `Refusal` that says the name
+known         a function of this module that makes a container or a tensor, or a type
+inert         an `Inert` placeholder with this name; a call returns another, BUILD has no effect
+all others    a `Refusal` that contains the name
 ============  ==================================================================================
 
-A pickle may be small and stand for much: what lies on its stack can be copied again and again by
-calling ``list`` on it. So copies are counted, and are bounded by the bytes that were read.
+A small pickle can describe a large object: calls of ``list`` can copy an element of the stack again
+and again. So the number of copied elements is limited by the number of bytes read.
 
-Nothing is imported, no object's method is looked up by a name from the file, and attributes are
-never set. Inert are the libraries whose objects training codes leave beside the weights (dill,
-robustness, cox, optimisers, numpy), without the names in ``SUSPECT``, which also reach code through
-such libraries. The extension registry and out-of-band buffers are refused.
+The module imports nothing, calls no method by a name from the file, and never sets attributes.
+Inert names belong to libraries whose objects training scripts save with the weights (dill,
+robustness, cox, optimisers, numpy), except the names in ``SUSPECT``, which can reach code through
+these libraries. The extension registry and out-of-band buffers are refused.
 
-`pickle.Unpickler` with a ``find_class`` of its own does not do: it sets attributes of whatever
-`find_class` gives, hashes what the file makes (a tuple of tuples, for ever) and fills the memory
-for an index in the memo.
+`pickle.Unpickler` with its own ``find_class`` is not sufficient: it sets attributes of objects
+returned by ``find_class``, hashes objects from the file (nested tuples take forever), and
+allocates memory for any memo index.
 """
 
 from __future__ import annotations
@@ -42,18 +42,18 @@ from torch import Tensor
 
 
 class Damaged(Exception):
-    """The bytes are no pickle, or none of tensors in containers."""
+    """The bytes are not a pickle of tensors in containers."""
 
 
 class Refusal(Exception):
-    """The pickle asks for something that could run code; ``str`` is its name."""
+    """The pickle requests an object that could execute code; ``str`` returns its name."""
 
 
 @dataclass(frozen=True, eq=False)
 class Inert:
-    """What stands for an object that is not made.
+    """Placeholder for an object that is not created.
 
-    Each call makes another with the same name, so a long one would fill the memory.
+    A call makes a new placeholder with the same name, so the length of the name is limited.
     """
 
     name: str
@@ -73,14 +73,14 @@ class _StorageType:
 
 @dataclass(frozen=True, eq=False)
 class _Storage:
-    """One storage of the file: bytes (n,) uint8 that hold elements of ``dtype``."""
+    """A storage of the file: bytes (n,) uint8 of elements of ``dtype``."""
 
     data: Tensor
     dtype: torch.dtype
 
 
 LoadStorage = Callable[[str, torch.dtype, int], Tensor]
-"""Key of a storage, its type and number of elements -> its bytes (n,) uint8."""
+"""Function from key, dtype and number of elements of a storage to its bytes (n,) uint8."""
 
 STORAGES = {
     "DoubleStorage": torch.float64,
@@ -104,7 +104,7 @@ INERT_PACKAGES = (
     *("dill", "robustness", "cox", "numpy", "omegaconf", "pytorch_lightning", "lightning"),
     *("torch.optim", "torch.nn", "torch.amp", "torch.cuda.amp", "__main__"),
 )
-"""Whose objects are found beside weights. None of them is ever imported."""
+"""Packages whose objects checkpoints contain besides the weights; they are never imported."""
 
 LONGEST_NAME = 1000
 
@@ -134,11 +134,11 @@ SUSPECT = frozenset(
         "__subclasses__",
     }
 )
-"""Names that are refused wherever they stand: what they reach elsewhere runs code."""
+"""Names that are refused in every module, because they can execute code."""
 
 
 def _pairs(*content: Any) -> dict[Any, Any]:
-    """A dictionary, ordered, counting or with a default; ``content`` may be pairs or another."""
+    """Make a dictionary (also for Counter and defaultdict) from pairs or from dictionaries."""
     made: OrderedDict[Any, Any] = OrderedDict()
     for part in content:
         if isinstance(part, dict):
@@ -173,11 +173,11 @@ def _whole(numbers: Any) -> tuple[int, ...]:
 DIMENSIONS = 64
 
 LARGEST = 2**40
-"""Elements of a tensor that has none, as its other dimensions count them."""
+"""Maximum product of the other dimensions of a tensor with a dimension 0."""
 
 
 def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> Tensor:
-    """``torch._utils._rebuild_tensor`` and its second and third form; hooks are left out."""
+    """``torch._utils._rebuild_tensor`` and its versions 2 and 3; ignores hooks."""
     (start,), sizes, strides = _whole([offset]), _whole(size), _whole(stride)
     if not isinstance(storage, _Storage) or len(sizes) != len(strides):
         raise Damaged
@@ -195,7 +195,7 @@ def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> Te
 
 
 def _from_type(make: Any, kind: Any, args: Any, state: Any) -> Any:
-    """A tensor with attributes, without them."""
+    """Make a tensor that was saved with attributes; ignores the attributes."""
     if make is not _tensor and not isinstance(make, Inert):
         raise Damaged
     return called(make, args)
@@ -211,7 +211,7 @@ def _encoded(text: Any, encoding: Any = "latin-1") -> bytes:
 
 
 def _imported(name: Any, *_: Any) -> Inert:
-    """dill's import of a module or of a name in it, which is not done."""
+    """Placeholder for dill's import of a module or of a name in it."""
     text = as_text(name)
     module, _dot, last = text.rpartition(".")
     if module and last in SUSPECT:
@@ -220,7 +220,7 @@ def _imported(name: Any, *_: Any) -> Inert:
 
 
 def _attribute(owner: Any, name: Any, *_: Any) -> Any:
-    """An attribute of what is not made; that of a module is one more name to look up."""
+    """Attribute of a placeholder; an attribute of a module is looked up with `find`."""
     if isinstance(owner, Inert) and _plain(owner.name):
         return find(owner.name, name)
     text = as_text(name)
@@ -234,7 +234,7 @@ def _plain(name: str) -> bool:
 
 
 def _dill_type(name: Any) -> Any:
-    """What dill calls the types of containers: ``DictType``, ``OrderedDict``."""
+    """Container types by dill's names, such as ``DictType`` and ``OrderedDict``."""
     kinds = {"dict": _pairs, "ordereddict": _pairs, **SEQUENCES}
     make = kinds.get(name.removesuffix("Type").lower()) if isinstance(name, str) else None
     return make or Inert(f"type {as_text(name)}")
@@ -262,14 +262,14 @@ KNOWN: dict[tuple[str, str], Callable[..., Any]] = {
     **{(module, "_import_module"): _imported for module in DILL},
     **{(module, "_get_attr"): _attribute for module in DILL},
 }
-"""What is made, by module and name. Functions get what the file gives them, so they check it."""
+"""(module, name) -> replacement. The arguments come from the file, so the functions check them."""
 
 
 def find(module: Any, name: Any) -> Any:
-    """What stands for ``name`` of ``module``; no module is looked into.
+    """Look up the replacement for ``name`` of ``module`` in the tables.
 
     Raises:
-        Refusal: if it is neither known nor inert.
+        Refusal: if the name is neither known nor inert.
     """
     if not isinstance(module, str) or not isinstance(name, str):
         raise Damaged
@@ -297,14 +297,14 @@ def called(function: Any, args: Any) -> Any:
 
 
 def as_text(value: Any) -> str:
-    """A text, which Python 2 wrote as bytes."""
+    """Text as str; Python 2 wrote it as bytes."""
     if not isinstance(value, (str, bytes)):
         raise Damaged
     return value.decode("latin-1") if isinstance(value, bytes) else value
 
 
 def safe_key(value: Any) -> Any:
-    """A key that hashes without calling into what the file made."""
+    """The key itself if it has a built-in scalar type, else a placeholder; hashing it is safe."""
     return value if isinstance(value, (str, int, float, bytes, type(None), Inert)) else Inert("key")
 
 
@@ -313,22 +313,23 @@ def safe_key(value: Any) -> Any:
 MARK = object()
 
 STEPS = 5_000_000
-"""Instructions of a pickle, at the most: 100,000 tensors or so, 10 s."""
+"""Maximum number of instructions of a pickle: about 100,000 tensors, 10 s."""
 
 COPIES = 16
-"""Elements that calls may copy for each byte of the pickle, beside a million."""
+"""Elements that calls may copy per byte of the pickle, in addition to a million."""
 
 
 def unpickle(file: Any, load_storage: LoadStorage | None = None) -> Any:
-    """The next object in ``file``, with `Inert` in place of all but containers and tensors.
+    """Read the next object of ``file``: containers, tensors and `Inert` placeholders.
 
     Args:
-        file: of bytes (``read``, ``readline``, ``tell``), left behind the pickle's end.
-        load_storage: gets each storage once, when it is first mentioned; None: there are none.
+        file: binary file (``read``, ``readline``, ``tell``); its position is the end of the pickle
+            afterwards.
+        load_storage: called once for each storage, at its first use; None: no storages.
 
     Raises:
-        Refusal: if it names what is neither known nor inert.
-        Damaged: if it is no pickle.
+        Refusal: if a name is neither known nor inert.
+        Damaged: if the content is not a valid pickle.
     """
     try:
         return _Machine(load_storage).run(file)
@@ -360,13 +361,13 @@ class _Machine:
         raise Damaged
 
     def storage(self, saved: Any) -> Any:
-        """What `torch.save` writes as a persistent id: a storage; of a module, its object."""
+        """Resolve a persistent id of `torch.save`: a storage, or the object of a module."""
         if not isinstance(saved, tuple) or not saved:
             raise Damaged
         what = as_text(saved[0])
         if what == "module" and len(saved) > 1:
             return saved[1]
-        views = saved[5:]  # of storages, before PyTorch 0.4
+        views = saved[5:]  # views of storages, before PyTorch 0.4
         if what != "storage" or len(saved) not in (5, 6) or any(v is not None for v in views):
             raise Damaged
         kind, key, (numel,) = saved[1], as_text(saved[2]), _whole([saved[4]])
@@ -378,7 +379,7 @@ class _Machine:
         return self.storages[key]
 
     def call(self, function: Any, args: Any) -> Any:
-        """`called`, which may copy what it is given."""
+        """`called`, with a limit on the copied elements."""
         parts = args if isinstance(args, tuple) else ()
         self.copied += len(parts) + sum(len(p) for p in parts if isinstance(p, COPIED))
         if self.copied > 1_000_000 + COPIES * self.bytes:
@@ -386,7 +387,7 @@ class _Machine:
         return called(function, args)
 
     def step(self, opcode: pickletools.OpcodeInfo, argument: Any) -> None:
-        """Take off the stack what ``opcode`` takes, and put onto it what it gives."""
+        """Execute ``opcode``: pop its operands from the stack and push its result."""
         below, marked = TAKES[opcode.name]
         above = [self.above_mark()] if marked else []
         at = len(self.stack) - below
@@ -400,9 +401,9 @@ class _Machine:
         self.stack += [given] * len(opcode.stack_after)
 
     def above_mark(self) -> list[Any]:
-        """What lies above the topmost mark, taken off with it."""
+        """Pop the elements above the topmost mark, and the mark; return the elements."""
         at = len(self.stack) - 1
-        while self.stack[at] is not MARK:  # an IndexError where there is none
+        while self.stack[at] is not MARK:  # IndexError without a mark
             at -= 1
         above = self.stack[at + 1 :]
         del self.stack[at:]
@@ -414,7 +415,7 @@ class _Machine:
 
 
 def _put(top: Any, items: Sequence[Any]) -> Any:
-    """``top`` with keys and values in turn, if it is a dictionary; others take nothing."""
+    """Add alternating keys and values to ``top`` if it is a dictionary; return ``top``."""
     if isinstance(top, dict):
         for key, value in zip(items[::2], items[1::2], strict=True):
             top[safe_key(key)] = value
@@ -440,7 +441,7 @@ PLAIN = (
     *("STRING", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
     *("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BYTEARRAY8"),
 )
-"""Instructions that put their own argument on the stack."""
+"""Instructions that push their argument."""
 
 
 def _takes(opcode: pickletools.OpcodeInfo) -> tuple[int, bool]:
@@ -450,7 +451,7 @@ def _takes(opcode: pickletools.OpcodeInfo) -> tuple[int, bool]:
 
 
 TAKES = {opcode.name: _takes(opcode) for opcode in pickletools.opcodes}
-"""How many values an instruction takes off the stack; whether all above the topmost mark, too."""
+"""Number of operands of an instruction, and whether it also pops all above the topmost mark."""
 
 OPERATIONS: dict[str, Callable[..., Any]] = {
     **dict.fromkeys((*PLAIN, "DUP"), lambda _, value: value),
@@ -483,8 +484,8 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
         ("REDUCE", "NEWOBJ", "NEWOBJ_EX"),
         lambda machine, function, args, *keywords: machine.call(function, args),
     ),
-    "BUILD": lambda _, made, attributes: made,  # without them
+    "BUILD": lambda _, made, attributes: made,  # ignores them
     "BINPERSID": _Machine.storage,
     **dict.fromkeys(("EXT1", "EXT2", "EXT4"), _refused),
 }
-"""What each instruction gives, of the machine, of what it takes off the stack, and its argument."""
+"""Result of each instruction as a function of the machine, its operands and its argument."""

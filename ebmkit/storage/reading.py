@@ -1,19 +1,17 @@
-"""Reading files that somebody else may have written: bounded, and taken for data alone.
+"""Read untrusted text, JSON and YAML files with bounded size, as data only.
 
-A run folder, a model or a configuration from a stranger may be made to hurt. What is read through
-this module is an ordinary file (no pipe, no device, which never end), of a bounded size, UTF-8, and
-a bounded depth. JSON and YAML are read as every reader of ours needs them, which is less than they
-allow:
+A downloaded run folder, model or configuration may be malicious. This module reads only regular
+files (no pipes or devices, which may never end) of bounded size and nesting depth, in UTF-8. It
+accepts a subset of JSON and YAML:
 
-- no name twice in one mapping, of which parsers silently keep the last;
-- no more values than the file has room for: YAML's aliases repeat a part, and a part of repeated
-  parts grows like ``9**n``;
-- no tags of YAML beyond its plain values;
-- no characters that no name or text needs and that break paths or output: NUL, lone surrogates;
-- no whole numbers beyond 64 bits, which no setting needs and Python may refuse to print;
-- no ``NaN`` and ``Infinity`` where ``finite`` is asked for.
+- no duplicate keys in a mapping, of which parsers silently keep the last;
+- a limited number of values: YAML aliases repeat a part, and nested repetition grows like ``9**n``;
+- no YAML tags other than those of plain values;
+- no NUL and no lone surrogates, which break paths and output;
+- no integers beyond 64 bits, which no setting needs and Python may refuse to print;
+- no ``NaN`` and ``Infinity`` if ``finite`` is set.
 
-Everything else, and what cannot be read, is a `UserError` that names the file, from every function.
+Every function raises a `UserError` that names the file for other content and for unreadable files.
 """
 
 from __future__ import annotations
@@ -36,36 +34,36 @@ MIB = 2**20
 
 
 class DamagedFile(UserError):
-    """A file that is not what was written."""
+    """A file that differs from what was written."""
 
 
 DEPTH = 50
-"""Values within values, at the most; a configuration has 5."""
+"""Maximum nesting depth of values; a configuration has 5."""
 
 YAML_BYTES = MIB // 4
-"""Of a configuration; a resolved one has 5 thousand. Reading takes 20 s for each MiB."""
+"""Maximum characters of YAML; a resolved configuration has 5,000. Parsing takes 20 s per MiB."""
 
 JSON_BYTES = 64 * MIB
-"""Of a document, at the most, where no other number is given."""
+"""Default maximum bytes of a JSON file."""
 
 WHOLE = 2**64
 
 DIGITS = 100
-"""Characters of a number, a date or the like in YAML: some take a time that grows like n**2."""
+"""Maximum characters of a number, date or similar in YAML; parsing some takes O(n**2) time."""
 
 EXPANDED = 20_000
-"""Values that a YAML document may have, where an alias counts as all that it stands for."""
+"""Maximum number of values of a YAML document with its aliases expanded."""
 
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[tuple[IO[bytes], int]]:
-    """The ordinary file ``path``, open to be read, and its number of bytes."""
+    """Open the regular file ``path`` for reading; also yields its size in bytes."""
     try:
-        ordinary = stat.S_ISREG(path.stat().st_mode)  # before opening, for that can have effects
+        ordinary = stat.S_ISREG(path.stat().st_mode)  # before opening, which can have side effects
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC) if ordinary else -1
     except OSError as error:
         raise UserError(f"cannot read {str(path)!r}: {error.strerror}") from None
-    except ValueError:  # a NUL in its name
+    except ValueError:  # a NUL in the name
         raise UserError(f"there is no file {str(path)!r}") from None
     if not ordinary:
         raise UserError(f"{str(path)!r} is no ordinary file")
@@ -77,7 +75,7 @@ def opened(path: Path) -> Iterator[tuple[IO[bytes], int]]:
 
 
 def read_bytes(path: Path, most: int) -> bytes:
-    """The content of the ordinary file ``path``, of ``most`` bytes at the most."""
+    """Read the regular file ``path`` of at most ``most`` bytes."""
     with opened(path) as (file, size):
         if size > most:
             raise UserError(
@@ -91,7 +89,7 @@ def read_bytes(path: Path, most: int) -> bytes:
 
 
 def read_text(path: Path, most: int = JSON_BYTES) -> str:
-    """The text of ``path``; a byte order mark is left out."""
+    """Read UTF-8 text, without a byte order mark."""
     return _decoded(read_bytes(path, most), repr(str(path)))
 
 
@@ -103,18 +101,18 @@ def _decoded(content: bytes, what: str) -> str:
 
 
 def read_json(path: Path, most: int = JSON_BYTES, finite: bool = False) -> Any:
-    """The JSON document in ``path``.
+    """Read a JSON file.
 
     Args:
-        path: an ordinary file.
-        most: bytes that it may have.
-        finite: refuse numbers that are none.
+        path: a regular file.
+        most: maximum bytes.
+        finite: refuse NaN and Infinity.
     """
     return parse_json(read_text(path, most), repr(str(path)), finite)
 
 
 def read_document(path: Path) -> dict[str, Any]:
-    """The JSON document in ``path``; an empty one where there is none that can be read."""
+    """Read a JSON object; an empty one if the file cannot be read or is not an object."""
     try:
         document = read_json(path)
     except (OSError, ValueError):
@@ -123,7 +121,7 @@ def read_document(path: Path) -> dict[str, Any]:
 
 
 def parse_json(content: str | bytes, what: str, finite: bool = False) -> Any:
-    """The value that ``content`` writes in JSON, as `read_json`; ``what`` names it in messages."""
+    """Parse JSON, with the checks of `read_json`; ``what`` is its name in messages."""
 
     def number(digits: str) -> float:
         found = float(digits)
@@ -142,16 +140,16 @@ def parse_json(content: str | bytes, what: str, finite: bool = False) -> Any:
         )
     except UserError:
         raise
-    except (ValueError, RecursionError):  # also numbers of more digits than Python takes
+    except (ValueError, RecursionError):  # also numbers with more digits than Python accepts
         raise DamagedFile(f"{what} is damaged: it is not JSON") from None
     return _checked(value, what)
 
 
 def parse_yaml(content: str | bytes, what: str) -> Any:
-    """The value that ``content`` writes in YAML; ``what`` names it in messages."""
+    """Parse YAML; ``what`` is its name in messages."""
     text = _decoded(content, what) if isinstance(content, bytes) else content
     if len(text) > YAML_BYTES:
-        raise UserError(f"{what} is not YAML that is read here: it has {len(text)} characters")
+        raise UserError(f"{what} is not YAML of a legal size: it has {len(text)} characters")
     try:
         loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
@@ -161,16 +159,16 @@ def parse_yaml(content: str | bytes, what: str) -> Any:
         value: Any = loader.construct_document(node)
     except UserError:
         raise
-    except Exception:  # its arithmetic on numbers and dates raises errors of many classes
-        raise UserError(f"{what} is not YAML, or none of plain values") from None
+    except Exception:  # parsing of numbers and dates raises many classes
+        raise UserError(f"{what} is not YAML with plain values only") from None
     return _checked(value, what)
 
 
 def _expanded(node: yaml.Node, what: str, known: dict[int, int], depth: int) -> int:
-    """How many values ``node`` stands for, its aliases written out."""
+    """Number of values of ``node`` with its aliases expanded."""
     if isinstance(node, yaml.ScalarNode) and len(node.value) > DIGITS and "str" not in node.tag:
-        raise UserError(f"{what} holds a value of {len(node.value)} characters that is no text")
-    if depth > DEPTH or known.get(id(node), 1) == 0:  # 0: it is within itself
+        raise UserError(f"{what} holds a value of {len(node.value)} characters that is not text")
+    if depth > DEPTH or known.get(id(node), 1) == 0:  # 0: it contains itself
         _deep(what)
     if id(node) in known or isinstance(node, yaml.ScalarNode):
         return known.get(id(node), 1)
@@ -183,13 +181,13 @@ def _expanded(node: yaml.Node, what: str, known: dict[int, int], depth: int) -> 
     for part in parts:
         total += _expanded(part, what, known, depth + 1)
         if total > EXPANDED:
-            raise UserError(f"{what} holds more than {EXPANDED} values, aliases written out")
+            raise UserError(f"{what} holds more than {EXPANDED} values, with aliases expanded")
     known[id(node)] = total
     return total
 
 
 def _checked(value: Any, what: str) -> Any:
-    """``value`` itself, if it is not too deep and its texts are such that one can write them."""
+    """Check nesting depth, texts and integers of ``value``; return it."""
     level = [value]
     for _ in range(DEPTH):
         inner: list[Any] = []
@@ -212,22 +210,22 @@ def _checked(value: Any, what: str) -> Any:
 
 
 def _deep(what: str) -> NoReturn:
-    raise UserError(f"{what} is nested deeper than {DEPTH} values within values")
+    raise UserError(f"{what} is nested deeper than {DEPTH} levels")
 
 
 def _check_names(names: list[tuple[str, str]], what: str) -> None:
-    """Whether no name of one mapping, with its tag, is there twice."""
+    """Check that no key (tag, name) of a mapping is duplicated."""
     if len(set(names)) < len(names):
         (_, name), _ = Counter(names).most_common(1)[0]
-        raise UserError(f"{what} has {name[:40]!r} twice in one place: which is meant?")
+        raise UserError(f"{what} has {name[:40]!r} twice in one mapping: remove one of them")
 
 
 def check_links(folder: Path, home: Path | None = None) -> None:
-    """Whether no link in ``folder``, which may be one itself, leads out of it, to others' files.
+    """Check that no symbolic link in ``folder`` leads out of it.
 
     Args:
-        folder: whose files are to be read or written.
-        home: what links may not lead out of; None: the folder.
+        folder: folder to check; it may be a link itself.
+        home: folder that links may not lead out of; None: ``folder``.
     """
     start = os.path.realpath(folder)
     root = os.path.realpath(home) if home else start

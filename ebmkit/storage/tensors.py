@@ -1,30 +1,31 @@
-"""Files of tensors that somebody else may have written, and networks to load them into.
+"""Read untrusted files of tensors, and limit the size of the networks that load them.
 
-Three containers are read, none of which executes anything:
+Three formats are read without executing code:
 
 ===========  ======================================================================================
-safetensors  the length n of a header (8 bytes, little-endian), the header in JSON (n bytes), as in
+safetensors  the length n of the header (8 bytes, little-endian), the header in JSON (n bytes), e.g.
              ``{"name": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}}``, and the
-             tensors' bytes, without holes
-zip          ``NAME/data.pkl``, ``NAME/data/KEY`` for each storage, ``NAME/byteorder``, by
-             `torch.save` (PyTorch 1.6 on)
-legacy       pickles in turn (a magic number, the version, facts of the machine, the content, the
-             keys of the storages), then each storage: its number of elements (int64), their bytes
+             bytes of the tensors, without gaps
+zip          ``NAME/data.pkl``, ``NAME/data/KEY`` for each storage, ``NAME/byteorder``; written by
+             `torch.save` since PyTorch 1.6
+legacy       consecutive pickles (magic number, version, system information, content, keys of the
+             storages), then each storage: its number of elements (int64) and its bytes
 ===========  ======================================================================================
 
-The library of safetensors checks types, shapes and places against the bytes. It takes the last of
-two entries of one name, headers of 100 MB, and shapes of any number of dimensions: these are
-refused here, as a `DamagedFile`.
+The safetensors library checks types, shapes and offsets against the bytes. It accepts duplicate
+names (the last entry counts), headers of 100 MB, and any number of dimensions; this module refuses
+these with `DamagedFile`.
 
-`torch.load` with ``weights_only`` runs no code either, but in PyTorch 2.15 a file of 300 bytes has
-it make an array of 1 GiB, or a view of 2^50 elements; it unpacks compressed zip entries and takes
-one of two entries of one name. It also refuses files in which other objects lie beside the weights,
-as in those of the ``robustness`` package, written by ``dill``. So `ebmkit.storage.pickles` reads
-them. That takes no more memory than the file's size: entries of a zip lie as they are, beside each
-other, a tensor has no more elements than its storage, and checksums are compared on the way.
+`torch.load` with ``weights_only`` executes no code either, but in PyTorch 2.15 a file of 300 bytes
+can make it allocate 1 GiB, or a view of 2^50 elements; it decompresses zip entries and accepts
+duplicate names. It also refuses files with other objects besides the weights, such as those of the
+``robustness`` package, written by ``dill``. So `ebmkit.storage.pickles` reads all pickles. It
+allocates no more memory than the file size: zip entries must be uncompressed and not exceed the
+file in total, a tensor has no more elements than its storage, and checksums are compared while
+reading.
 
-A configuration of a few bytes may ask for a network of any number of parameters. Within
-`LimitedSize` the functions of torch that make tensors are counted before they take any memory.
+A small configuration can describe a network with any number of parameters. `LimitedSize` counts the
+elements of torch functions that create tensors before they allocate memory.
 
 >>> with LimitedSize(1000, 2):
 ...     torch.nn.Linear(10**6, 10**6)
@@ -55,17 +56,17 @@ from ebmkit.storage.pickles import DIMENSIONS, Damaged, Refusal, as_text, unpick
 from ebmkit.storage.reading import MIB, DamagedFile, opened, parse_json, read_bytes
 
 HEADER_BYTES = 8 * MIB
-"""Of a header: 80,000 tensors or so."""
+"""Maximum bytes of a safetensors header; about 80,000 tensors."""
 
 LARGEST_FILE = 2**36
 
 
 def parse_tensors(content: bytes, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a safetensors file on the CPU, by name, and its metadata.
+    """Tensors (on the CPU) by name, and metadata of a safetensors file.
 
     Args:
-        content: all of it.
-        path: names it in messages.
+        content: bytes of the whole file.
+        path: name of the file in messages.
     """
     length = int.from_bytes(content[:8], "little")
     if len(content) < 8 or length > len(content) - 8:
@@ -100,29 +101,29 @@ NOT_PLAIN = (
     *(zipfile.BadZipFile, struct.error, RecursionError, NotImplementedError, RuntimeError),
     *(KeyError, ValueError, EOFError, OverflowError, MemoryError, AttributeError, TypeError),
 )
-"""What zipfile and torch raise of bytes that nothing made as it should be."""
+"""Exceptions of zipfile and torch on damaged or malicious files."""
 
 MAGIC = 0x1950A86A20F9469CFC6C
 VERSION = 1001
 
 PICKLE_BYTES = 64 * MIB
-"""Of the pickle in a zip: what lies beside the tensors."""
+"""Maximum bytes of the pickle in a zip: all content except the tensors."""
 
 INDEX_BYTES = 8 * MIB
-"""Of a zip's list of entries: 80,000 of them or so."""
+"""Maximum bytes of the central directory of a zip; about 80,000 entries."""
 
 DEPTH = 400
-"""Containers within containers, at the most."""
+"""Maximum nesting depth of containers."""
 
 
 def read_torch_file(path: Path) -> Any:
-    """The content of ``path``, tensors on the CPU; other objects are placeholders."""
+    """Read a file of `torch.save`: tensors on the CPU, placeholders for other objects."""
     with opened(path) as (file, size):
         return _read(_Bounded(file, size), path)
 
 
 def read_torch_content(content: bytes, path: Path) -> Any:
-    """`read_torch_file` of a file that is read already; ``path`` names it in messages."""
+    """`read_torch_file` for bytes; ``path`` is the name in messages."""
     return _read(_Bounded(io.BytesIO(content), len(content)), path)
 
 
@@ -148,7 +149,7 @@ def _read(whole: _Bounded, path: Path) -> Any:
 
 
 def _check_depth(content: Any) -> None:
-    """Whether ``content``, in which a part may be in many places, can be walked through."""
+    """Check the nesting depth of ``content``, whose parts may be shared."""
     level, seen = [content], set[int]()
     for _ in range(DEPTH):
         new = {id(v): v for v in level if isinstance(v, (dict, list, tuple)) and id(v) not in seen}
@@ -159,18 +160,18 @@ def _check_depth(content: Any) -> None:
 
 
 class _Bounded(io.RawIOBase):
-    """A file that allocates no more than it holds, whatever number of bytes is asked for."""
+    """A file whose reads allocate at most its remaining bytes."""
 
     def __init__(self, file: IO[bytes], size: int) -> None:
         self._file, self.size = file, size
         self.most = size
-        """Bytes that can be read at once."""
+        """Maximum bytes of a single read."""
 
     def read(self, count: int | None = -1) -> bytes:
         left = max(0, self.size - self._file.tell())
         count = left if count is None or count < 0 else min(count, left)
         if count > self.most:
-            raise Damaged(f"{count} bytes lie where there should be few")
+            raise Damaged(f"{count} bytes in a part that should be small")
         return self._file.read(count)
 
     def readline(self, size: int | None = -1) -> bytes:
@@ -219,7 +220,7 @@ def _read_zip(whole: _Bounded) -> Any:
 
 
 def _check_entries(entries: list[zipfile.ZipInfo], size: int) -> None:
-    """Whether the entries of a zip of ``size`` bytes are such as `torch.save` writes."""
+    """Check that the entries of a zip of ``size`` bytes match the format of `torch.save`."""
     if len({entry.filename for entry in entries}) < len(entries):
         raise Damaged("two of its entries have one name")
     if sum(entry.file_size for entry in entries) > size:
@@ -243,7 +244,7 @@ def _entry(archive: zipfile.ZipFile, name: str, most: int) -> bytes:
 
 
 def _fill(data: Tensor, file: Any) -> None:
-    """Read as many bytes as ``data`` (n,) uint8 has into it."""
+    """Fill ``data`` (n,) uint8 from ``file``."""
     into = data.numpy().data
     while len(into):
         part = file.read(min(MIB, len(into)))
@@ -256,8 +257,8 @@ def _fill(data: Tensor, file: Any) -> None:
 def _read_legacy(whole: _Bounded) -> Any:
     if unpickle(whole) != MAGIC or unpickle(whole) != VERSION:
         raise Damaged
-    unpickle(whole)  # facts of the machine that wrote it
-    storages: dict[str, tuple[int, Tensor]] = {}  # their bytes lie behind the content
+    unpickle(whole)  # system information
+    storages: dict[str, tuple[int, Tensor]] = {}  # their bytes follow the content
     left = whole.size
 
     def load_storage(key: str, dtype: torch.dtype, numel: int) -> Tensor:
@@ -284,11 +285,11 @@ def _read_legacy(whole: _Bounded) -> Any:
 
 
 NESTED = ("model_state_dict", "state_dict", "params", "model", "net")
-"""Under which names training codes keep the weights in a checkpoint."""
+"""Common keys of the weights in checkpoints of other projects."""
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """The tensors in a ``.pth`` or ``.safetensors`` file, by name."""
+    """Read the tensors of a ``.pth`` or ``.safetensors`` file, by name."""
     if path.suffix == ".safetensors":
         return read_tensors(path)[0]
     content = read_torch_file(path)
@@ -306,7 +307,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
 
 SLACK = 1_000_000
-"""Elements beside the parameters: tables, and buffers that are not saved."""
+"""Allowed elements besides the parameters: tables, and buffers that are not saved."""
 
 _SIZED = frozenset(
     (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.eye)
@@ -315,7 +316,12 @@ _COUNTED = frozenset((torch.arange, torch.linspace))
 
 
 class LimitedSize(TorchFunctionMode):
-    """Within, ``tensors`` of ``elements`` in all can be made by their sizes, and some more."""
+    """Context that limits the tensors that torch functions create.
+
+    Args:
+        elements: number of elements of all weights; `SLACK` more are allowed.
+        tensors: number of weights; ``4 * tensors + 1000`` calls are allowed.
+    """
 
     def __init__(self, elements: int, tensors: int) -> None:
         super().__init__()
@@ -323,7 +329,7 @@ class LimitedSize(TorchFunctionMode):
 
     @classmethod
     def of(cls, state: Mapping[str, Tensor]) -> Self:
-        """The size of a network whose weights are ``state``."""
+        """Limits for a network with the weights ``state``."""
         return cls(sum(value.numel() for value in state.values()), len(state))
 
     def __torch_function__(

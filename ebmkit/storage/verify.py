@@ -1,4 +1,4 @@
-"""Looking over all files of a run folder: which are what was written, and which are not."""
+"""Verify all files of a run folder against its manifest, and repair the manifest."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ from ebmkit.storage.manifest import (
 from ebmkit.storage.reading import DamagedFile
 
 WRITTEN_ALONE = ("config.yaml", "environment.json", "metrics.jsonl", "model.", "cost.json")
-"""Beginnings of the names of files in the run folder itself that only its holder writes."""
+"""Name prefixes of files in the run folder itself that only the holder of its lock writes."""
 
 ATTEMPTS = 20
-"""To see a file at rest that is being written."""
+"""Maximum number of checks of a file that another process is writing."""
 
 OLD = 3600.0
-"""Seconds after which a temporary file of any process is left over."""
+"""Age in seconds from which a temporary file of any process is stale."""
 
 
 class Finding(NamedTuple):
-    """What was found of a file.
+    """Result of the check of a file.
 
     Attributes:
-        name: relative to the run folder.
-        state: ``whole``, ``changed`` (cut short, exchanged, or with bits that differ), ``missing``,
-            or ``unknown`` to the manifest.
-        size: bytes; 0 where there is no file.
-        reason: why it is not whole, in words; empty where it is.
+        name: file name relative to the run folder.
+        state: ``whole``, ``changed`` (truncated, replaced, or different bits), ``missing``, or
+            ``unknown`` (not listed in the manifest).
+        size: bytes; 0 if the file is missing.
+        reason: description of the fault; empty for a whole file.
     """
 
     name: str
@@ -56,11 +56,11 @@ class Finding(NamedTuple):
 def verify_run(root: Path) -> list[Finding]:
     """Compare every file of the run folder ``root`` with its manifest; sorted by name.
 
-    No lock is taken, so another process may change files meanwhile. What looks wrong is looked at
-    again, by itself, until the manifest said the same of it before and after.
+    The function takes no lock, so another process may change files at the same time. A file with a
+    fault is checked again until its entry in the manifest is the same before and after the check.
 
     Raises:
-        UserError: if it has no manifest, or that is damaged.
+        UserError: if the manifest is missing or damaged.
     """
     manifest = _manifest(root)
     found = []
@@ -80,28 +80,32 @@ def verify_run(root: Path) -> list[Finding]:
 
 
 def accept_files(root: Path, names: Iterable[str]) -> None:
-    """Enter files into the manifest as they are now, where their change was meant.
+    """Update the manifest with the current content of files that were changed on purpose.
 
     Raises:
-        UserError: if one is not there.
+        UserError: if a file does not exist.
     """
     contents = {}
     for name in names:
         path = root / name
         if name not in set(_names(root)):
-            raise UserError(f"there is no file {name!r} in {str(root)!r} that could be of the run")
+            raise UserError(f"there is no file {name!r} in {str(root)!r} that belongs to the run")
         contents[name] = path.read_bytes()
     commit_files(root, contents)
 
 
 def put_in_order(root: Path, growing: Iterable[str] = ()) -> None:
-    """Settle what was being written in ``root``, and remove what killed processes left.
+    """Complete an interrupted change in ``root`` and remove stale temporary files.
 
-    To be called by the process that holds the folder. A manifest that is damaged, or missing beside
-    checkpoints, is made anew of the files as they are, with a warning; those in ``growing`` grow.
+    The caller must hold the lock of the folder. If the manifest is damaged, or missing although
+    there are checkpoints, it is rebuilt from the current files, with a warning.
+
+    Args:
+        root: run folder.
+        growing: names of files that grow.
 
     Raises:
-        UserError: if one of the run's own folders is a link out of it.
+        UserError: if one of the run's subfolders is a link out of the run.
     """
     for path in (root / name for name in FOLDERS):
         if path.is_symlink() and not path.resolve().is_relative_to(root.resolve()):
@@ -117,7 +121,7 @@ def put_in_order(root: Path, growing: Iterable[str] = ()) -> None:
         damage, damaged = str(error), True
         (root / MANIFEST).rename(free_name(root / f"{MANIFEST}.damaged"))
     if damaged:
-        warnings.warn(f"{damage}; it is made anew of the files as they are", stacklevel=3)
+        warnings.warn(f"{damage}; it is rebuilt from the current files", stacklevel=3)
     if manifest is None:
         grow = set(growing)
         files = {n: entry_of((root / n).read_bytes(), n in grow) for n in _names(root)}
@@ -128,7 +132,7 @@ def put_in_order(root: Path, growing: Iterable[str] = ()) -> None:
 
 
 def stale_temporary_files(root: Path) -> Iterator[Path]:
-    """Temporary files of killed processes, seen from the one that holds the folder."""
+    """Yield temporary files of killed processes; the caller must hold the lock of the folder."""
     now = time.time()
     for folder in (root, root / "checkpoints", root / "breaches"):
         for path in folder.glob(f".*{PARTIAL}"):
@@ -141,14 +145,14 @@ def stale_temporary_files(root: Path) -> Iterator[Path]:
 
 
 def _look(root: Path, name: str, manifest: Manifest) -> Finding | None:
-    """What is found of a file beside ``manifest``; None if it is not there and need not be."""
+    """Check a file against ``manifest``; None if it neither exists nor is listed."""
     path, size = root / name, 0
     there = path.is_file()
-    with contextlib.suppress(FileNotFoundError):  # it was on its way out
+    with contextlib.suppress(FileNotFoundError):  # removed meanwhile
         size = path.stat().st_size if there else 0
     if name not in manifest.files:
         gone = not there or name in manifest.removed
-        return None if gone else Finding(name, "unknown", size, "not of the run")
+        return None if gone else Finding(name, "unknown", size, "not listed in the manifest")
     try:
         content = read_entered(root, name, manifest)
     except DamagedFile as error:
@@ -168,12 +172,12 @@ def _manifest(root: Path) -> Manifest:
 
 
 def _said(manifest: Manifest, name: str) -> tuple[Entry | None, str | None, bool]:
-    """All that the manifest has of a file."""
+    """All information of the manifest about a file."""
     return manifest.files.get(name), manifest.pending.get(name), name in manifest.removed
 
 
 def _names(root: Path) -> list[str]:
-    """Files that belong to a run by where they lie; hidden ones and links do not."""
+    """Names of the files that belong to a run by their location, except hidden files and links."""
     found = [path for path in root.iterdir() if path.name != MANIFEST]
     for folder in FOLDERS:
         found += (root / folder).rglob("*")
@@ -181,7 +185,7 @@ def _names(root: Path) -> list[str]:
     for path in found:
         name = path.relative_to(root)
         hidden = any(part.startswith(".") for part in name.parts)
-        odd = "\\" in str(name) or not str(name).isprintable()  # no manifest may name it
+        odd = "\\" in str(name) or not str(name).isprintable()  # not allowed in a manifest
         if path.is_file() and not path.is_symlink() and not hidden and not odd:
             names.append(name.as_posix())
     return sorted(names)

@@ -1,4 +1,4 @@
-"""Training: configuration, recipes, the loop, and the run folder it leaves behind."""
+"""Training: configuration, recipes, training loop and run folder."""
 
 from ebmkit.training.config import (
     RECIPES,

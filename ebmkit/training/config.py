@@ -1,10 +1,10 @@
-"""The configuration of a training run, and how it is put together.
+"""Configuration of a training run.
 
-One `TrainConfig` holds everything that a run depends on, and is written resolved to
-``config.yaml``. It is merged from layers, later ones winning: the data set's *recipe*, so that one
-command is right on digits and on CIFAR-10 (``recipes.yaml`` says where its numbers come from), then
-a configuration file, then named options, then ``--set key=value``. Configurations of earlier
-versions load as they are: fields that came later have defaults that change nothing.
+`TrainConfig` holds all settings of a run; the resolved configuration is written to ``config.yaml``.
+It is merged from layers, of which later ones override earlier ones: the *recipe* of the data set
+(``recipes.yaml`` names the sources of its values), a configuration file, named options, and
+``--set key=value``. Configurations of earlier versions load: fields that were added later have
+defaults that keep the earlier behaviour.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ebmkit.registry import Plugin, check_plugins, find, loaded_plugins
 from ebmkit.storage.reading import YAML_BYTES, parse_yaml, read_text
 
 MOST_KEYS = 20
-"""Names in a key, as of optimizer.lr two."""
+"""Maximum number of names in a key; ``optimizer.lr`` has two."""
 
 SPECIAL = {
     "likelihood": {"digits": "digits-jem", "cifar10": "jem", "cifar100": "jem"},
@@ -40,7 +40,7 @@ SPECIAL = {
     "adversarial": dict.fromkeys(("cifar10", "cifar100"), "cifar10-robust")
     | {"digits": "digits-robust"},
 }
-"""Kind of objective -> data set -> its recipe, where that is not the data set's own."""
+"""Kind of objective -> data set -> recipe, for data sets whose default recipe differs."""
 
 DEFAULTS: dict[tuple[str, str], dict[str, Any]] = {
     ("kind", "adamw"): {"lr": 3e-4},
@@ -48,10 +48,10 @@ DEFAULTS: dict[tuple[str, str], dict[str, Any]] = {
     ("kind", "sgd"): {"lr": 0.1},
     ("schedule", "warmup-stable-decay"): {"decay_share": 0.2},
 }
-"""Setting of an optimiser and its value -> what others are then by default."""
+"""Optimiser setting and its value -> defaults of other optimiser settings."""
 
 OF_A_RUN = {"dataset", "backbone", "head", "model", "objective", "streams", "optimizer", "steps"}
-"""Fields by which a run's whole configuration is known."""
+"""A layer with all of these fields is the complete configuration of a run."""
 
 USED_BY: dict[str, tuple[str, tuple[str, ...] | str]] = {
     "adamw_lr": ("kind", ("muon",)),
@@ -65,14 +65,14 @@ USED_BY: dict[str, tuple[str, tuple[str, ...] | str]] = {
     "ema_warmup": ("ema", "ema, as 0.999"),
     "sharpness_adaptive": ("sharpness", "sharpness, as 0.05"),
 }
-"""Settings of an optimiser -> the one that uses them, and at which values (or how to set it)."""
+"""Optimiser setting -> the setting that uses it, and at which values (or how to set that one)."""
 
 FREE_TO_CHANGE = {
     *("device", "log_every", "validate_every", "checkpoint_every", "keep_checkpoints", "plugins"),
     *("dataset.data_dir", "dataset.workers", "dataset.unreadable", "dataset.links"),
     *("compute.precision", "compute.compile", "compute.accumulate", "compute.recompute"),
 }
-"""Fields that a resumed run may set differently: they change nothing, or rounding alone."""
+"""Fields that may change when a run is resumed: they affect no result, or only its rounding."""
 
 Schedule = Literal["cosine", "constant", "milestones", "linear", "warmup-stable-decay"]
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -87,7 +87,7 @@ class _Config(BaseModel):
 
 
 class DataConfig(_Config):
-    """Which images to train on."""
+    """The training images."""
 
     name: str = Field("digits", description="a name from `ebmkit list datasets`")
     data_dir: Path | None = Field(None, description="folder or file of the data set")
@@ -103,14 +103,14 @@ class DataConfig(_Config):
 
 
 class FaultsConfig(_Config):
-    """What ``ebmkit evaluate --set dataset.FIELD=VALUE`` may change of a run's `DataConfig`."""
+    """Fields of a run's `DataConfig` that ``ebmkit evaluate --set dataset.FIELD=VALUE`` can set."""
 
     unreadable: Literal["error", "skip"] = "error"
     links: Literal["inside", "follow"] = "inside"
 
 
 class OptimizerConfig(_Config):
-    """AdamW with a cosine to 0 (CDN appendix A), what JEM and its successors take, or Muon."""
+    """Optimiser and learning rate schedule; by default AdamW and a cosine (CDN appendix A)."""
 
     kind: Literal["adamw", "sgd", "muon"] = Field(
         "adamw",
@@ -120,13 +120,13 @@ class OptimizerConfig(_Config):
     lr: float = Field(
         3e-4,
         gt=0,
-        description="initial learning rate; muon: of the matrices. With a kind other than "
-        "the recipe's: 3e-4 for adamw, 1e-2 for muon, 0.1 for sgd",
+        description="initial learning rate (muon: of the matrices). If kind differs from "
+        "the recipe's, the default is 3e-4 for adamw, 1e-2 for muon, 0.1 for sgd",
     )
     adamw_lr: float | None = Field(None, gt=0)
     """muon: initial learning rate of AdamW for the other parameters; null: 3e-3"""
     adamw_for: tuple[str, ...] = ()
-    """muon: matrices that AdamW updates, by a part of their names, for example [stem]"""
+    """muon: parts of the names of matrices that AdamW updates, for example [stem]"""
     weight_decay: float = Field(0.05, ge=0)
     """decoupled weight decay; sgd: added to the gradient"""
     decay_norms: bool = True
@@ -143,13 +143,13 @@ class OptimizerConfig(_Config):
     milestones: tuple[Share, ...] = ()
     """milestones: shares of the steps after which the rate falls, for example [160/200, 180/200]"""
     milestone_factor: float = Field(0.3, gt=0, lt=1)
-    """milestones: factor of the rate at each milestone"""
+    """milestones: factor that multiplies the rate at each milestone"""
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up (the paper: none)")
     clip_norm: float | None = Field(None, gt=0, description="maximum norm of the gradient")
     ema: float | None = Field(None, gt=0, lt=1)
     """decay of the averaged weights (EMA), for example 0.999"""
     ema_warmup: bool = False
-    """use the decay (1 + t) / (10 + t) after t steps, while it is smaller"""
+    """use the decay (1 + t) / (10 + t) after t steps while it is smaller than ema"""
     sharpness: float | None = Field(None, gt=0)
     """rho of sharpness-aware minimisation (SAM), which doubles the cost of a step"""
     sharpness_adaptive: bool = False
@@ -158,7 +158,7 @@ class OptimizerConfig(_Config):
     @model_validator(mode="before")
     @classmethod
     def _fill(cls, values: Any) -> Any:
-        """Defaults that depend on what else is set."""
+        """Fill in defaults that depend on other settings."""
         filled = dict(values) if isinstance(values, Mapping) else {}
         for (setting, at), defaults in DEFAULTS.items():
             if filled.get(setting) == at:
@@ -175,10 +175,10 @@ class StreamsConfig(_Config):
 
 
 class WatchConfig(_Config):
-    """When a run that needs negatives has diverged, and what is changed then."""
+    """Divergence limits of a run that needs negatives, and mitigations."""
 
     gap: float = Field(50.0, gt=0)
-    """maximum smoothed energy difference of samples and data, nats"""
+    """maximum smoothed energy difference between samples and data, nats"""
     sample: float = Field(5.0, gt=0)
     """maximum rms distance of samples from gray, image units"""
     gradient: float = Field(1000.0, gt=1)
@@ -192,7 +192,7 @@ class WatchConfig(_Config):
 
 
 class TrainConfig(_Config):
-    """Everything a training run depends on."""
+    """All settings of a training run."""
 
     dataset: DataConfig = DataConfig()
     backbone: str = "gradresnet18"
@@ -202,7 +202,7 @@ class TrainConfig(_Config):
     objective: str = Field("ce+dsm", description="objectives joined by +, for example ce+0.5*dsm")
     balance: float = Field(BALANCE, gt=0, description="weight lambda of balanced objectives")
     terms: TermSettings = TermSettings()
-    """settings of single objectives, for example objective.adv.eps=0.5"""
+    """settings of individual objectives, for example objective.adv.eps=0.5"""
     streams: StreamsConfig
     draw_from: dict[str, Literal["classify", "denoise", "generate"]] = Field({})
     """objective -> stream, to override its own; {ce: denoise} shares one forward pass"""
@@ -220,20 +220,20 @@ class TrainConfig(_Config):
     """number of held-out images for validation; 0: no validation"""
     checkpoint_every: int = Field(500, ge=1, description="steps between checkpoints")
     keep_checkpoints: int = Field(2, ge=1, description="number of newest checkpoints to keep")
-    plugins: tuple[Plugin, ...] = Field((), description="that parts of the run come from")
+    plugins: tuple[Plugin, ...] = Field((), description="plugins that the run needs")
 
     def objective_settings(self) -> dict[str, ObjectiveConfig | None]:
-        """Name of an objective -> its settings, wherever they stand; None: it has none."""
+        """Settings of each objective by its name; None for an objective without settings."""
         return {
             name: getattr(self, own.section) if own.section else self.terms.of(name)
             for name, own in OBJECTIVES.items()
         }
 
     def stream(self, name: str) -> StreamConfig:
-        """The configuration of the stream called ``name``.
+        """Configuration of the stream ``name``.
 
         Raises:
-            UserError: if there is none.
+            UserError: if there is no such stream.
         """
         if name not in StreamsConfig.model_fields:
             raise unknown_name("stream", name, StreamsConfig.model_fields)
@@ -242,7 +242,7 @@ class TrainConfig(_Config):
 
 
 class Recipe(NamedTuple):
-    """Defaults for a data set: a nested mapping of `TrainConfig` fields, and a line about it."""
+    """Defaults for a data set: nested mapping of `TrainConfig` fields, and one-line description."""
 
     config: dict[str, Any]
     description: str
@@ -257,11 +257,11 @@ RECIPES = {
 
 
 def recipe_for(dataset: str, objective: str = "") -> dict[str, Any]:
-    """The recipe of ``dataset``, or ``folder``'s, as ``objective`` needs it if that was named.
+    """Default recipe of ``dataset`` for ``objective``; that of ``folder`` for an unknown data set.
 
-    Objectives that need negatives, noise prediction alone, and training under attack have recipes
-    of their own; other data sets have the small network's of the first two, and their own with a
-    logit head under attack.
+    Maximum likelihood, ``ddpm`` alone and adversarial training have separate recipes (`SPECIAL`).
+    For other data sets, the first two use the short CIFAR-10 recipe, and adversarial training uses
+    the recipe of the data set with a logit head.
     """
     terms = parse_objective(objective) if objective else ()
     families = {term.objective.family for term in terms}
@@ -277,7 +277,7 @@ def recipe_for(dataset: str, objective: str = "") -> dict[str, Any]:
 
 
 def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested mappings laid over each other, later ones winning."""
+    """Merge nested mappings; later ones override earlier ones."""
     result: dict[str, Any] = {}
     for layer in layers:
         for key, value in layer.items():
@@ -288,13 +288,13 @@ def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def resolve(*layers: Mapping[str, Any], recipe: str | None = None) -> TrainConfig:
-    """The configuration from ``layers`` over a recipe.
+    """Merge ``layers`` over a recipe and validate the result.
 
     Args:
-        *layers: nested mappings, weakest first. Where one names a backbone or a head, that preset's
-            own settings come in at that layer.
-        recipe: name of the recipe below them; by default that of the data set and objective that
-            the layers name, and none below the whole configuration of a run.
+        *layers: nested mappings; later ones override earlier ones. If a layer names a backbone or
+            a head, the settings of that preset apply at that layer.
+        recipe: name of the recipe below the layers. Default: that of the data set and objective in
+            the layers, or no recipe if a layer is the complete configuration of a run.
 
     Raises:
         UserError: on an unknown name, an unknown field or an illegal value.
@@ -307,7 +307,7 @@ def resolve(*layers: Mapping[str, Any], recipe: str | None = None) -> TrainConfi
     if not base and not any(layer.keys() >= OF_A_RUN for layer in layers):
         base = recipe_for(dataset, str(merge(*layers).get("objective", "")))
     named = [layer["backbone"] for layer in layers if "backbone" in layer]
-    if named:  # not both presets' settings, nor any that the network does not have
+    if named:  # drop the recipe's preset, and fields that the new network does not have
         base = {**base, "backbone": named[-1], "model": _fitting_network(base, str(named[-1]))}
     start = _expand(base)
     expanded = [start, *(_expand(layer) for layer in layers)]
@@ -333,9 +333,9 @@ def resolve(*layers: Mapping[str, Any], recipe: str | None = None) -> TrainConfi
 
 
 def _fitting(layer: Mapping[str, Any], over: Mapping[str, Any], whole: bool) -> Mapping[str, Any]:
-    """``layer`` without settings of the optimiser that choices in ``over`` leave without a use.
+    """``layer`` without optimiser settings that the kind or schedule in ``over`` does not use.
 
-    A ``whole`` layer, a recipe or a run, that names no kind or schedule means the default.
+    A ``whole`` layer (a recipe or a run) without kind or schedule has the default one.
     """
     own, chosen = layer.get("optimizer"), over.get("optimizer")
     if not isinstance(own, Mapping) or not isinstance(chosen, Mapping):
@@ -351,7 +351,7 @@ def _fitting(layer: Mapping[str, Any], over: Mapping[str, Any], whole: bool) -> 
 
 
 def _fitting_network(recipe: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The model of a ``recipe``, its backbone without the fields that network ``name`` lacks."""
+    """Model settings of ``recipe`` without backbone fields that network ``name`` does not have."""
     model = dict(recipe.get("model", {}))
     if isinstance(model.get("backbone"), Mapping):
         fields = type(find_network(name).config).model_fields
@@ -360,8 +360,8 @@ def _fitting_network(recipe: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def _check_used(config: TrainConfig, given: Mapping[str, Any]) -> None:
-    """Refuse what would do nothing in the optimiser, among the ``given`` layers: not whole
-    configurations of runs, which in earlier versions may hold such settings."""
+    """Reject optimiser settings in ``given`` that have no effect. ``given`` excludes complete
+    configurations of runs, since those of earlier versions may contain such settings."""
     for name, (setting, at) in USED_BY.items():
         chosen, value = getattr(config.optimizer, setting), getattr(config.optimizer, name)
         used = chosen in at if isinstance(at, tuple) else chosen is not None
@@ -375,7 +375,7 @@ def _check_used(config: TrainConfig, given: Mapping[str, Any]) -> None:
 
 
 def _implied(raw: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """What follows from the objectives of a configuration (`Objective.implies`)."""
+    """Settings that follow from the objectives of a configuration (`Objective.implies`)."""
     objective, streams = raw.get("objective"), mapping_at(raw, "draw_from")
     terms = parse_objective(objective) if isinstance(objective, str) else ()
     return merge(
@@ -388,7 +388,7 @@ def _implied(raw: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _terms_apart(layer: Mapping[str, Any]) -> Mapping[str, Any]:
-    """``layer`` with the settings under ``objective`` in their place, ``terms``."""
+    """Move the settings under ``objective`` of ``layer`` to ``terms``."""
     if not isinstance(layer.get("objective"), Mapping):
         return layer
     own = dict(layer["objective"])
@@ -401,7 +401,7 @@ def _terms_apart(layer: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _expand(layer: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Put the settings of the presets that ``layer`` names below its own."""
+    """Merge ``layer`` over the settings of the presets that it names."""
     parts: dict[str, Any] = {}
     if "backbone" in layer:
         preset = find_network(str(layer["backbone"])).config
@@ -434,7 +434,7 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The mapping in the YAML file ``path``."""
+    """Read the YAML file ``path``, which must contain a mapping."""
     values = parse_yaml(read_text(path, YAML_BYTES), f"configuration {str(path)!r}")
     if not isinstance(values, dict):
         raise UserError(
@@ -444,9 +444,9 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def difference(old: dict[str, Any], new: dict[str, Any]) -> tuple[str, Any, Any] | None:
-    """The first field in which two configurations make different runs: its name, old and new.
+    """First field that makes two configurations different runs: its name, old and new value.
 
-    The kind of a part, or a schedule, comes before what follows from it.
+    Fields named ``kind`` or ``schedule`` come first, since other fields follow from them.
     """
 
     before, after = _flat(old), _flat(new)

@@ -1,27 +1,27 @@
-r"""What a training step costs: floating-point operations, memory and time, before and after a run.
+r"""Cost of a training step: floating-point operations, memory and time, before and after a run.
 
-The step is run on fake tensors, which have shapes, types, devices and storages but no numbers, on a
-copy of the model that takes no memory either. Every operation passes a `Recorder`, which adds up
+The step runs on fake tensors, which have shapes, types, devices and storages but no data, with a
+copy of the model that needs no memory either. A `Recorder` counts for every operation
 
-- the *FLOPs* of matrix products and convolutions, two to a multiply-add, forward, backward and
-  differentiated again, by the formulas of `torch.utils.flop_counter`;
-- the *bytes alive*: each storage counts from the operation that made it until it is released.
+- the *FLOPs* of matrix products and convolutions, two per multiply-add, in the forward, backward
+  and double backward passes, by the formulas of `torch.utils.flop_counter`;
+- the *live bytes*: each storage counts from the operation that allocates it until its release.
 
-A step of one stream comes to about :math:`3 + 3k` forward passes where k different scores enter the
-loss: so ce costs 3, dsm 6, and dsm with cdsm on one batch 9; a cross-entropy beside them on the
-same batch is free. A product with the Hessian differentiates once more, so ism costs 12. The count
-is exact for the eager step; it is up to 3 % off this rule, for ism 10 %.
+A step of one stream costs about :math:`3 + 3k` forward passes if k different scores enter the loss:
+ce costs 3, dsm 6, and dsm with cdsm on one batch 9; a cross-entropy on that batch adds nothing. A
+Hessian-vector product differentiates once more, so ism costs 12. The count is exact for the eager
+step; it differs from this rule by up to 3 %, for ism by 10 %.
 
 The total is parameters, optimiser and :math:`\max_t b_t(n)`, with :math:`b_t(n) = b_t(0) + n\,b_t'`
-bytes alive at moment t of a step of n images: so two traces give the largest n that fits in M
-bytes, :math:`\min_t (M - b_t(0)) / b_t'`. Not seen is what an operation allocates and releases
-within itself (workspaces of convolution libraries), nor what an allocator wastes.
+live bytes at moment t of a step of n images. So two traces give the largest n that fits in M
+bytes, :math:`\min_t (M - b_t(0)) / b_t'`. Not counted: memory that an operation allocates and
+releases internally (workspaces of convolution libraries), and the overhead of the allocator.
 
-A step of F operations on a device that multiplies matrices at R per second
-(`ebmkit.compute.matrix_rate`) takes at least :math:`F / R`; one that took t seconds reached
-:math:`F / (R t)`, its MFU (model FLOPs utilisation). t is the median over the stretches between two
-rows of the log, without validations and saving, and without the first stretch, of warm-up, where
-there are others. Where sizes change along the run, F and t are means over its steps.
+A step of F operations on a device with a matrix rate of R FLOP/s (`ebmkit.compute.matrix_rate`)
+takes at least :math:`F / R`; a step of t seconds reaches :math:`F / (R t)`, its MFU (model FLOPs
+utilisation). t is the median over the intervals between two log rows, without validations and
+checkpoints, and without the first interval (warm-up) if there are others. If sizes change during
+the run, F and t are means over its steps.
 """
 
 from __future__ import annotations
@@ -56,25 +56,25 @@ from ebmkit.errors import UserError
 from ebmkit.objectives import TrainingLoss
 
 Shapes = Mapping[str, tuple[int, int, int, int]]
-"""Stream -> shape (B, C, H, W) of the images that this process takes of it in a step."""
+"""Stream -> shape (B, C, H, W) of the images that this process draws from it per step."""
 
-ADAMW_STATES = 2  # numbers that AdamW keeps of each parameter
-MOST_STRETCHES = 1000  # that a stopwatch keeps; then neighbours are put together
+ADAMW_STATES = 2  # state values of AdamW per parameter
+MOST_STRETCHES = 1000  # maximum number that a stopwatch keeps before it merges neighbours
 
 M = TypeVar("M", bound=nn.Module)
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the FLOPs and the bytes of the tensors made within, real or fake."""
+    """Counts FLOPs and live bytes of the operations in its context, on real or fake tensors."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.flops = 0
-        self.live: list[int] = [0]  # bytes of storages, after each operation that made one
+        self.live: list[int] = [0]  # live bytes after each operation that allocates a storage
         self._now, self._bytes = 0, dict[int, int]()
 
     def hold(self, tensors: Iterable[Tensor]) -> None:
-        """Count ``tensors``, made before or just now, whose storages are not counted yet."""
+        """Count the storages of ``tensors`` that are not counted yet."""
         fresh = {s._cdata: s for s in (t.untyped_storage() for t in tensors)}
         fresh = {key: storage for key, storage in fresh.items() if key not in self._bytes}
         for key, storage in fresh.items():
@@ -85,7 +85,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.live.append(self._now)
 
     def ignore(self, tensors: Iterable[Tensor]) -> None:
-        """Never count ``tensors`` nor views of them."""
+        """Exclude ``tensors`` and their views from the count."""
         self._bytes |= {tensor.untyped_storage()._cdata: 0 for tensor in tensors}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -102,21 +102,21 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class StepTrace(NamedTuple):
-    """What a traced step took."""
+    """FLOPs and memory of a traced step."""
 
-    flops: int  # of forward and backward, of the whole batch
-    live: tuple[int, ...]  # bytes at each moment, without parameters, buffers and the optimiser
-    gradients: int  # bytes of the parameters' gradients, which are alive at the end
-    unused: tuple[str, ...]  # names in the loss of the trained parameters that get no gradient
+    flops: int  # forward and backward, whole batch
+    live: tuple[int, ...]  # live bytes at each moment, without parameters, buffers and optimiser
+    gradients: int  # bytes of the parameters' gradients, which are live at the end
+    unused: tuple[str, ...]  # names, within the loss, of trained parameters without gradient
 
 
 def trace_step(loss: TrainingLoss, shapes: Shapes, accumulate: int = 1) -> StepTrace:
-    """Run forward and backward of ``loss`` on fake batches of ``shapes``; ``loss`` is untouched.
+    """Run forward and backward of ``loss`` on fake batches of ``shapes``; ``loss`` is unchanged.
 
-    If it is compiled, the eager step is traced. Arguments are those of `Budget`.
+    The eager step is traced, even if ``loss`` is compiled. ``accumulate`` is that of `Budget`.
     """
     recorder = Recorder()
-    parts_run = min(accumulate, 2)  # from the second on they are alike
+    parts_run = min(accumulate, 2)  # all parts after the first are alike
     with _fake(loss) as fake:
         fake.train().zero_grad(set_to_none=True)
         batches = {name: _batch(fake, name, shapes[name]) for name in loss.streams}
@@ -139,8 +139,8 @@ def network_flops(
     shape: tuple[int, int, int, int],
     of: Literal["forward", "score", "posteriors"] = "forward",
 ) -> int:
-    """FLOPs of a model on a batch of ``shape`` (B, C, H, W), two to a multiply-add: of the forward
-    pass, the score alone, or the gradient of log-posteriors, which an attack climbs."""
+    """FLOPs of a model on a batch of ``shape`` (B, C, H, W), two per multiply-add: of the forward
+    pass, the score, or the gradient of log-posteriors, which an attack needs."""
     recorder = Recorder()
     with _fake(model) as fake, torch.no_grad():
         fake.eval()
@@ -160,7 +160,7 @@ def network_flops(
 
 @contextmanager
 def _fake(module: M) -> Iterator[M]:
-    """A copy of ``module`` without numbers; within, new tensors are fake, and nothing warns."""
+    """A fake copy of ``module``; within the context new tensors are fake and warnings are off."""
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         tensors = [*module.parameters(), *module.buffers()]
@@ -168,7 +168,7 @@ def _fake(module: M) -> Iterator[M]:
 
 
 def _batch(loss: TrainingLoss, stream: str, shape: tuple[int, int, int, int]) -> Batch:
-    """A batch of ``stream``, with all that its objectives need."""
+    """A batch of ``stream`` with all columns that its objectives need."""
     classes, device = loss.model.num_classes, next(loss.parameters()).device
     count = shape[0]
     x, y, eps = (torch.empty(shape, device=device) for _ in range(3))
@@ -186,14 +186,14 @@ def _batch(loss: TrainingLoss, stream: str, shape: tuple[int, int, int, int]) ->
 def step_flops(
     loss: TrainingLoss, shapes: Shapes, gradients: int = 1, update_flops: int = 0
 ) -> dict[str, int]:
-    """FLOPs of forward and backward by objective; those of one stream, which share work, together.
+    """FLOPs of forward and backward; objectives of one stream share work and are one entry.
 
-    A step of a Langevin chain or an attack is a forward pass and one vjp to the image. The last two
-    arguments are those of `Budget`.
+    A step of a Langevin chain or an attack is a forward pass and one vjp with respect to the image.
+    The last two arguments are those of `Budget`.
 
     Returns:
-        Names joined by + -> FLOPs, as ``{"ce": ..., "dsm+cdsm": ...}``; what negatives take is
-        called "20 Langevin steps", attacks "7 attack steps", and Muon's products "optimiser".
+        Names joined by + -> FLOPs, as ``{"ce": ..., "dsm+cdsm": ...}``. Entries for negatives,
+        attacks and Muon are called "20 Langevin steps", "7 attack steps" and "optimiser".
     """
     flops = {}
     for stream in loss.streams:
@@ -214,20 +214,20 @@ def step_flops(
 
 
 class Memory(NamedTuple):
-    """Bytes that a training step takes on its device.
+    """Bytes that a training step needs on its device.
 
-    Activations are what is alive at the peak beyond the room that the gradients need in the end:
-    the batch, what is saved for the backward pass, intermediate results.
+    Activations are the live bytes at the peak minus the size of the gradients: the batch, tensors
+    saved for the backward pass, intermediate results.
     """
 
     parameters: int  # and buffers
     gradients: int
-    optimizer: int  # its states, and averaged weights where there are any
+    optimizer: int  # its states, and averaged weights if there are any
     activations: int
 
     @property
     def total(self) -> int:
-        """The sum: the peak of the step."""
+        """Peak memory of the step, the sum of the fields."""
         return sum(self)
 
 
@@ -236,9 +236,9 @@ def step_memory(
 ) -> Memory:
     """Memory of one eager training step, without running it; arguments are those of `Budget`.
 
-    Exact for the tensors of the step. Not in it: what Muon's update holds for a moment, about six
-    times the matrices, when the activations are gone; what the allocator wastes, the data set, and,
-    on CUDA, the context (about half a GB) and the batch that is drawn ahead.
+    Exact for the tensors of the step. Not included: temporary tensors of Muon's update (about six
+    times the matrices, after the activations are released), the overhead of the allocator, the data
+    set, and, on CUDA, the context (about half a GB) and the prefetched batch.
     """
     step = trace_step(loss, shapes, accumulate)
     weights = sum(t.nbytes for t in [*loss.parameters(), *loss.buffers()])
@@ -248,20 +248,20 @@ def step_memory(
 
 @dataclass(frozen=True)
 class StepCost:
-    """What a training step costs one process."""
+    """Cost of a training step for one process."""
 
-    parameters: int  # how many numbers are trained
+    parameters: int  # number of trained parameters
     flops: dict[str, int]
-    """Objectives that share a forward pass -> FLOPs of a step, the mean over the steps."""
+    """Objectives that share a forward pass -> mean FLOPs per step."""
     memory: Memory  # of the largest step
-    rate: float  # FLOP/s of matrix products on the device, in the precision of the run
-    steps: int  # of the run
+    rate: float  # matrix rate of the device at the run's precision, FLOP/s
+    steps: int  # number of steps
     stages: Mapping[str, int] = field(default_factory=dict)
-    """Text about each stage of the run -> FLOPs of a step in it; empty for one alone."""
+    """Description of each stage of the run -> FLOPs per step; empty if there is only one."""
 
     @property
     def step_flops(self) -> int:
-        """FLOPs of a step."""
+        """FLOPs per step."""
         return sum(self.flops.values())
 
     @property
@@ -271,15 +271,15 @@ class StepCost:
 
     @property
     def least_seconds(self) -> float:
-        """Seconds that all steps would take at the full matrix rate."""
+        """Time of all steps at the full matrix rate, seconds."""
         return self.run_flops / self.rate
 
     def mfu(self, seconds: float) -> float:
-        """Share of the matrix rate that a step of ``seconds`` reaches, 1 for all of it."""
+        """Share of the matrix rate that a step of ``seconds`` reaches, 0 to 1."""
         return self.step_flops / (self.rate * seconds)
 
     def rows(self) -> list[tuple[str, str]]:
-        """The cost as names and values to print."""
+        """Names and values to print."""
         parts = self.memory._asdict().items()
         memory = ", ".join(f"{name} {format_bytes(count)}" for name, count in parts)
         memory = memory.replace("optimizer", "optimiser")
@@ -297,32 +297,32 @@ class StepCost:
 
 @dataclass(frozen=True)
 class Budget:
-    """The steps of a run, to be counted before they are taken."""
+    """Predicts the cost of a run before its steps are taken."""
 
-    loss: TrainingLoss  # model and objectives, on the device and in the precision to train in
+    loss: TrainingLoss  # model and objectives, on the device and at the precision of training
     plan: Sequence[tuple[Stage, Shapes]]
-    """The stages of the run, and the images that this process takes in a step of them."""
-    states: int | Fraction = ADAMW_STATES  # numbers that the optimiser keeps of each parameter
-    accumulate: int = 1  # parts that each batch is split into
-    processes: int = 1  # how many share each batch
-    gradients: int = 1  # how often a step takes the gradient; 2 for sharpness-aware minimisation
+    """Stages of the run, each with the shapes that this process draws per step."""
+    states: int | Fraction = ADAMW_STATES  # state values of the optimiser per parameter
+    accumulate: int = 1  # number of parts that each batch is split into
+    processes: int = 1  # number of processes that share each batch
+    gradients: int = 1  # gradients per step; 2 for sharpness-aware minimisation
     update_flops: int = 0  # FLOPs of the optimiser's matrix products
     _memories: dict[object, Memory] = field(default_factory=dict, init=False)
 
     @property
     def device(self) -> torch.device:
-        """Where the steps are taken."""
+        """Device of the loss."""
         return next(self.loss.parameters()).device
 
     def memory(self, shapes: Shapes) -> Memory:
-        """Memory of a step of ``shapes``."""
+        """Memory of a step with ``shapes``."""
         key = tuple(shapes.items())
         if key not in self._memories:
             self._memories[key] = step_memory(self.loss, shapes, self.states, self.accumulate)
         return self._memories[key]
 
     def cost(self, steps: int, first: int = 0) -> StepCost:
-        """What steps ``first`` .. ``steps`` - 1 cost: counted, but for the device's matrix rate."""
+        """Cost of steps ``first`` .. ``steps`` - 1, with the measured matrix rate of the device."""
         loss = self.loss
         lengths: list[int] = []
         counts: list[dict[str, int]] = []
@@ -355,11 +355,11 @@ class Budget:
         )
 
     def check(self, free: int | None = None) -> Memory:
-        """The memory that the largest step takes, to be asked before the first step.
+        """Memory of the largest step; call this before the first step.
 
         Raises:
             UserError: if that is more than ``free`` bytes (by default `available_memory`) beyond
-                the parameters; the message says how large a batch would fit.
+                the parameters; the message names the largest batch that fits.
         """
         if free is None:
             free = available_memory(self.device)
@@ -372,9 +372,9 @@ class Budget:
         return max((self.memory(shapes) for _, shapes in self.plan), key=lambda own: own.total)
 
     def largest_batch(self, shapes: Shapes, limit: int) -> dict[str, int] | None:
-        """Stream -> the largest batch, in the proportions of ``shapes``, that fits in ``limit``
-        bytes, parameters and optimiser included: a multiple of ``accumulate``. None if not even one
-        image of each fits in each part."""
+        """Stream -> largest batch size that fits in ``limit`` bytes, parameters and optimiser
+        included. Sizes have the proportions of ``shapes`` and are multiples of ``accumulate``. None
+        if not even one image of each stream fits in each part."""
 
         def live(factor: int) -> tuple[int, ...]:
             larger = {name: (factor * b, *rest) for name, (b, *rest) in shapes.items()}
@@ -383,7 +383,7 @@ class Budget:
         memory = self.memory(shapes)
         left = limit - memory.parameters - memory.optimizer
         two, four = live(2), live(4)  # not 1: a batch of one image may be laid out differently
-        scale = math.inf  # in batches of `shapes`
+        scale = math.inf  # in multiples of `shapes`
         for at_two, at_four in zip(two, four, strict=True):
             slope = (at_four - at_two) / 2
             if slope > 0:
@@ -397,9 +397,9 @@ class Budget:
     def too_large(
         self, shapes: Shapes, limit: int, fields: Mapping[str, str] | None = None
     ) -> UserError:
-        """The error for a step of ``shapes`` that does not fit; arguments as of `largest_batch`.
+        """Return the error for a step of ``shapes`` that does not fit in ``limit`` bytes.
 
-        ``fields`` names the configuration of each stream's sizes, by default ``streams.NAME``.
+        ``fields``: stream -> configuration field of its sizes, by default ``streams.NAME``.
         """
         fields = fields or {name: f"streams.{name}" for name in self.loss.streams}
         problem = (
@@ -421,10 +421,10 @@ class Budget:
         return UserError(f"{problem}set {largest} at most")
 
     def out_of_memory(self, held: int, step: int = 0) -> UserError:
-        """The error for a step that ran out of memory; it says how large a batch would fit.
+        """Return the error for a step that ran out of memory; it names the largest batch that fits.
 
-        Nothing of ``step`` may be referred to any more, its exception included; ``held`` are the
-        bytes of parameters and optimiser states, which are there already.
+        The caller must hold no reference to tensors of ``step``, nor to its exception. ``held`` is
+        the size of parameters and optimiser states, which are already allocated, in bytes.
         """
         stage, shapes = next(own for own in reversed(self.plan) if own[0].start <= step)
         gc.collect()
@@ -434,7 +434,7 @@ class Budget:
 
 
 class Stretch(NamedTuple):
-    """Steps that were timed: how many, seconds, seconds of them for data, stage of the run."""
+    """Interval of timed steps: number of steps, seconds, seconds of waiting for data, stage."""
 
     steps: int
     seconds: float
@@ -447,16 +447,16 @@ class Stretch(NamedTuple):
 
 
 class Stopwatch:
-    """Times stretches of steps, and how much of them went into waiting for data."""
+    """Times intervals of steps, and the waiting for data within them."""
 
     def __init__(self) -> None:
         self.stretches: list[Stretch] = []
         self.lengths: Mapping[int, int] | None = None
-        """Stage of the run -> number of its steps, to weigh it by; None: by the steps timed."""
+        """Stage of the run -> its weight in `seconds`; None: the number of timed steps."""
         self.restart()
 
     def restart(self) -> None:
-        """Begin a stretch."""
+        """Start a new interval."""
         self._begun, self._steps, self._data = time.perf_counter(), 0, 0.0
 
     def step(self, data_seconds: float) -> None:
@@ -465,10 +465,10 @@ class Stopwatch:
         self._data += data_seconds
 
     def stop(self, stage: int = 0) -> float:
-        """End the stretch, all in one ``stage``, and begin another; the seconds per step of it."""
+        """End the interval, which lies in ``stage``, and start another; return seconds per step."""
         seconds, steps = time.perf_counter() - self._begun, max(1, self._steps)
         self.stretches.append(Stretch(steps, seconds, self._data, stage))
-        if len(self.stretches) > MOST_STRETCHES:  # put neighbours together, but for the first
+        if len(self.stretches) > MOST_STRETCHES:  # merge neighbours, except the first
             self.stretches = [
                 own
                 for first, *rest in self._by_stage()
@@ -479,7 +479,7 @@ class Stopwatch:
 
     @property
     def seconds(self) -> float:
-        """Seconds of a step: the median in each stage, averaged over the steps of the stages."""
+        """Seconds per step: the median in each stage, weighted by the steps of the stages."""
         total = steps = 0.0
         for own in self._by_stage():
             length = self.lengths[own[0].stage] if self.lengths else sum(s.steps for s in own)
@@ -500,24 +500,24 @@ class Stopwatch:
 
 @dataclass(frozen=True)
 class RunStats:
-    """What a run took; written to ``RUN/cost.json``."""
+    """Measured cost of a run; written to ``RUN/cost.json``."""
 
-    steps: int  # done now (a resumed run counts its own)
+    steps: int  # timed steps (a resumed run counts only those since the resume)
     step_seconds: float  # median, averaged over stages of the run
-    images_per_s: float  # of all streams and processes
+    images_per_s: float  # over all streams and processes
     data_share: float  # share of the time that the host waited for data
     peak_memory: int  # bytes; on CUDA of tensors on the device, on a CPU of the whole process
     flops: dict[str, int]
-    """Objectives that share a forward pass -> FLOPs of a step of one process, on average."""
-    matrix_rate: float  # FLOP/s of matrix products, measured on this device in this precision
-    share: float  # share of that rate that the steps reached, their MFU
+    """Objectives that share a forward pass -> mean FLOPs per step of one process."""
+    matrix_rate: float  # measured rate of matrix products at this precision, FLOP/s
+    share: float  # MFU: share of that rate that the steps reached
     precision: str
     compiled: bool
     processes: int
     device: str
 
     def sentence(self) -> str:
-        """One line for the end of a run."""
+        """One-line summary for the end of a run."""
         step, rate = with_prefix(sum(self.flops.values())), with_prefix(self.matrix_rate)
         return (
             f"{format_seconds(self.step_seconds)} a step ({self.data_share:.1%} of it for data), "
@@ -528,7 +528,7 @@ class RunStats:
 
 
 def format_bytes(count: float) -> str:
-    """``count`` bytes as people read them, in powers of 1000.
+    """Format ``count`` bytes with a decimal prefix.
 
     >>> format_bytes(1.57e9)
     '1.57 GB'
@@ -537,7 +537,7 @@ def format_bytes(count: float) -> str:
 
 
 def with_prefix(count: float) -> str:
-    """``count`` with a prefix, to be followed by a unit, as FLOP.
+    """Format ``count`` with a decimal prefix, to be followed by a unit such as FLOP.
 
     >>> with_prefix(6.71e16)
     '67.1 P'
@@ -550,7 +550,7 @@ def with_prefix(count: float) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """``seconds`` in the unit that people would choose.
+    """Format ``seconds`` in a suitable unit.
 
     >>> format_seconds(5400)
     '1.5 h'

@@ -1,9 +1,9 @@
 """The training loop.
 
-Each step draws a batch from each stream, takes the gradient of the sum of the objectives
-(`ebmkit.objectives.TrainingLoss`) and moves the parameters (`ebmkit.training.optim`). Everything
-drawn is a function of (seed, stream, step), and dropout also of the process, so a run resumed from
-a checkpoint does the same arithmetic as one that was never stopped: on a CPU the bits are equal.
+Each step draws a batch from each stream, computes the gradient of the sum of the objectives
+(`ebmkit.objectives.TrainingLoss`) and updates the parameters (`ebmkit.training.optim`). All random
+numbers are functions of (seed, stream, step), those of dropout also of the process. So a run that
+is resumed from a checkpoint equals an uninterrupted one: on a CPU it is bit-identical.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupted(Exception):
-    """Training was stopped after ``step``, and its state saved, by a ``signal`` (None: another
-    process was asked to stop)."""
+    """Training was stopped by ``signal`` (None: another process received it) after ``step``, and
+    its state was saved."""
 
     def __init__(self, step: int, signum: int | None = None) -> None:
         super().__init__(f"interrupted after step {step}")
@@ -76,7 +76,7 @@ class Interrupted(Exception):
 
 @dataclass
 class Stop:
-    """Whether the process was asked to stop, and by which signal; call it to know."""
+    """Stop flag and the signal that set it; calling the object returns the flag."""
 
     signal: int | None = None
 
@@ -86,10 +86,10 @@ class Stop:
 
 @contextmanager
 def stop_requested() -> Iterator[Stop]:
-    """Within, the first of `SIGNALS` only raises a flag, so that no step is cut in half.
+    """Within the context, the first of `SIGNALS` only sets a flag, so that the step is completed.
 
-    A SIGINT after that interrupts at once. A closed terminal that the process was started to
-    ignore, by ``nohup``, stays ignored.
+    A later SIGINT raises ``KeyboardInterrupt`` at once. SIGHUP stays ignored if it was ignored
+    before, as under ``nohup``.
     """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
@@ -112,33 +112,33 @@ def stop_requested() -> Iterator[Stop]:
 
 
 class Reporter(Protocol):
-    """Who is told how training goes (a progress bar, TensorBoard)."""
+    """Receives the rows of metrics (a progress bar, TensorBoard)."""
 
     def report(self, row: dict[str, Any]) -> None: ...
 
 
 @dataclass
 class Trainer:
-    """Trains a model; `fit` does it.
+    """Trains a model with `fit`.
 
     Args:
-        model: any `ScoreModel`; of `config.model` if the command line built it.
-        config: the resolved configuration.
+        model: any `ScoreModel`; the command line builds the one of ``config.model``.
+        config: resolved configuration.
         train: training images.
         validation: held-out images; None: no validation.
-        run: where to save; None: nowhere.
-        built_from: what builds the model, for ``model.json``; None for one composed by hand.
-        reporter: who is told of each row of metrics.
-        world: the processes that train together. Only the first should have a run and a reporter.
+        run: run folder to save to; None: nothing is saved.
+        built_from: configuration that builds the model, for ``model.json``; None: a custom model.
+        reporter: receives each row of metrics.
+        world: processes that train together. Only the first should have a run and a reporter.
 
     Attributes:
-        state: what a checkpoint holds for all objectives.
-        preparations: objective -> what adds columns to its batches.
-        rollback: divergence detection, where an objective needs negatives.
+        state: the part of a checkpoint that is the same for all objectives.
+        preparations: objective -> function that adds columns to its batches.
+        rollback: divergence detection, if an objective needs negatives.
 
     Raises:
-        UserError: if the images do not suit model or objective, the batches do not divide among
-            processes and parts, or the device cannot compute as asked.
+        UserError: if the images do not fit the model or an objective, a batch cannot be divided
+            among processes and parts, or the device does not support the compute settings.
     """
 
     model: ScoreModel
@@ -218,12 +218,12 @@ class Trainer:
 
     @property
     def step(self) -> int:
-        """Steps done."""
+        """Number of completed steps."""
         return self.state.step
 
     @property
     def trained(self) -> ScoreModel:
-        """The model to use: the averaged one, where averaging is on."""
+        """The trained model: the averaged one if averaging is on."""
         if self.update.average is None:
             return self.model
         averaged = self.update.average.module
@@ -231,12 +231,12 @@ class Trainer:
         return averaged
 
     def fit(self) -> ScoreModel:
-        """Train from the present step to ``config.steps``; the model, in evaluation mode.
+        """Train from the current step to ``config.steps``; return the model in evaluation mode.
 
         Raises:
             Interrupted: on Ctrl-C or a request to terminate, after saving.
-            UserError: if a loss is NaN or Inf (before the update it would have spoilt), the run
-                diverges too often, or the disk is full.
+            UserError: if a loss or the gradient is NaN or Inf (before the update), the run diverges
+                too often, or the disk is full.
         """
         config = self.config
         batches = self.batches(self.step, config.steps)
@@ -245,7 +245,7 @@ class Trainer:
         self.state.start_clock()
         self.stopwatch.restart()
         self.model.train()
-        alone = self.world.size == 1  # several agree on where to stop by reading
+        alone = self.world.size == 1  # several processes agree on the last step when they read
         holding = nullcontext() if self.run is None else self.run.held()
         where_saved = (lambda: "") if self.run is None else self.run.where_saved
         with translate_worker_errors(where_saved), holding, stop_requested() as stop:
@@ -255,7 +255,7 @@ class Trainer:
                     self.step % every == 0 or self.step == config.steps
                     for every in (config.log_every, config.validate_every, config.checkpoint_every)
                 )
-                log = log or self.step in ends  # so that no speed is of two stages
+                log = log or self.step in ends  # a measured speed must not cover two stages
                 if self.rollback is not None and self._rolled_back(self.rollback):
                     batches = self.batches(self.step, config.steps)
                     self.stopwatch.restart()
@@ -270,7 +270,7 @@ class Trainer:
                     self._validate()
                 asked = stop() if alone else stats.asked_to_stop
                 if save or asked:
-                    self.state.skipped.update()  # here, where all processes come by
+                    self.state.skipped.update()  # all processes reach this line
                     self.save()
                 if validate or save:
                     self.stopwatch.restart()
@@ -279,8 +279,8 @@ class Trainer:
         return self.trained.eval()
 
     def try_steps(self, count: int) -> None:
-        """Take ``count`` steps of each stage for the time they take, up to its length; afterwards
-        only the stopwatch is of use, which then tells of the whole run."""
+        """Time up to ``count`` steps of each stage. Afterwards only the stopwatch is usable; it
+        then estimates the whole run."""
         self.model.train()
         for number, stage in enumerate(self.stages):
             self.state.step = stage.start
@@ -294,20 +294,20 @@ class Trainer:
         self.stopwatch.lengths = {n: s.stop - s.start for n, s in enumerate(self.stages)}
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to resume exactly but the replay buffer: tensors and plain values."""
+        """State for an exact resume, without the replay buffer: tensors and plain values."""
         watch = self.rollback.state_dict() if self.rollback else None
         return {**self.state.state_dict(), "watch": watch}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Resume from a checkpoint: a `state_dict`, and the replay buffer where there is one.
+        """Resume from a checkpoint: a `state_dict`, with the replay buffer if there is one.
 
         Raises:
-            UserError: if it is of another run.
+            UserError: if it belongs to another run.
         """
         self.state.load_state_dict(state)
         if self.step > self.config.steps:
             raise UserError(
-                f"the checkpoint is of step {self.step}, and this run has {self.config.steps}"
+                f"the checkpoint is at step {self.step}, but the run ends at {self.config.steps}"
             )
         self.card.steps = self.step
         if self.rollback is not None:
@@ -322,7 +322,7 @@ class Trainer:
         ``rolled_back`` is that of `RunFolder.save_checkpoint`.
 
         Raises:
-            UserError: if they cannot be written; the earlier ones are whole.
+            UserError: if they cannot be written; the earlier files stay intact.
         """
         self.card.steps = self.step
         if self.run is None:
@@ -335,25 +335,25 @@ class Trainer:
         best.written()
 
     def batches(self, start: int, stop: int) -> Iterator[dict[str, Batch]]:
-        """One batch of each stream for the steps ``start`` .. ``stop`` - 1."""
+        """Yield a batch of each stream for each of the steps ``start`` .. ``stop`` - 1."""
         streams = {name: stream.batches(start, stop) for name, stream in self.streams.items()}
         return prefetched(streams, self.device)
 
     def rate_at(self, step: int) -> float:
-        """The learning rate of ``step``, counted from 0."""
+        """Learning rate of ``step``, counted from 0."""
         rate = learning_rate(self.config.optimizer, step, self.config.steps)
         return rate if self.rollback is None else rate * self.rollback.monitor.mitigations.rate
 
     def report(self, row: dict[str, Any], written: bool = False) -> None:
-        """Write a row of metrics, unless it is ``written``, and show it."""
+        """Write a row of metrics, unless it is already ``written``, and pass it to the reporter."""
         if self.run is not None and not written:
             self.run.log(row)
         if self.reporter is not None:
             self.reporter.report(row)
 
     def run_stats(self) -> RunStats:
-        """What the steps so far really took."""
-        peak = peak_memory(self.device)  # before the counting, which takes some too
+        """Measured cost of the steps so far."""
+        peak = peak_memory(self.device)  # before counting, which needs memory too
         first, last, seconds = self.first_step, self.step, self.stopwatch.seconds
         cost = self.budget.cost(last, first)
         return RunStats(
@@ -372,19 +372,19 @@ class Trainer:
         )
 
     def diagnose(self, step: int, stats: StepStats) -> dict[str, Any]:
-        """What is found of ``step``, counted from 1, in all processes, which must call together.
+        """Find the cause of NaN or Inf in ``step``, counted from 1; all processes must call this.
 
-        The parameters are those before it, and ``stats`` are its own.
+        The parameters must be those before the step; ``stats`` are those of the step.
         """
         update = self.update
 
         def find() -> dict[str, Any]:
-            drawn = self._drawn  # of chains that have moved on
+            drawn = self._drawn  # the chains have been updated since
             if self.rollback is None:
                 drawn = next(self.batches(step - 1, step))
                 drawn = self.loss.prepared(self.preparations, drawn, step - 1)
             gradients = None
-            if self.step == step and update.clip_norm is None:  # nothing touched them since
+            if self.step == step and update.clip_norm is None:  # gradients of this step, unclipped
                 named = self.model.named_parameters()
                 gradients = {name: p.grad for name, p in named if p.grad is not None} or None
             self._seed_layers(step - 1)
@@ -396,7 +396,7 @@ class Trainer:
         return nonfinite.report(find, step, stats, self.streams, self.world, lr=lr, **how)
 
     def _seed_layers(self, step: int) -> None:
-        """Make what layers draw by themselves, as dropout does, a function of the step."""
+        """Seed random layers, such as dropout, by the step."""
         torch.manual_seed(keyed_seed(self.config.seed, "dropout", step, self.world.rank))
 
     def _advance(self, batches: Iterator[dict[str, Batch]], stop: bool) -> None:
@@ -415,7 +415,7 @@ class Trainer:
                     self._drawn = drawn
             self.update(drawn, rate, stop)
         except OutOfMemory:
-            pass  # explained out of the handler, which would keep what the step held
+            pass  # reported outside the handler, which keeps the tensors of the step alive
         else:
             self.state.step += 1
             return
@@ -426,8 +426,8 @@ class Trainer:
         raise self.budget.out_of_memory(sum(t.nbytes for t in held), self.step)
 
     def _read(self) -> StepStats:
-        """What the last step did; a `UserError`, and the state before it is saved, if it, or one
-        before, was NaN or Inf."""
+        """Statistics of the last step. If it or an earlier step was NaN or Inf, save the state
+        before that step and raise a `UserError`."""
         stats = self.update.read()
         if not stats.failed:
             self.card.steps = self.step
@@ -448,8 +448,8 @@ class Trainer:
         raise UserError(sentence + where, [*nonfinite.describe(found), nonfinite.advice(found)])
 
     def _rolled_back(self, rollback: Rollback) -> bool:
-        """Whether the run diverged by the last step and went back; both is saved and reported. A
-        `UserError` with the history if it did too often."""
+        """If the run diverged in the last step, roll back, save and report it, and return True.
+        Raises a `UserError` with the history after too many rollbacks."""
         stats = self.update.read()
         reason = rollback.check(stats)
         if reason is None:
@@ -483,7 +483,7 @@ class Trainer:
             self.report(skipped.row(self.step))
 
     def _validate(self) -> None:
-        """Measure on the held-out images; keep the weights if they are the best so far."""
+        """Evaluate the held-out images; keep the weights if they are the best so far."""
         if self.validator is None:
             return
         model, best, loss = self.trained.eval(), self.state.best, self.validator.loss
@@ -496,7 +496,7 @@ class Trainer:
         summary = loss.summary({term.name: means[term.name] for term in loss.terms})
         every = self.config.validate_every
         if 0 < stage.start >= (self.step - 1) // every * every:
-            best.loss = math.inf  # the first of a stage: crops of other sizes do not compare
+            best.loss = math.inf  # first validation of a stage: other crop sizes do not compare
         best.offer(summary, model, saves=self.run is not None)
 
 
@@ -507,27 +507,27 @@ def assemble(
     progress: bool = False,
     world: DistributedContext | None = None,
 ) -> Trainer:
-    """Everything built: load the data, build the model, and resume from the run's checkpoint.
+    """Load the data, build model and trainer, and resume from the run's checkpoint.
 
-    Args are those of `Trainer`, and ``progress``: whether to show bars while data is downloaded or
-    read. Raises a `UserError` as the parts do.
+    Arguments are those of `Trainer`, and ``progress``: whether to show progress bars while data is
+    downloaded or read. Raises a `UserError` if one of these steps does.
     """
     world = world or DistributedContext()
     if not world.first:
-        world.broadcast(None)  # where data must be fetched, one does it
+        world.broadcast(None)  # the first process alone downloads data
     train = images_of(config.dataset, "train", progress)
     if world.first:
         world.broadcast(None)
     if config.dataset.limit is not None:
         train = train.first(config.dataset.limit)
-    for term in parse_objective(config.objective):  # before the network, whose head may want some
+    for term in parse_objective(config.objective):  # before the head, which may need labels
         check_labels(term.name, term.objective, train.num_classes)
     validation = None
     if config.validation_images:
         validation = images_of(config.dataset, "validation").first(config.validation_images)
     model, built_from = build_model(config, train), model_config(config, train)
     trainer = Trainer(model, config, train, validation, run, built_from, reporter, world)
-    if trainer.device.type == "cpu":  # where running out of memory ends the process unasked
+    if trainer.device.type == "cpu":  # where the system kills a process that runs out of memory
         trainer.budget.check()
     with run.held() if run is not None else nullcontext():
         checkpoint = world.broadcast(run.load_checkpoint() if run is not None else None)

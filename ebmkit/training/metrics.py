@@ -1,9 +1,9 @@
-"""What is measured along a run: validation, ``metrics.jsonl``, and learning curves.
+"""Metrics of a run: validation, ``metrics.jsonl`` and learning curves.
 
-Held-out images have the same noise every time; objectives that train under attack are measured so,
-too, from the same starts. ``metrics.jsonl`` has one JSON object per line and only grows. A process
-that is killed may leave a last line cut short: a resumed run cuts the file after the last row that
-its checkpoint knows, to the byte, and writes the later ones again.
+Every validation uses the same noise. Adversarial objectives are evaluated under their training
+attack, from the same starting points. ``metrics.jsonl`` has one JSON object per line and only
+grows. A killed process may leave an incomplete last line: a resumed run truncates the file after
+the last row that belongs to its checkpoint, and writes the later rows again.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 LARGEST = 1024 * MIB
-"""Bytes: some 5 million rows."""
+"""Maximum size of ``metrics.jsonl`` in bytes; about 5 million rows."""
 
 BATCH, SIGMA = 100, 25 / 255
-"""Images measured at once, and the noise level of ``psnr_25``."""
+"""Maximum batch size of validation, and the noise level of ``psnr_25``."""
 
 LINEAR = ("accuracy", "psnr", "lr")
-"""Beginnings of the names of measures that are never drawn on a logarithmic scale."""
+"""Prefixes of metrics that are never drawn on a logarithmic scale."""
 
 TITLES = {
     "accuracy": "accuracy (%)",
@@ -55,17 +55,17 @@ TITLES = {
 
 @dataclass
 class Validation:
-    """Measures the model of a loss on held-out images, in equal batches that processes share out.
+    """Evaluates the model of a loss on held-out images, in equal batches divided among processes.
 
-    Images are whole, but for streams whose crops change along the run: those see the middle, of the
-    size that is trained at the time. All processes get the same means.
+    Images are whole, except in streams whose crop size changes during the run: these use centre
+    crops of the current training size. All processes get the same means.
     """
 
-    loss: TrainingLoss  # of the model to measure, without objectives that need negatives
-    images: AnyImages  # held out
+    loss: TrainingLoss  # with the model to evaluate, without objectives that need negatives
+    images: AnyImages  # held-out images
     noise: dict[str, StreamConfig]
-    """Stream -> its configuration in training; the noise law is kept, not the augmentation."""
-    classifies: bool  # whether accuracy means anything
+    """Stream -> its training configuration; its noise law applies, its augmentation does not."""
+    classifies: bool  # whether accuracy is meaningful
     device: torch.device
     world: DistributedContext
 
@@ -81,10 +81,10 @@ class Validation:
 
     @torch.no_grad()
     def __call__(self, stage: Stage | None = None) -> dict[str, float]:
-        """Means over the images: each term by name, and where they apply ``accuracy``,
-        ``accuracy_attacked`` (under the attack of training) and ``psnr_25``.
+        """Means over the images: each term by name, and if they apply ``accuracy``,
+        ``accuracy_attacked`` (under the training attack) and ``psnr_25``.
 
-        The model must be in evaluation mode. Without a ``stage`` of the run images are whole.
+        The model must be in evaluation mode. Without a ``stage`` of the run, images are whole.
         """
         crops = {n: s.crop_size for n, s in stage.spans.items()} if stage else {}
         crops = {n: side for n, side in crops.items() if n in self.noise and self.noise[n].phases}
@@ -122,7 +122,7 @@ class Validation:
 
 
 def _middle(batch: Batch, side: int | None) -> Batch:
-    """The same batch with its images cut to a square of ``side``."""
+    """Crop the images of a batch to their central square of ``side`` pixels."""
     if side is None:
         return batch
     top, left = ((n - side) // 2 for n in batch.x.shape[-2:])
@@ -131,7 +131,7 @@ def _middle(batch: Batch, side: int | None) -> Batch:
 
 
 class MetricsLog:
-    """The file at ``path``, which need not exist; appended to."""
+    """Append-only log at ``path``, which need not exist yet."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -139,7 +139,7 @@ class MetricsLog:
         self._known = False
 
     def append(self, row: dict[str, Any]) -> None:
-        """Write ``row`` at the end, or raise a `UserError`."""
+        """Append ``row``, or raise a `UserError`."""
         self._look()
         line = as_lines([row])
         with writing(self.path), self.path.open("ab") as file:
@@ -148,25 +148,25 @@ class MetricsLog:
         self._hash.update(line)
 
     def content(self) -> bytes:
-        """All bytes; none if there is no file.
+        """All bytes of the log; empty if there is no file.
 
         Raises:
-            UserError: if it is something else than a file, or larger than any run makes it.
+            UserError: if it is not a regular file, or larger than `LARGEST`.
         """
         return read_bytes(self.path, LARGEST) if os.path.lexists(self.path) else b""
 
     def rows(self) -> list[dict[str, Any]]:
-        """Its rows, up to the first that is not whole."""
+        """The rows before the first incomplete one."""
         return [row for row, _ in whole_rows(self.content())]
 
     def up_to(self, step: int) -> bytes:
-        """The bytes of the rows up to ``step``, as far as they are whole."""
+        """The bytes of the complete rows up to ``step``."""
         content = self.content()
         rows = itertools.takewhile(lambda own: own[0]["step"] <= step, whole_rows(content))
         return content[: max((end for _, end in rows), default=0)]
 
     def entry(self) -> Entry:
-        """What is written so far, brought to the disk."""
+        """Flush the log to disk and return its manifest entry."""
         self._look()
         if self._size:
             with writing(self.path), self.path.open("rb") as file:
@@ -181,12 +181,12 @@ class MetricsLog:
 
 
 def as_lines(rows: list[dict[str, Any]]) -> bytes:
-    """Rows as they are written."""
+    """Encode rows as JSON lines."""
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
 def whole_rows(content: bytes) -> list[tuple[dict[str, Any], int]]:
-    """The rows in ``content`` and where each ends, up to the first that is not whole."""
+    """The rows in ``content`` before the first incomplete one, each with the offset of its end."""
     found: list[tuple[dict[str, Any], int]] = []
     end = 0
     for line in content.splitlines(keepends=True):
@@ -202,9 +202,9 @@ def whole_rows(content: bytes) -> list[tuple[dict[str, Any], int]]:
 
 
 def learning_curves(metrics: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw each loss and measure in rows of ``metrics.jsonl`` against the step, as PNG at ``path``.
+    """Plot each loss and metric in rows of ``metrics.jsonl`` by step, as PNG at ``path``.
 
-    Nothing is drawn if there are none.
+    Nothing is written if there are none.
     """
     from ebmkit.plots import new_figure, save_figure
 

@@ -1,10 +1,10 @@
-"""NaN and Inf: what is found of a step whose loss or gradient is not finite, and its report.
+"""NaN and Inf: diagnosis of a step whose loss or gradient has them, and its report.
 
-The optimiser skips such a step, and everything drawn is a function of (seed, stream, step): so the
-step can be taken again, eagerly and piece by piece. First the whole step, with the outputs of each
-layer and the gradient of each parameter; then each image by itself, in evaluation mode, where a
-BatchNorm lets no image see another and nothing is dropped. Whatever moves meanwhile is put back.
-What is found is written to ``RUN/nonfinite-STEP.json``.
+The optimiser skips such a step, and all random numbers are functions of (seed, stream, step). So
+the step can be repeated eagerly and part by part: first the whole step, to check the outputs of
+each layer and the gradient of each parameter; then each image by itself, in evaluation mode, in
+which BatchNorm does not mix images and dropout is off. Buffers and modes are restored afterwards.
+The report is written to ``RUN/nonfinite-STEP.json``.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from ebmkit.training.optim import SAM
 from ebmkit.training.step import StepStats, split_batches
 
 LARGEST, LARGEST_PARAMETERS, LARGEST_IMAGES = 20, 5, 5
-"""How many gradients, parameters and images a report has, the largest first."""
+"""Maximum number of gradients, parameters and images in a report, the largest first."""
 
 SHOWN, SHOWN_LARGEST = 5, 3
-"""Images and parameters at fault, and the largest ones, in the message."""
+"""Maximum number of failing images and parameters, and of the largest ones, in the message."""
 
 SECONDS = 60.0
-"""Time to look at the images of a stream one by one."""
+"""Time limit for checking the images of a stream one by one, seconds."""
 
 MOST_REPORTS = 20
-"""Reports that a run keeps."""
+"""Maximum number of reports of a run."""
 
 Named = Sequence[tuple[str, nn.Parameter]]
 
@@ -53,22 +53,22 @@ def diagnose(
     gradients: Mapping[str, Tensor] | None = None,
     sam: SAM | None = None,
 ) -> dict[str, Any]:
-    """Look at a step piece by piece, alone; nothing is changed but the parameters' ``grad``.
+    """Repeat a step part by part, in this process; only the parameters' ``grad`` changes.
 
     Args:
         loss: model and objectives.
         batches: stream -> its batch.
-        parts: that a batch is split into, to need less memory.
-        gradients: that the step left, by parameter, where they are at hand; reported where taking
-            them again finds nothing.
-        sam: where the gradient is taken a second time.
+        parts: number of parts that a batch is split into, to save memory.
+        gradients: gradients of the step by parameter, if available; reported if the repeated step
+            is finite.
+        sam: sharpness-aware minimisation, which computes the gradient a second time.
 
     Returns:
-        Plain values. ``reproduced``: whether the step is not finite again. ``layer``: the first
-        whose output is not, or None. ``gradients``: those that are not finite, then the largest.
-        ``parameters``: those that are not finite; ``largest_parameters``. ``streams``: by name,
-        ``size`` of the batch, ``looked_at``, how many of its images, ``images``, those whose loss
-        or gradient is not finite by itself, and ``largest``, the others by their gradient.
+        Plain values. ``reproduced``: whether the repeated step has NaN or Inf. ``layer``: the first
+        with NaN or Inf in its output, or None. ``gradients``: those with NaN or Inf, then the
+        largest. ``parameters``: those with NaN or Inf; ``largest_parameters``. ``streams``: by
+        name, ``size`` of the batch, ``looked_at``: number of images checked, ``images``: those
+        whose own loss or gradient is NaN or Inf, and ``largest``: others with large gradients.
     """
     model, buffers = loss.model, [(b, b.clone()) for b in loss.model.buffers()]
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
@@ -85,7 +85,7 @@ def diagnose(
     finally:
         loss.use_autograd = use_autograd
         model.train(training)
-        for buffer, before in buffers:  # statistics of BatchNorm, which a forward pass moves
+        for buffer, before in buffers:  # statistics of BatchNorm, which a forward pass updates
             buffer.copy_(before)
         for _, p in named:
             p.grad = None
@@ -101,7 +101,7 @@ def diagnose(
 
 
 def _plain(value: float | Tensor) -> float | str:
-    """A number as JSON has it; "nan", "inf" or "-inf" where it has none."""
+    """A number for JSON; "nan", "inf" or "-inf", which JSON does not have, as strings."""
     value = float(value)
     return float(f"{value:.6g}") if math.isfinite(value) else str(value)
 
@@ -109,11 +109,11 @@ def _plain(value: float | Tensor) -> float | str:
 def _taken_again(
     loss: TrainingLoss, batches: Mapping[str, Batch], parts: int, named: Named
 ) -> tuple[dict[str, Tensor], bool]:
-    """The gradient of the whole step by parameter, and whether it and the losses are finite."""
+    """Gradient of the whole step by parameter, and whether it and all losses are finite."""
     totals: dict[str, Tensor] = {}
     finite = True
     for part in split_batches(dict(batches), parts, True):
-        losses = loss.forward(part)  # not called, which may be compiled
+        losses = loss.forward(part)  # not loss(part), which may be compiled
         finite = finite and all(math.isfinite(mean) for mean in losses.parts.values())
         for name, own in _gradient(losses.total, named).items():
             totals[name] = totals.get(name, torch.zeros_like(own)) + own / parts
@@ -123,14 +123,14 @@ def _taken_again(
 
 
 def _gradient(total: Tensor, named: Named) -> dict[str, Tensor]:
-    """By parameter; not by `backward`, which other processes would hear of."""
+    """Gradient by parameter; without `backward`, which would synchronise processes."""
     found = torch.autograd.grad(total, [p for _, p in named], allow_unused=True)
     return {n: g for (n, _), g in zip(named, found, strict=True) if g is not None}
 
 
 @torch.no_grad()
 def _largest(tensors: Mapping[str, Tensor], count: int) -> list[dict[str, Any]]:
-    """Those that are not finite first, then those with the largest entries."""
+    """Facts of ``count`` tensors: those with NaN or Inf first, then those of largest entries."""
     bad = {name: int((~tensor.isfinite()).sum()) for name, tensor in tensors.items()}
 
     def order(name: str) -> tuple[int, float]:
@@ -151,12 +151,12 @@ def _largest(tensors: Mapping[str, Tensor], count: int) -> list[dict[str, Any]]:
 
 
 def _most(tensor: Tensor) -> float:
-    """The largest size of an entry; 0 without entries."""
+    """The largest absolute value of an entry; 0 without entries."""
     return float(tensor.abs().max()) if tensor.numel() else 0.0
 
 
 def _images(loss: TrainingLoss, stream: str, batch: Batch, named: Named) -> dict[str, Any]:
-    """The images of a batch, each by itself: those that are not numbers themselves first."""
+    """Check the images of a batch one by one, those whose data has NaN or Inf first."""
     size = len(batch.x)
     single = [part[stream] for part in split_batches({stream: batch}, size, True)]
     order = sorted(range(size), key=lambda i: all(_finite(single[i]).values()))
@@ -190,7 +190,7 @@ def _images(loss: TrainingLoss, stream: str, batch: Batch, named: Named) -> dict
 
 
 def _finite(own: Batch) -> dict[str, bool]:
-    """Whether the image, what was made of it, and its noise are numbers, by their names."""
+    """Whether an image, its noisy version, its noise and added columns are finite, by name."""
     given = {"image": own.x, "noisy": own.y, "sigma": own.sigma, "noise": own.eps}
     given |= {name.split(".")[-1]: column for name, column in own.extra.items()}
     return {name: bool(t.isfinite().all()) for name, t in given.items() if t is not None}
@@ -198,7 +198,7 @@ def _finite(own: Batch) -> dict[str, bool]:
 
 @contextmanager
 def _first_bad_layer(model: nn.Module) -> Iterator[list[str]]:
-    """Collects the names of layers whose outputs are not finite, in order."""
+    """Collect the names of layers with NaN or Inf in their outputs, in order."""
     found: list[str] = []
     layers = {m: name for name, m in model.named_modules() if next(m.children(), None) is None}
 
@@ -218,13 +218,13 @@ def report(
     world: DistributedContext,
     **circumstances: Any,
 ) -> dict[str, Any]:
-    """What is found of ``step``, from 1, in all processes, which must call together; plain values.
+    """Report on ``step``, counted from 1, as plain values; all processes must call this together.
 
-    ``find`` is `diagnose` on what the step had; ``circumstances``: lr, precision, compiled.
+    ``find`` calls `diagnose` with the data of the step; ``circumstances``: lr, precision, compiled.
     """
     try:
         own = find()
-    except Exception as error:  # must not hide what it was to explain, nor leave others waiting
+    except Exception as error:  # must not hide the original error nor leave processes waiting
         own = {"failed": f"{type(error).__name__}: {first_line(error)}", "streams": {}}
     for name, stream in streams.items():
         found = own["streams"].setdefault(name, {})
@@ -233,7 +233,7 @@ def report(
             number = found["indices"][row["position"]]
             row |= origin(stream.source, number)
             if number in stream.skipped:
-                row["left_out"] = "cannot be read: one of the next took its place"
+                row["left_out"] = "cannot be read: replaced by one of the next images"
     everyone = world.gather(own)
     result = {
         "step": step,
@@ -249,7 +249,7 @@ def report(
 
 
 def _at_fault(own: Mapping[str, Any]) -> tuple[bool, bool, bool]:
-    """How sure it is that the fault lies in what a process was given; larger is surer."""
+    """Evidence that the cause lies in this process's data; larger is stronger."""
     if "failed" in own:
         return False, False, False
     images = any(found["images"] for found in own["streams"].values())
@@ -257,10 +257,10 @@ def _at_fault(own: Mapping[str, Any]) -> tuple[bool, bool, bool]:
 
 
 def write_report(run: Path, report: Mapping[str, Any]) -> str:
-    """Write ``nonfinite-STEP.json`` under a free name, one of `MOST_REPORTS` at most; where it is,
-    or why it could not be written."""
+    """Write ``nonfinite-STEP.json`` under a free name, up to `MOST_REPORTS` per run. Return text
+    with its name, or with the reason why it was not written."""
     if len(list(run.glob("nonfinite-*.json"))) >= MOST_REPORTS:
-        return f"no report: there are {MOST_REPORTS}"
+        return f"no report: the run already has {MOST_REPORTS}"
     path = free_name(run / f"nonfinite-{report['step']}.json")
     try:
         write_atomically(path, json.dumps(report, indent=1, allow_nan=False).encode())
@@ -270,25 +270,25 @@ def write_report(run: Path, report: Mapping[str, Any]) -> str:
 
 
 def describe(report: Mapping[str, Any]) -> list[str]:
-    """A report in short lines."""
+    """Summarise a report in short lines."""
     terms = ", ".join(f"{name} {value}" for name, value in report["terms"].items())
     lines = [f"terms: {terms}; gradient's norm {report['grad_norm']}; lr {report['lr']:.3g}"]
     if "process" in report:
         lines.append(f"process {report['process']} of {len(report['by_process'])}:")
     lines += [f"stream {name}: {_stream(found)}" for name, found in report["streams"].items()]
     if "failed" in report:
-        return [*lines, f"the step could not be taken again: {report['failed']}"]
+        return [*lines, f"the step could not be repeated: {report['failed']}"]
     if report["layer"]:
-        lines.append(f"first layer with an output that is not finite: {report['layer']}")
+        lines.append(f"first layer with NaN or Inf in its output: {report['layer']}")
     if report["parameters"]:
-        lines.append(f"parameters that are not finite: {_some(report['parameters'])}")
+        lines.append(f"parameters with NaN or Inf: {_some(report['parameters'])}")
     else:
         lines.append(f"largest parameters: {_sizes(report['largest_parameters'])}")
     return [*lines, f"largest gradients: {_sizes(report['gradients'])}"]
 
 
 def advice(report: Mapping[str, Any]) -> str:
-    """What the user may do."""
+    """Suggested fix."""
     lower = "try a lower optimizer.lr, or optimizer.clip_norm=1"
     if report["precision"] != "fp32":
         lower += ", or --precision fp32"
@@ -296,20 +296,20 @@ def advice(report: Mapping[str, Any]) -> str:
         return lower
     rows = [row for found in report["streams"].values() for row in found["images"]]
     if report["parameters"]:
-        return "resume from an earlier checkpoint: these parameters were spoilt before this step"
+        return "resume from an earlier checkpoint: these parameters were NaN or Inf before the step"
     if any(not row["finite"]["image"] for row in rows):
-        return "mend these images, or leave them out: they hold pixels that are not numbers"
+        return "repair or remove these images: they have NaN or Inf pixels"
     if not report["reproduced"]:
-        how = "eagerly " if report["compiled"] else ""
+        how = "repeated eagerly" if report["compiled"] else "repeated"
         return (
-            f"taken again {how}the step is finite: resume with --resume, and if it fails again "
+            f"{how}, the step is finite: resume with --resume, and if it fails again "
             "with --compile off, or on another device"
         )
     return lower
 
 
 def _stream(found: Mapping[str, Any]) -> str:
-    """What was found of a stream, in words."""
+    """Summarise the findings of a stream."""
     rows = found.get("images")
     if rows and len(rows) == found["size"]:
         return f"none of the {len(rows)} images is finite by itself"
@@ -319,7 +319,7 @@ def _stream(found: Mapping[str, Any]) -> str:
     if rows is None:
         return images
     looked_at, size = found["looked_at"], found["size"]
-    count = f"all {size}" if looked_at == size else f"{looked_at} of {size} were looked at and"
+    count = f"all {size}" if looked_at == size else f"{looked_at} of {size} were checked and"
     return f"{images}; {count} are finite by themselves"
 
 
@@ -340,6 +340,6 @@ def _sizes(rows: list[Mapping[str, Any]]) -> str:
 
 
 def _some(words: list[str]) -> str:
-    """The first of ``words``, and how many more there are."""
+    """The first of ``words``, and the number of further ones."""
     left = len(words) - SHOWN
     return ", ".join(words[:SHOWN]) + (f" and {left} more" if left > 0 else "")

@@ -1,44 +1,44 @@
-r"""What moves the parameters: the rate, the optimiser, averaged weights, sharpness-aware steps.
+r"""Parameter updates: learning rate, optimisers, averaged weights, sharpness-aware minimisation.
 
-**Rate.** Of step t of T it is :math:`\eta_t = \tfrac12 \eta\,(1 + \cos(\pi t / T))` (CDN appendix
-A), after an optional linear warm-up. JEM's rate falls by a factor at milestones instead. Schedule
-``linear`` is :math:`\eta_t = \eta\,(1 - t/T)`; ``warmup-stable-decay``, which decays over the last
-share s of the steps, is :math:`\eta_t = \eta \min(1, (T - t) / sT)`.
+**Learning rate.** At step t of T it is :math:`\eta_t = \tfrac12 \eta\,(1 + \cos(\pi t / T))` (CDN
+appendix A), after an optional linear warm-up. JEM multiplies the rate by a factor at milestones
+instead. Schedule ``linear`` is :math:`\eta_t = \eta\,(1 - t/T)`; ``warmup-stable-decay``, which
+decays over the last share s of the steps, is :math:`\eta_t = \eta \min(1, (T - t) / sT)`.
 
-**SGD** takes :math:`v \leftarrow \mu v + \nabla L + \lambda\theta,\ \theta \leftarrow \theta -
+**SGD** is :math:`v \leftarrow \mu v + \nabla L + \lambda\theta,\ \theta \leftarrow \theta -
 \eta v`. **Muon** (Jordan et al., 2024; Liu et al., 2502.16982) orthogonalises the momentum of
-matrices. A weight of shape (R, ...) is a matrix W of R rows and C columns. Its rows are a layer's
-outputs, or a transposed convolution's inputs, as its weight is (in, out, h, w). With gradient G,
+matrices. A weight of shape (R, ...) is a matrix W of R rows and C columns. Its rows are outputs of
+the layer, or inputs of a transposed convolution, with weight (in, out, h, w). With gradient G,
 
 .. math::
     M \leftarrow \mu M + (1 - \mu) G, \qquad U = \mu M + (1 - \mu) G, \qquad
     W \leftarrow (1 - \eta\lambda) W - 0.2 \sqrt{\max(R, C)}\; \eta\, \operatorname{NS}(U) ,
 
-without Nesterov's momentum :math:`U = M`. NS brings every singular value near 1 by five steps of
+without Nesterov momentum :math:`U = M`. NS brings every singular value near 1 in five steps of
 :math:`X \leftarrow a X + (b A + c A^2) X,\ A = X X^\top`, from :math:`X = U / \|U\|_F`; the factor
-makes the update as large as AdamW's, 0.2 for each entry. Everything else is moved by AdamW. As
+makes the update as large as AdamW's, 0.2 per entry. AdamW updates all other parameters. Since
 :math:`X_{k+1} = P_k X_k` with :math:`P_k = aI + bA_k + cA_k^2`, and :math:`A_{k+1} = P_k A_k P_k`,
-a matrix twice as long as wide is multiplied twice instead of ten times: by its transpose for
-:math:`A_0`, and by :math:`P_4 \cdots P_0`. This takes float32: in bfloat16, on CUDA, :math:`A_0`
-would lose too much, and the products are taken one by one.
+a matrix at least twice as long as wide needs two large products instead of ten: with its transpose
+for :math:`A_0`, and with :math:`P_4 \cdots P_0`. This requires float32: in bfloat16, on CUDA,
+:math:`A_0` would lose too much precision, so there the ten products are computed.
 
-**Averaged weights.** With decay d, after t steps of which :math:`\bar\theta` is the mean,
+**Averaged weights.** With decay d, the average :math:`\bar\theta` of t steps is updated by
 
 .. math:: \bar\theta \leftarrow d_t \bar\theta + (1 - d_t)\,\theta, \qquad d_t = d .
 
-With warm-up :math:`d_t = \min(d, (1 + t) / (10 + t))`, the mean of a fixed share of the steps so
-far until d is reached: the first weights are soon forgotten.
+With warm-up, :math:`d_t = \min(d, (1 + t) / (10 + t))` averages over a fixed share of the steps so
+far until d is reached, so the initial weights soon lose their influence.
 
-**Sharpness-aware minimisation** takes the gradient from where the loss is larger, at twice the cost
+**Sharpness-aware minimisation** computes the gradient at a point of higher loss, at twice the cost
 of a step (SAM, Foret et al., arXiv 2010.01412, eq. 2-4),
 
 .. math::
     \hat\epsilon = \rho\, \frac{\nabla L(\theta)}{\|\nabla L(\theta)\|}, \qquad
     \theta \leftarrow \theta - \eta\, \nabla L(\theta + \hat\epsilon) .
 
-In the adaptive form (ASAM, Kwon et al., arXiv 2102.11600, eq. 8) each weight is moved in units of
-its own size, :math:`\hat\epsilon = \rho\, \theta^2 \nabla L / \| |\theta| \nabla L \|`. SADA-JEM
-(arXiv 2209.07959) trains JEM so, adaptively with rho 2.
+The adaptive form (ASAM, Kwon et al., arXiv 2102.11600, eq. 8) perturbs each weight in units of its
+own size, :math:`\hat\epsilon = \rho\, \theta^2 \nabla L / \| |\theta| \nabla L \|`. SADA-JEM
+(arXiv 2209.07959) trains JEM with the adaptive form and rho 2.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ from ebmkit.errors import UserError, shown
 from ebmkit.training.config import OptimizerConfig
 
 MATRIX_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)
-"""Layers whose weights Muon moves; ConvTranspose1d and 3d are left to AdamW."""
+"""Layers whose weights Muon updates; AdamW updates ConvTranspose1d and ConvTranspose3d."""
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 NS_STEPS = 5
@@ -69,7 +69,7 @@ Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
-    """The rate of step number ``step`` (from 0) of ``steps``."""
+    """Learning rate of step ``step`` (from 0) of ``steps``."""
     warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     rate = config.lr * warm
     match config.schedule:
@@ -89,13 +89,13 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     """Fused AdamW or SGD over all parameters, or Muon for matrices and AdamW for the rest.
 
-    Matrices are the weights of convolutions and linear layers, but for the module that the model
-    calls ``head``; ``adamw_for`` leaves more of them to AdamW, as a head of another name. Vectors
-    and scalars decay only with ``decay_norms``. All skip the update where the engine says that a
-    gradient is not finite.
+    Matrices are the weights of convolutions and linear layers outside the model's module ``head``;
+    ``adamw_for`` assigns further ones to AdamW, for example a head of another name. Vectors and
+    scalars have weight decay only with ``decay_norms``. Every optimiser skips the update if the
+    training step has found NaN or Inf (attribute ``found_inf``).
 
     Raises:
-        UserError: if Muon finds no matrices, or ``adamw_for`` names none of them.
+        UserError: if Muon finds no matrices, or an entry of ``adamw_for`` matches none.
     """
     matrices = _matrices(model, config)
     own = {id(p) for p in matrices}
@@ -117,7 +117,7 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Opt
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set the learning rate; that of Muon's AdamW in proportion."""
+    """Set the learning rate; the rate of Muon's AdamW changes in proportion."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group.get("rate_scale", 1.0)
 
@@ -135,7 +135,7 @@ def optimizer_flops(model: nn.Module, config: OptimizerConfig) -> int:
 
 
 def states_of(model: nn.Module, config: OptimizerConfig) -> Fraction:
-    """Numbers that the optimiser keeps of a parameter on average, averaged weights among them."""
+    """Mean number of optimiser state values per parameter, including averaged weights."""
     average, momentum = int(config.ema is not None), int(config.momentum > 0)
     if config.kind != "muon":
         return Fraction(average + (2 if config.kind == "adamw" else momentum))
@@ -145,7 +145,7 @@ def states_of(model: nn.Module, config: OptimizerConfig) -> Fraction:
 
 
 def _matrices(model: nn.Module, config: OptimizerConfig) -> list[nn.Parameter]:
-    """What Muon moves: weights of convolutions and linear layers, but for the module ``head``."""
+    """Parameters that Muon updates: weights of convolutions and linear layers outside ``head``."""
     if config.kind != "muon":
         return []
     part = getattr(model, "head", None)
@@ -153,40 +153,40 @@ def _matrices(model: nn.Module, config: OptimizerConfig) -> list[nn.Parameter]:
     found: dict[str, nn.Parameter] = {}
     for name, module in model.named_modules():
         if isinstance(module, MATRIX_LAYERS):
-            weight = module.weight  # a tensor that is no parameter where it is computed
+            weight = module.weight  # a plain tensor if a parametrization computes it
             if isinstance(weight, nn.Parameter) and weight.requires_grad and id(weight) not in seen:
-                seen.add(id(weight))  # layers may share it
+                seen.add(id(weight))  # layers may share a weight
                 found[f"{name}.weight"] = weight
     for part in config.adamw_for:
         if not any(part in name for name in found):
             raise UserError(
-                f"optimizer.adamw_for names {shown(part)}, which is part of no matrix's name: "
-                f"they are {', '.join(found) or 'none'}"
+                f"optimizer.adamw_for names {shown(part)}, which matches no matrix: "
+                f"the matrices are {', '.join(found) or 'none'}"
             )
     chosen = [p for name, p in found.items() if not any(n in name for n in config.adamw_for)]
     if not chosen:
         raise UserError(
-            "optimizer.kind=muon moves weight matrices of convolutions and linear layers, and "
+            "optimizer.kind=muon updates weight matrices of convolutions and linear layers, and "
             "none is left beside the head: use optimizer.kind=adamw"
         )
     return chosen
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon for matrices, fused AdamW for the rest; neither moves where ``found_inf`` is set.
+    """Muon for matrices, fused AdamW for the rest; both skip the update if ``found_inf`` is set.
 
-    Elementwise work is done on all weights as one vector, ordered by shape, so that equal shapes
-    lie side by side and are multiplied as one batch.
+    Elementwise operations run on all weights as one vector, ordered by shape, so that weights of
+    equal shape are adjacent and are multiplied as one batch.
 
     Args:
-        matrices: weights of at least two dimensions; the first is the rows.
-        rest: groups for AdamW.
+        matrices: weights of at least two dimensions; the first dimension is the rows.
+        rest: parameter groups for AdamW.
         lr: learning rate of the matrices.
-        momentum, nesterov, weight_decay: mu, whether U is M, and lambda, above.
-        betas: of AdamW.
+        momentum, nesterov, weight_decay: mu, whether to use Nesterov momentum, and lambda.
+        betas: betas of AdamW.
 
     Attributes:
-        found_inf: scalar on the device, above 0 to leave parameters and states as they are.
+        found_inf: scalar on the device; above 0, parameters and states keep their values.
     """
 
     def __init__(
@@ -210,7 +210,7 @@ class Muon(torch.optim.Optimizer):
         """Update all parameters that have a gradient."""
         group, *rest = self.param_groups
         self._move(group)
-        if self.adamw is not None:  # a state that was loaded is made of new containers
+        if self.adamw is not None:  # loading a state replaces its containers
             self.adamw.param_groups, self.adamw.state = rest, self.state
             self.adamw.found_inf = self.found_inf  # type: ignore[attr-defined]
             self.adamw.step()
@@ -241,10 +241,10 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(x: Tensor) -> Tensor:
-    """Matrices (N, R, C) with the same singular vectors, and singular values of 0.7 to 1.2.
+    """Orthogonalise matrices (N, R, C): the same singular vectors, singular values of 0.7 to 1.2.
 
-    The smallest, below about a thousandth of the matrix's norm, remain smaller. On CUDA products
-    are of bfloat16.
+    Singular values below about a thousandth of the matrix's norm remain smaller. On CUDA the
+    products are in bfloat16.
     """
     if x.shape[1] > x.shape[2]:
         return orthogonalize(x.mT).mT
@@ -266,19 +266,19 @@ def orthogonalize(x: Tensor) -> Tensor:
 
 
 def by_products(x: Tensor, small: int, large: int) -> bool:
-    """Whether NS multiplies matrices like ``x`` by a product of the five factors."""
+    """Whether NS multiplies matrices like ``x`` once, by the product of the five factors."""
     return not x.is_cuda and large >= 2 * small
 
 
 def as_matrix(weight: Tensor) -> tuple[int, int]:
-    """Rows and columns."""
+    """Rows and columns of ``weight`` as a matrix."""
     return weight.shape[0], weight[0].numel()
 
 
 def exponential_average(
     model: nn.Module, decay: float | None, warmup: bool = False
 ) -> AveragedModel | None:
-    """Averaged weights of ``model``, with a constant decay or its warm-up; None without a decay."""
+    """Averaged weights of ``model``, with constant decay or warm-up; None without a decay."""
     if decay is None:
         return None
 
@@ -292,17 +292,17 @@ def exponential_average(
 
 @torch.no_grad()
 def update_average(average: AveragedModel, model: nn.Module, failed: Tensor) -> None:
-    """Move ``average`` towards ``model``, to the bits of `AveragedModel.update_parameters`.
+    """Move ``average`` towards ``model``, bit-identical to `AveragedModel.update_parameters`.
 
-    Where ``failed``, a scalar on the device, is above 0 it moves towards itself instead; the host
-    does not wait to learn which. It counts the step either way.
+    If ``failed``, a scalar on the device, is above 0, the averaged weights keep their values,
+    without synchronisation with the host. The step is counted in either case.
     """
     assert average.multi_avg_fn is not None
     own = [p.detach() for p in average.module.parameters()]
     ahead = [
         torch.where(failed > 0, mean, p) for mean, p in zip(own, model.parameters(), strict=True)
     ]
-    if int(average.n_averaged) == 0:  # a number of the host's
+    if int(average.n_averaged) == 0:  # on the CPU
         for mean, p in zip(own, ahead, strict=True):
             mean.copy_(p)
     else:
@@ -314,16 +314,16 @@ def update_average(average: AveragedModel, model: nn.Module, failed: Tensor) -> 
 
 @dataclass(frozen=True)
 class SAM:
-    """How far uphill, ``rho``, and whether (``adaptive``) in units of each weight's size."""
+    """Size ``rho`` of the perturbation, and whether (``adaptive``) in units of each weight."""
 
     rho: float
     adaptive: bool = False
 
     @contextmanager
     def perturbed(self, module: nn.Module) -> Iterator[None]:
-        """Within, the parameters of ``module`` lie uphill along their gradients.
+        """Within the context, the parameters of ``module`` are perturbed along their gradients.
 
-        Afterwards they are what they were, to the bit. Running statistics of BatchNorm do not move.
+        Afterwards they are restored, bit for bit. Running statistics of BatchNorm do not change.
         """
         moved = [(p, p.grad) for p in module.parameters() if p.grad is not None]
         sizes = [p.detach().abs() if self.adaptive else torch.ones_like(p) for p, _ in moved]

@@ -1,22 +1,23 @@
 r"""Divergence detection and rollback, for objectives that need negatives.
 
-Maximum likelihood with short chains is not a descent on anything: when the chains no longer follow
-the model, the difference of energies between negatives and images,
-:math:`g = \overline{\log p(\tilde y)} - \overline{\log p(y)}`, runs away, then the gradients, then
-everything else. So after each step four things are measured (`WatchConfig`):
+Maximum likelihood with short chains does not minimise a fixed function. When the chains no longer
+follow the model, the energy difference between negatives and images,
+:math:`g = \overline{\log p(\tilde y)} - \overline{\log p(y)}`, diverges, then the gradients, then
+the weights. So the monitor checks after each step (limits: `WatchConfig`):
 
 ========  =============================================================================
-finite    every loss and the gradient are numbers
-gap       |g|, smoothed over some ten steps, and g itself at ten times that
-sample    root mean square of the negatives about gray: images reach 0.5
-gradient  its norm, against the running mean of the past
+finite    all losses and the gradient, for NaN and Inf
+gap       |g|, smoothed over about ten steps, and g itself at ten times that limit
+sample    root mean square of the negatives about gray; images reach 0.5
+gradient  norm of the gradient, relative to its running mean
 ========  =============================================================================
 
-On divergence the run goes back to the last snapshot after which it continued for a while (network,
-optimiser, averaged weights, running means, chains), applies *one* mitigation, the next in a stated
-order, and continues with other random chains: ``rate`` multiplies the learning rate, ``steps`` the
-Langevin steps, ``penalty`` raises the penalty of squared energies. After a maximum number of
-rollbacks the run ends and reports its history. Mitigations and history are part of a checkpoint.
+On divergence the run rolls back to the last snapshot after which it continued for a while (network,
+optimiser, averaged weights, running means, chains). It applies *one* mitigation, the next in the
+configured order, and continues with other random numbers: ``rate`` multiplies the learning rate,
+``steps`` the Langevin steps, ``penalty`` raises the penalty of squared energies. After a maximum
+number of rollbacks the run ends and reports its history. Checkpoints contain mitigations and
+history.
 """
 
 from __future__ import annotations
@@ -38,28 +39,28 @@ from ebmkit.training.state import Saved, TrainingState, check_tensor
 from ebmkit.training.step import StepStats
 
 RATE_FACTOR, STEPS_FACTOR, LEAST_PENALTY, PENALTY_FACTOR = 0.3, 1.5, 0.01, 4.0
-MOST_STEPS = 4  # times the Langevin steps that are configured
+MOST_STEPS = 4  # maximum factor of the configured Langevin steps
 SMOOTH = 0.9  # weight of the past in the smoothed gap and the running mean of gradient norms
-SNAPSHOTS = 3  # the newest, which are kept
+SNAPSHOTS = 3  # maximum number of snapshots kept
 CHANGES = {
     "rate": f"learning rate times {RATE_FACTOR:g}",
     "steps": f"Langevin steps times {STEPS_FACTOR:g}",
     "penalty": "penalty of squared energies raised",
-    None: "nothing left to try",
+    None: "maximum number of rollbacks reached",
 }
-"""A mitigation, in words."""
+"""Mitigation -> its description."""
 
 
 class Mitigations(NamedTuple):
-    """What divergences have changed so far: factors of the learning rate and of the Langevin steps,
-    and what is added to the penalty."""
+    """Mitigations so far: factors of the learning rate and of the Langevin steps, and the amount
+    added to the penalty."""
 
     rate: Annotated[FiniteFloat, Field(gt=0, le=1)] = 1.0
     steps: Annotated[FiniteFloat, Field(ge=1, le=MOST_STEPS)] = 1.0
     penalty: Annotated[FiniteFloat, Field(ge=0)] = 0.0
 
     def after(self, change: str) -> Mitigations:
-        """With one more."""
+        """These mitigations and one more, ``change``."""
         if change == "rate":
             return self._replace(rate=self.rate * RATE_FACTOR)
         if change == "steps":
@@ -68,8 +69,8 @@ class Mitigations(NamedTuple):
 
 
 class Divergence(NamedTuple):
-    """A run that diverged: the step at which it was detected, why, the step of the snapshot that it
-    went back to, and the mitigation (None: there was nothing left to try)."""
+    """A divergence: step of detection, reason, step of the restored snapshot, and mitigation (None:
+    the run ends)."""
 
     at: int
     reason: str
@@ -77,25 +78,25 @@ class Divergence(NamedTuple):
     change: str | None
 
     def sentence(self) -> str:
-        """In words."""
+        """One-line description."""
         what = CHANGES.get(self.change, CHANGES[None])
         return f"step {self.at}: {self.reason}; back to step {self.back}, {what}"
 
 
 class Snapshot(NamedTuple):
-    """A state to go back to, on the CPU; nobody changes it."""
+    """A state for rollback, on the CPU; never modified."""
 
     step: NonNegativeInt
     state: dict[str, Any]
-    """Of `TrainingState`, checked when it is used."""
+    """State of `TrainingState`, validated when it is used."""
     chains: Tensor
-    """(M, C, H, W)"""
+    """Images of the replay buffer, (M, C, H, W)."""
     best: bytes | Tensor | None
-    """The best weights by then; in a checkpoint a tensor of their bytes."""
+    """Best weights at that step; in a checkpoint a tensor of their bytes."""
 
 
 class SavedWatch(Saved):
-    """What a checkpoint holds of `Rollback`, but for the chains, which have their file."""
+    """Part of a checkpoint for `Rollback`, without the chains, which have their own file."""
 
     remedies: Mitigations
     history: list[Divergence]
@@ -106,7 +107,7 @@ class SavedWatch(Saved):
 
 
 class DivergenceMonitor:
-    """Checks the measures of each step, holds the newest snapshots, and counts divergences."""
+    """Checks the statistics of each step, keeps the newest snapshots, and counts divergences."""
 
     def __init__(self, config: WatchConfig) -> None:
         self.config, self.mitigations = config, Mitigations()
@@ -114,8 +115,8 @@ class DivergenceMonitor:
         self.gap, self.gradient = 0.0, math.nan  # both smoothed
 
     def check(self, stats: StepStats, gap: float, sample: float) -> str | None:
-        """Why the run has diverged by a step, in words; None if it has not. ``gap`` is in nats,
-        ``sample`` the rms of the negatives about gray, in image units."""
+        """Return why the run has diverged in a step, or None if it has not. ``gap`` is in nats,
+        ``sample`` is the rms of the negatives about gray, in image units."""
         limits, usual, norm = self.config, self.gradient, stats.grad_norm
         if stats.fault is not None:
             return stats.fault
@@ -133,12 +134,12 @@ class DivergenceMonitor:
         return None
 
     def keep(self, snapshot: Snapshot) -> None:
-        """Hold ``snapshot`` too."""
+        """Add ``snapshot``, and drop the oldest one beyond `SNAPSHOTS`."""
         self.snapshots = [*self.snapshots, snapshot][-SNAPSHOTS:]
 
     def diverged(self, at: int, reason: str) -> tuple[Divergence, Snapshot]:
-        """Note a divergence; the mitigation, and the snapshot to go back to: the newest that the
-        run outlived by half the distance between snapshots. Later ones are dropped."""
+        """Record a divergence; return it and the snapshot to restore: the newest after which the
+        run continued for half the distance between snapshots. Later snapshots are dropped."""
         old = [s for s in self.snapshots if s.step <= at - self.config.every / 2]
         self.snapshots = old or self.snapshots[:1]
         change: str | None = None
@@ -152,8 +153,8 @@ class DivergenceMonitor:
 
 
 class Rollback:
-    """Monitors a run that draws ``negatives`` for its objective ``term``, and takes its ``state``
-    back when it diverges."""
+    """Monitors a run that draws ``negatives`` for its objective ``term``, and rolls its ``state``
+    back on divergence."""
 
     def __init__(
         self, config: WatchConfig, term: str, negatives: Negatives, state: TrainingState
@@ -167,23 +168,24 @@ class Rollback:
         return float(self.negatives.world.mean_(self.negatives.spread.clone()))
 
     def check(self, stats: StepStats) -> str | None:
-        """Why the run has diverged by the last step, in words; a snapshot is taken if not."""
+        """Return why the run has diverged in the last step; if it has not, take a snapshot every
+        ``watch.every`` steps and return None."""
         reason = self.monitor.check(stats, stats.parts[self._term], self.sample_rms())
         if reason is None and self.state.step % self.monitor.config.every == 0:
             self.snapshot()
         return reason
 
     def snapshot(self) -> None:
-        """Hold the present state, in the host's memory."""
+        """Take a snapshot of the current state, in host memory."""
         own = self.state.state_dict(), self.negatives.buffer.images
         state, chains = tree_map_only(Tensor, _on_host, own)
         self.monitor.keep(Snapshot(self.state.step, state, chains, self.state.best.weights))
 
     def go_back(self, reason: str) -> Divergence:
-        """Take the run back to the last good snapshot, with one more mitigation.
+        """Roll back to the last good snapshot and apply one more mitigation.
 
         Raises:
-            UserError: if the snapshot, which may come from a file, is of another run.
+            UserError: if the snapshot, which may come from a file, belongs to another run.
         """
         divergence, snapshot = self.monitor.diverged(self.state.step, reason)
         spent = self.state.seconds
@@ -196,7 +198,7 @@ class Rollback:
         return divergence
 
     def row(self, divergence: Divergence, detail: list[str] | None) -> dict[str, Any]:
-        """The row of metrics about ``divergence``, with what was found of a NaN or Inf."""
+        """Metrics row of ``divergence``; ``detail`` is the diagnosis of NaN or Inf."""
         return {
             "kind": "breach",
             "step": divergence.back,
@@ -208,7 +210,7 @@ class Rollback:
         } | ({} if detail is None else {"detail": detail})
 
     def given_up(self, run: Path | None, detail: list[str] | None) -> UserError:
-        """The error that ends a run, at ``run``, after too many rollbacks."""
+        """Return the error that ends the run in folder ``run`` after too many rollbacks."""
         history = self.monitor.history
         saved = f"; the last good state is in {str(run)!r}" if run else ""
         return UserError(
@@ -218,9 +220,9 @@ class Rollback:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint holds beside the chains: mitigations, history, snapshots."""
+        """State for a checkpoint, without the chains: mitigations, history, snapshots."""
         monitor = self.monitor
-        best: dict[int, Tensor] = {}  # most have the same
+        best: dict[int, Tensor] = {}  # snapshots often share their best weights
         for weights in (snapshot.best for snapshot in monitor.snapshots):
             if weights is not None and id(weights) not in best:
                 best[id(weights)] = torch.frombuffer(bytearray(weights), dtype=torch.uint8)
@@ -234,10 +236,10 @@ class Rollback:
         }
 
     def load_state_dict(self, state: Any, buffer: Any) -> None:
-        """Take over a `state_dict` and its chains, the bytes of an HDF5 file.
+        """Restore a `state_dict` and its chains, the bytes of an HDF5 file.
 
         Raises:
-            UserError: if they are of another run.
+            UserError: if they belong to another run.
         """
         if not isinstance(buffer, bytes):
             raise UserError("the checkpoint has no replay buffer, which this run needs")
@@ -257,12 +259,12 @@ class Rollback:
         self._apply()
 
     def _apply(self) -> None:
-        """Let the mitigations take effect."""
+        """Apply the mitigations to the negatives."""
         config, mitigations = self.negatives.config, self.monitor.mitigations
         self.negatives.steps = math.ceil(config.steps * mitigations.steps)
         self.negatives.penalty = config.penalty + mitigations.penalty
 
 
 def _on_host(tensor: Tensor) -> Tensor:
-    """A copy of ``tensor`` on the CPU that nobody changes."""
+    """A separate copy of ``tensor`` on the CPU."""
     return tensor.detach().to("cpu", copy=True)

@@ -1,15 +1,14 @@
-"""The run folder, whose files docs/guide/train.md lists ("Files of a run").
+"""The run folder; docs/guide/train.md lists its files ("Files of a run").
 
-``checkpoints/step-00000500.pt`` holds the state after so many steps, as `torch.save` writes
-tensors and plain values; a replay buffer that belongs to it has a file of its own, HDF5, which the
-checkpoint names with its digest. A checkpoint is whole if its bytes are those that the manifest
-vouches for, its archive passes its own checksums (all there is to go by where the manifest is
-lost), and it holds the step that its name says. Of the few that are kept, the newest whole one
-counts.
+``checkpoints/step-00000500.pt`` holds the state after 500 steps, tensors and plain values written
+by `torch.save`. A replay buffer is saved in a separate HDF5 file, which the checkpoint names with
+its digest. A checkpoint is intact if its bytes match the manifest, its archive passes its own
+checksums (the only check if the manifest is lost), and its step is the one in its name. A run
+resumes from the newest intact checkpoint.
 
-This is format 2; format 1 had no manifest, and one checkpoint, ``last.pt``; it is read, and becomes
-format 2 when the run is resumed. A new run never writes into a folder that holds anything; a
-resumed one must have the same configuration. One process at a time writes.
+This is format 2. Format 1 had no manifest and a single checkpoint, ``last.pt``; it is read, and
+converted when the run is resumed. A new run never writes into a folder that is not empty; a
+resumed run must have the same configuration. Only one process writes at a time.
 """
 
 from __future__ import annotations
@@ -62,7 +61,7 @@ _BUFFER = re.compile(r"checkpoints/buffer-(\d{1,18})-[0-9a-f]{8}\.h5")
 
 
 class RunFolder:
-    """Reads and writes the files of one run: made by `create` or `open`, written within `held`."""
+    """Reads and writes the files of a run. Construct it by `create` or `open`; write in `held`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -71,10 +70,10 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path, config: BaseModel) -> RunFolder:
-        """A new folder at ``path``, with ``config.yaml`` and ``environment.json``.
+        """Create the folder ``path``, with ``config.yaml`` and ``environment.json``.
 
         Raises:
-            UserError: if something is there already, or it cannot be written.
+            UserError: if ``path`` exists and is not empty, or it cannot be written.
         """
         if path.exists() and not cls.is_unborn(path):
             raise UserError(
@@ -95,10 +94,10 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
-        """The run at ``path``.
+        """Open the run at ``path``.
 
         Raises:
-            UserError: if there is none, or a link in it leads out of it.
+            UserError: if there is no run, or a link in the folder leads out of it.
         """
         config = path / "config.yaml"
         if not config.is_file() and not _awaits_config(path):
@@ -110,7 +109,7 @@ class RunFolder:
 
     @staticmethod
     def is_unborn(path: Path) -> bool:
-        """Whether ``path`` is an empty folder, as one whose maker was killed very soon is."""
+        """Whether ``path`` is an empty folder, or one whose creation was interrupted early."""
         if not path.is_dir():
             return False
         own = ("checkpoints", MANIFEST, ".lock", ".holder.json", f".{MANIFEST}.lock")
@@ -119,11 +118,11 @@ class RunFolder:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Within, this process alone writes; what a killed one left behind is put in order.
+        """Within the context, only this process writes; first recover files of a killed process.
 
         Raises:
-            Busy: if another process does.
-            UserError: if the folder cannot be written into.
+            Busy: if another process writes.
+            UserError: if the folder is not writable.
         """
         if self._holds:
             yield
@@ -140,12 +139,12 @@ class RunFolder:
         """The resolved configuration, as a mapping.
 
         Raises:
-            DamagedFile: if it is not what was written.
+            DamagedFile: if the file is damaged.
         """
         path = self.path / "config.yaml"
         try:
             content = _read(self.path, "config.yaml")
-        except DamagedManifest:  # told, and made anew, by who writes
+        except DamagedManifest:  # a writing process reports and rebuilds the manifest
             content = read_bytes(path, YAML_BYTES)
         try:
             values = parse_yaml(content, repr(str(path)))
@@ -156,13 +155,13 @@ class RunFolder:
         return values
 
     def check_same(self, config: BaseModel) -> None:
-        """Whether resuming with ``config`` would be the same run.
+        """Check that resuming with ``config`` continues the same run.
 
         Raises:
             UserError: naming the first field that differs.
         """
         old = self.config()
-        with contextlib.suppress(ValidationError):  # fields that came later have their defaults
+        with contextlib.suppress(ValidationError):  # fields that were added later get defaults
             old = type(config).model_validate(old).model_dump(mode="json")
         found = difference(old, config.model_dump(mode="json"))
         if found is not None:
@@ -177,11 +176,11 @@ class RunFolder:
         self.log_file.append(row)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The rows of ``metrics.jsonl``; a last line cut short by a crash is left out."""
+        """The rows of ``metrics.jsonl``, without an incomplete last line."""
         return self.log_file.rows()
 
     def forget_after(self, step: int) -> None:
-        """Cut ``metrics.jsonl`` after ``step``, whose later rows a resumed run writes again."""
+        """Truncate ``metrics.jsonl`` after ``step``; a resumed run writes the later rows again."""
         content = self.log_file.content()
         manifest = manifest_or_none(self.path)
         known = manifest.files.get(METRICS) if manifest else None
@@ -206,18 +205,18 @@ class RunFolder:
         keep: int = 2,
         rolled_back: tuple[int, dict[str, Any]] | None = None,
     ) -> None:
-        """Write the checkpoint of ``state`` and what belongs to it, all or nothing.
+        """Write the checkpoint of ``state`` and related files, all or nothing.
 
         Args:
-            state: tensors, numbers, strings; ``step`` among them.
-            buffer: a replay buffer that belongs to it, as HDF5; it gets a file of its own.
+            state: tensors, numbers and strings, with an entry ``step``.
+            buffer: replay buffer of ``state``, as HDF5; written to a separate file.
             files: other files to write with it.
-            keep: number of checkpoints that are kept, this one included.
-            rolled_back: the run went back to this checkpoint: the number of the rollback, from 1,
-                and the row about it. The rows after the checkpoint go to ``breaches/``.
+            keep: number of checkpoints to keep, including this one.
+            rolled_back: after a rollback to ``state``: number of the rollback, from 1, and its row
+                of metrics. The rows after ``step`` are moved to ``breaches/``.
 
         Raises:
-            UserError: if the disk is full, say; all files are as they were.
+            UserError: if writing fails, for example on a full disk; all files are unchanged.
         """
         step: int = state["step"]
         written: dict[str, Content] = dict(files or {})
@@ -242,23 +241,23 @@ class RunFolder:
             raise UserError(f"step {step} is not saved: {error}{self.where_saved()}") from error
 
     def where_saved(self) -> str:
-        """Which checkpoint is the newest, to end a sentence."""
+        """End of a sentence that names the newest checkpoint."""
         manifest = read_manifest(self.path)
         saved = _newest_first(manifest.files) if manifest else []
         return f"; the last checkpoint is {saved[0]}" if saved else "; there is no checkpoint yet"
 
     def load_checkpoint(self) -> dict[str, Any] | None:
-        """The state of the newest whole checkpoint, on the CPU; None if there is none yet.
+        """The state of the newest intact checkpoint, on the CPU; None if there is none yet.
 
-        A replay buffer that belongs to it is its entry ``buffer``, the bytes of the file. Damaged
-        checkpoints are passed over, with a warning.
+        Its entry ``buffer`` holds the bytes of the replay buffer's file, if it has one. Damaged
+        checkpoints are skipped with a warning.
 
         Raises:
-            DamagedFile: if there are checkpoints and none of them is whole.
+            DamagedFile: if there are checkpoints and none of them is intact.
         """
         manifest, errors = read_manifest(self.path), list[DamagedFile]()
         names: Iterable[str] = manifest.files if manifest else ()
-        if manifest is None:  # those that lie there
+        if manifest is None:  # use the files in the folder
             found = self.path.glob("checkpoints/*")
             names = [f"checkpoints/{p.name}" for p in found if p.is_file() and not p.is_symlink()]
         for name in _newest_first(names):
@@ -271,27 +270,27 @@ class RunFolder:
                 warnings.warn(f"{damage}; going back to step {state['step']}", stacklevel=2)
             return state
         if errors:
-            raise DamagedFile(f"{errors[0]}; no whole checkpoint is left: start the run anew")
+            raise DamagedFile(f"{errors[0]}; no intact checkpoint is left: start a new run")
         return None
 
     def read_best(self) -> bytes | None:
-        """The file of the best weights; None if there is none, or it is damaged."""
+        """Bytes of the file of the best weights; None if it is missing or damaged."""
         try:
             return _read(self.path, BEST)
         except DamagedFile as error:
             manifest = manifest_or_none(self.path)
             if (self.path / BEST).exists() or (manifest and BEST in manifest.files):
-                warnings.warn(f"{error}; the best weights are looked for anew", stacklevel=2)
+                warnings.warn(f"{error}; the best weights are tracked from here on", stacklevel=2)
             return None
 
     def _write(self, files: Mapping[str, Content], drop: Sequence[str] = ()) -> None:
-        """Write files together, and vouch for the metrics so far."""
+        """Write files together, and update the manifest entry of ``metrics.jsonl``."""
         new = files.get(METRICS)
         grown = self.log_file.entry() if new is None else entry_of(new, grows=True)
         known = grown.size or new is not None
         commit_files(self.path, files, drop, {METRICS: grown} if known else {})
         if new is not None:
-            self.log_file = MetricsLog(self.path / METRICS)  # it looks at the file again
+            self.log_file = MetricsLog(self.path / METRICS)  # reads the file again
 
 
 def _read(root: Path, name: str) -> bytes:
@@ -299,20 +298,20 @@ def _read(root: Path, name: str) -> bytes:
 
 
 def _awaits_config(path: Path) -> bool:
-    """Whether the configuration is written, and only to be moved into place."""
+    """Whether the configuration is written but not yet moved into place."""
     manifest = manifest_or_none(path)
     return manifest is not None and "config.yaml" in manifest.pending
 
 
 def _newest_first(names: Iterable[str]) -> list[str]:
-    """The checkpoints among ``names``, newest first; that of format 1 last."""
+    """The checkpoints among ``names``, newest first; the one of format 1 last."""
     found = {name: _step_of(name) for name in names if name == OLD or _CHECKPOINT.fullmatch(name)}
     return sorted(found, key=lambda name: -found[name])
 
 
 def _superseded(names: Iterable[str], step: int, keep: int) -> list[str]:
-    """What goes when the checkpoint of ``step`` is written and the newest ``keep`` are kept: older
-    ones, those of later steps, for the run went back, and their buffers."""
+    """Files to delete when the checkpoint of ``step`` is written and the newest ``keep`` are kept:
+    older checkpoints, those of later steps (after a rollback), and their buffers."""
     held = [n for n in names if n == OLD or _CHECKPOINT.fullmatch(n) or _BUFFER.fullmatch(n)]
     steps = sorted({_step_of(name) for name in _newest_first(held)} | {step})
     kept = [s for s in steps if 0 <= s <= step][-keep:]
@@ -320,18 +319,18 @@ def _superseded(names: Iterable[str], step: int, keep: int) -> list[str]:
 
 
 def pack_state(state: dict[str, Any]) -> bytes:
-    """A checkpoint's bytes."""
+    """Serialise a checkpoint to bytes."""
     content = io.BytesIO()
     torch.save(state, content)
     return content.getvalue()  # shares its memory; a view in a cycle crashes Python 3.12.1
 
 
 def read_checkpoint(root: Path, name: str) -> dict[str, Any]:
-    """The state in ``name``, on the CPU; its entry ``buffer``, if any, the bytes of that file.
+    """The state in file ``name``, on the CPU; its entry ``buffer``, if any, is that file's bytes.
 
     Raises:
-        DamagedFile: if it, or its buffer, is missing or damaged, or holds anything but tensors and
-            plain values.
+        DamagedFile: if the checkpoint or its buffer is missing or damaged, or contains anything but
+            tensors and plain values.
     """
     path = root / name
     state = _unpacked(_read(root, name), path)
@@ -350,7 +349,7 @@ def read_checkpoint(root: Path, name: str) -> dict[str, Any]:
 
 
 class SavedHead(BaseModel):
-    """What every checkpoint holds, of these types; `ebmkit.training.state` checks the rest."""
+    """Entries of every checkpoint, with their types; `ebmkit.training.state` checks the rest."""
 
     model_config = ConfigDict(strict=True)
 

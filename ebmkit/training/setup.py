@@ -1,4 +1,4 @@
-"""From a configuration to data, model and loss, and the checks that they suit each other."""
+"""Builds data, model and loss from a configuration, and checks that they fit together."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from ebmkit.training.config import DataConfig, TrainConfig
 Split = Literal["train", "validation", "test"]
 
 NOT_LEARNT, LEAST_STEPS = {"ce": 0.98, "score": 0.97}, 100
-"""Shares of the loss of guessing, or of a score of zero, from which on nothing was learnt, and the
-steps of the shortest run that is judged."""
+"""A loss above this share of that of guessing, or of a zero score, counts as not learnt. Shorter
+runs than `LEAST_STEPS` are not checked."""
 
 
 def images_of(
     config: DataConfig, split: Split, progress: bool = False, download: bool = True
 ) -> AnyImages:
-    """The images of ``split``, as ``config`` names them, with bars while they are read, or not.
+    """Load the images of ``split`` of the data set in ``config``.
 
     Raises:
         UserError: if the data set is unknown, missing or incomplete.
@@ -45,14 +45,14 @@ def images_of(
 
 
 def build_model(config: TrainConfig, images: AnyImages) -> ScoreModel:
-    """The model that ``config`` describes for ``images``, with weights drawn from its seed."""
+    """Build the model of ``config`` for ``images``, with initial weights drawn from its seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         return model_config(config, images).build()
 
 
 def model_config(config: TrainConfig, images: AnyImages) -> ModelConfig:
-    """The model's configuration, with what follows from the images filled in."""
+    """The model's configuration, with the fields that depend on the images filled in."""
     facts = {
         "in_channels": images.channels,
         "num_classes": images.num_classes,
@@ -62,7 +62,7 @@ def model_config(config: TrainConfig, images: AnyImages) -> ModelConfig:
 
 
 def make_loss(model: ScoreModel, config: TrainConfig, training: bool = True) -> TrainingLoss:
-    """Model and objectives; not ``training``: the losses of held-out images, to validate."""
+    """Loss of ``model``: the objectives of training, or those of validation."""
     terms = parse_objective(config.objective, config.objective_settings())
     if not training:
         terms = tuple(own for term in terms if (own := term.for_validation()) is not None)
@@ -70,7 +70,7 @@ def make_loss(model: ScoreModel, config: TrainConfig, training: bool = True) -> 
 
 
 def make_card(loss: TrainingLoss, config: TrainConfig, images: AnyImages) -> ModelCard:
-    """What the model is trained for."""
+    """The model card of a run."""
     matching = [term.name for term in loss.terms if term.objective.needs_score]
     denoise = config.stream(loss.stream_of[matching[0]]) if matching else None
     return ModelCard(
@@ -89,11 +89,11 @@ def make_card(loss: TrainingLoss, config: TrainConfig, images: AnyImages) -> Mod
 
 
 def check_terms(loss: TrainingLoss, config: TrainConfig, images: AnyImages) -> None:
-    """Check that each objective can learn from its stream.
+    """Check that model and stream provide what each objective needs.
 
     Raises:
-        UserError: if labels or noise are missing that an objective needs, or labels are mixed that
-            it takes one by one.
+        UserError: if labels, noise or a second derivative are missing, or labels are mixed for an
+            objective that needs hard labels.
     """
     for term in loss.terms:
         name = loss.stream_of[term.name]
@@ -113,41 +113,41 @@ def check_terms(loss: TrainingLoss, config: TrainConfig, images: AnyImages) -> N
         if term.objective.needs_score and stream.noise.range[1] == 0:
             raise UserError(
                 f"objective {term.name!r} learns from noise, and stream {name!r} has none: set "
-                f"streams.{name}.noise.kind and max, as in squared-uniform and 100/255"
+                f"streams.{name}.noise.kind and max, for example to squared-uniform and 100/255"
             )
 
 
 def _no_hessian(model: ScoreModel) -> str | None:
-    """Why ``model`` has no second derivative by each image."""
+    """Why ``model`` has no useful second derivative for each image; None if it has one."""
     if not model.is_energy_based:
         return "this network is a plain denoiser and has none: use --objective dsm, or a backbone"
     if model.has_batch_norm:
         return "BatchNorm mixes the images of a batch: use another norm (norm=group), or dsm"
     if any(isinstance(m, (nn.ReLU, nn.LeakyReLU)) for m in model.modules()):
-        return "that of ReLU is 0 beside its kinks: use a smooth activation, or dsm"
+        return "that of ReLU is 0 almost everywhere: use a smooth activation, or dsm"
     return None
 
 
 def check_compiled(stages: Sequence[Stage]) -> None:
-    """Check that a compiler will take the shapes of all stages.
+    """Check that the compiler can compile the shapes of all stages.
 
     Raises:
-        UserError: if there are more than it compiles.
+        UserError: if there are more than its limit.
     """
     most = torch.compiler.config.recompile_limit
     if len(stages) > most:
         raise UserError(
-            f"sizes change {len(stages) - 1} times along the run, and a step is compiled for "
-            f"{most} shapes at the most: take fewer phases, or --compile off"
+            f"sizes change {len(stages) - 1} times during the run, and a step is compiled for "
+            f"at most {most} shapes: use fewer phases, or --compile off"
         )
 
 
 def check_learnt(
     means: Mapping[str, float], loss: TrainingLoss, classes: int, config: TrainConfig
 ) -> None:
-    """Warn at the end of a run where cross-entropy and score matching are those of no model.
+    """Warn at the end of a run if cross-entropy and score matching are at chance.
 
-    A rate that is too high need not give NaN. ``means`` are the last validation's of ``loss``.
+    A rate that is too high does not always give NaN. ``means`` are results of the last validation.
     """
     matching = [t.name for t in loss.terms if t.objective.scale is not Scale.PLAIN]
     told = dict.fromkeys(matching, "that of a score of zero (1)")
@@ -168,7 +168,7 @@ def check_learnt(
 def shapes(
     stage: Stage, images: AnyImages, processes: int = 1
 ) -> dict[str, tuple[int, int, int, int]]:
-    """Shapes (B, C, H, W) of the images that a process takes of each stream in a step."""
+    """Shapes (B, C, H, W) of the images that a process draws from each stream per step."""
     return {
         name: (own.batch_size // processes, images.channels, *_seen_size(own.crop_size, images))
         for name, own in stage.spans.items()
@@ -176,10 +176,10 @@ def shapes(
 
 
 def trained_size(config: TrainConfig, images: AnyImages) -> tuple[int, int]:
-    """Height and width that the network sees in training: of the crops, where there are any.
+    """Height and width of the images (or crops) that the network sees in training.
 
-    Those of the stream that score matching draws from, or else of the classifying one; the largest,
-    where crops grow along the run: at that size and below, the log-density is the plain formula's.
+    They are those of the first objective that needs the score, or else of the first objective. If
+    crops grow during the run, the largest: up to that size, the log-density is the plain formula.
     """
     terms = parse_objective(config.objective)
     first = next((t for t in terms if t.objective.needs_score), terms[0])

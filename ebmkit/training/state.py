@@ -1,15 +1,15 @@
-"""Everything that a checkpoint holds, in one object, and whether what was read from a file fits.
+"""The state of a run as saved in a checkpoint, and checks of a state that is loaded.
 
-A checkpoint is a `SavedState` with ``precision``, for tables, and, where negatives are needed,
-``watch``: divergences so far and snapshots (`ebmkit.training.rollback`).
+A checkpoint is a `SavedState` with ``precision``, for result tables, and, if an objective needs
+negatives, ``watch``: divergences and snapshots (`ebmkit.training.rollback`).
 
-It may come from an untrusted source, and the optimiser's fused kernels trust the lengths of its
-tensors: with moments of another shape they would read and write memory that is not theirs. So every
-entry is checked for its type, every tensor for its shape before anything is taken over.
+It may come from an untrusted source, and fused optimisers do not check the sizes of their tensors:
+with moments of another shape they would read and write out of bounds. So the type of every entry
+and the shape of every tensor are checked before anything is restored.
 
 Checkpoints of earlier versions load. Until 2026-11-20 ``running`` was a mapping from term to mean,
-and the optimiser not fused; until 2026-11-25 there was no ``seconds``, ``precision`` or ``watch``;
-until 2026-11-26 no ``kept`` in ``watch``: then snapshots are taken from here on.
+and the optimiser was not fused. Until 2026-11-25 there was no ``seconds``, ``precision`` or
+``watch``. Until 2026-11-26 ``watch`` had no ``kept``: the run then starts without snapshots.
 """
 
 from __future__ import annotations
@@ -32,89 +32,89 @@ from ebmkit.training.run_folder import BEST, RunFolder
 from ebmkit.training.step import TrainingStep
 
 SHOWN = 5
-"""Reasons for skipped samples that are written to the metrics."""
+"""Maximum number of reasons for skipped samples in the metrics."""
 
 
 class Saved(BaseModel):
-    """A part of a checkpoint, its entries of exactly these types."""
+    """Part of a checkpoint; its entries must have exactly the declared types."""
 
     model_config = ConfigDict(strict=True, arbitrary_types_allowed=True)
 
 
 class SavedOptimizer(Saved):
-    """An optimiser's state; what its groups are set to is the configuration's, not the file's."""
+    """State of an optimiser, without group settings, which come from the configuration."""
 
-    state: dict[NonNegativeInt, dict[str, Tensor]]  # by number of the parameter
+    state: dict[NonNegativeInt, dict[str, Tensor]]  # by index of the parameter
 
 
 class SavedState(Saved):
     """The part of a checkpoint that is the same for all objectives."""
 
     step: NonNegativeInt
-    seconds: Annotated[FiniteFloat, Field(ge=0)]  # spent so far
-    best: Annotated[float, Field(ge=-torch.inf)]  # least validation loss so far
+    seconds: Annotated[FiniteFloat, Field(ge=0)]  # training time so far
+    best: Annotated[float, Field(ge=-torch.inf)]  # lowest validation loss so far
     model: dict[str, Tensor]  # parameters and buffers, by name
     optimizer: SavedOptimizer
-    average: dict[str, Tensor] | None  # averaged weights, by name, where averaging is on
+    average: dict[str, Tensor] | None  # averaged weights, by name, if averaging is on
     running: Tensor  # running means of the balanced terms
-    unreadable: dict[NonNegativeInt, str] = {}  # skipped samples: number in the set -> why
+    unreadable: dict[NonNegativeInt, str] = {}  # skipped samples: index in the set -> reason
 
 
 class Best:
-    """The weights of the least validation loss, which belong to the checkpoint."""
+    """The weights of the lowest validation loss, saved with the checkpoint."""
 
     def __init__(self) -> None:
         self.loss = math.inf  # before the first validation
-        self.weights: bytes | None = None  # safetensors; None too where nothing is saved
+        self.weights: bytes | None = None  # safetensors; None also if nothing is saved
         self._on_disk: bytes | None = None
 
     def offer(self, loss: float, model: ScoreModel, saves: bool) -> None:
-        """Note ``loss`` if it is the least so far; keep the ``model`` if it ``saves``."""
+        """Record ``loss`` if it is the lowest so far, and with ``saves`` the weights too."""
         if loss < self.loss:
             self.loss = loss
             self.weights = weights_file(model) if saves else None
 
     def restore(self, run: RunFolder) -> None:
-        """Read the weights of the present `loss` from ``run``; if they are lost, begin anew."""
+        """Read the weights of the current `loss` from ``run``; if they are lost, reset `loss`."""
         if math.isfinite(self.loss):
             self.weights = self._on_disk = run.read_best()
             self.loss = math.inf if self.weights is None else self.loss
 
     def files(self) -> dict[str, bytes]:
-        """What is to be written with the next checkpoint; nothing if it is there already."""
+        """Files to write with the next checkpoint; none if the weights are already on disk."""
         if self.weights is None or self.weights is self._on_disk:
             return {}
         return {BEST: self.weights}
 
     def written(self) -> None:
-        """Note that `files` was."""
+        """Record that `files` have been written."""
         self._on_disk = self.weights
 
 
 class SkippedSamples:
-    """Images that training leaves out because they cannot be read (``dataset.unreadable: skip``).
+    """Images that training skips because they cannot be read (``dataset.unreadable: skip``).
 
-    Each process meets its own; all know of all whenever metrics or a checkpoint are written. The
-    checkpoint holds them.
+    Each process finds those of its share; `update` exchanges them whenever metrics or a checkpoint
+    are written. They are part of the checkpoint.
     """
 
     def __init__(
         self, images: AnyImages, streams: Mapping[str, Stream], world: DistributedContext
     ) -> None:
-        self.found: dict[int, str] = {}  # number of an image in the set -> why it cannot be read
+        self.found: dict[int, str] = {}  # index of an image in the set -> why it cannot be read
         self._before, self._streams, self._world = images.left_out, streams, world
         self._may = isinstance(images, StreamedSet) and images.skip
 
     @property
     def reasons(self) -> tuple[str, ...]:
-        """Why each was skipped, those when the images were loaded included."""
+        """Reason of each skipped image, including those skipped when the data set was loaded."""
         return (*self._before, *self.found.values())
 
     def __len__(self) -> int:
         return len(self.reasons)
 
     def update(self) -> None:
-        """Learn what was skipped since; all processes must do so together."""
+        """Gather the images skipped since the last call; all processes must call this together."""
         if not self._may:
             return
         own = {n: why for stream in self._streams.values() for n, why in stream.skipped.items()}
@@ -123,13 +123,13 @@ class SkippedSamples:
         self.found = dict(sorted(self.found.items()))
 
     def row(self, step: int) -> dict[str, Any]:
-        """For the end of the metrics: how many, and why the first ones."""
+        """Row for the end of the metrics: their count, and the first reasons."""
         reasons = list(self.reasons[:SHOWN])
         return {"kind": "unreadable", "step": step, "count": len(self), "reasons": reasons}
 
 
 class TrainingState:
-    """What a run has reached: the part of a checkpoint that is the same for all objectives.
+    """State of a run: the part of a checkpoint that is the same for all objectives.
 
     ``update`` holds model, optimiser, averaged weights and running means.
     """
@@ -140,7 +140,7 @@ class TrainingState:
 
     @property
     def seconds(self) -> float:
-        """Time spent so far, with earlier processes, validations and checkpoints."""
+        """Time spent so far, including earlier processes, validations and checkpoints."""
         return self._before + time.perf_counter() - self._begun
 
     @seconds.setter
@@ -149,11 +149,11 @@ class TrainingState:
         self.start_clock()
 
     def start_clock(self) -> None:
-        """Count from now on, beside what was spent before."""
+        """Start measuring; the time is added to that spent before."""
         self._begun = time.perf_counter()
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors, on their device, and plain values."""
+        """The state as tensors, on their device, and plain values."""
         update, skipped = self.update, self.skipped.found
         return {
             "step": self.step,
@@ -168,10 +168,10 @@ class TrainingState:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a `state_dict`, of this version or an earlier one.
+        """Restore a `state_dict` of this or an earlier version.
 
         Raises:
-            UserError: if it is of another run.
+            UserError: if it does not fit this run.
         """
         update = self.update
         state = {"seconds": 0.0, "best": math.inf, "precision": None, "watch": None, **state}
@@ -194,7 +194,7 @@ class TrainingState:
 
 
 def _restore_module(what: str, module: nn.Module, found: Mapping[str, Tensor]) -> None:
-    """Take over the parameters and buffers of the same module."""
+    """Restore the parameters and buffers of ``module``; ``what`` names it in errors."""
     own = module.state_dict()
     for name in [*own, *found]:
         if name not in found:
@@ -206,12 +206,12 @@ def _restore_module(what: str, module: nn.Module, found: Mapping[str, Tensor]) -
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, saved: SavedOptimizer) -> None:
-    """Take over what an optimiser of the same kind keeps of each parameter.
+    """Restore the state of an optimiser of the same kind.
 
-    Rates, decays and the like stay as they are: the configuration has them.
+    Learning rates, weight decay and other group settings stay: the configuration sets them.
 
     Raises:
-        UserError: if it is of another optimiser or of other parameters.
+        UserError: if the state belongs to another optimiser or to other parameters.
     """
     adam, momentum = {"step", "exp_avg", "exp_avg_sq"}, {"momentum_buffer"}
     groups = optimizer.param_groups
@@ -225,17 +225,17 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: SavedOptimizer) -
         for name, value in found.items():
             own = torch.zeros(()) if name == "step" else parameters[number]
             check_tensor(f"optimizer, parameter {number}, {name!r}", value, own)
-            # the kernels want it dense, in the order of the parameter
+            # fused kernels need dense tensors in the memory order of the parameter
             state[number][name] = torch.empty_like(own).copy_(value)
     own_groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": own_groups})
 
 
 def check_tensor(what: str, found: Tensor, own: Tensor) -> None:
-    """Whether ``found`` may take the place of ``own``.
+    """Check that ``found`` can replace ``own``.
 
     Raises:
-        UserError: if it is of another shape or type.
+        UserError: if its shape, type or layout differs.
     """
     if found.layout != torch.strided or found.shape != own.shape or found.dtype != own.dtype:
         has, needs = (

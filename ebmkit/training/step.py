@@ -1,16 +1,16 @@
 r"""One training step: gradient of the loss, and the update.
 
-A batch of B images is split into K parts of equal size, on W processes, and
+A batch of B images is split into K parts of equal size on each of W processes, and
 
 .. math:: \nabla L = \frac{1}{KW} \sum_{k,r} \nabla L_{k,r},
 
-since every loss is a mean over images. For a compiler the score is taken inside the loss by
-`torch.func.vjp`, so that forward pass, score and loss are one graph (``fullgraph``); eagerly by
-`torch.autograd.grad`, which has less overhead: the reference that the other is tested against.
+since every loss is a mean over images. If compiled, the loss computes the score by
+`torch.func.vjp`, so that forward pass, score and loss are one graph (``fullgraph``). Eagerly it
+uses `torch.autograd.grad`, which has less overhead and is the reference in tests.
 
-The host never waits for the device within a step. Losses, the gradient's norm and whether they are
-finite stay on the device; the fused optimiser skips the update when they are not, and every later
-one, until `TrainingStep.read` reports it.
+The host never waits for the device within a step. Losses, the norm of the gradient and a flag for
+NaN and Inf stay on the device. If the flag is set, the fused optimiser skips this update and every
+later one, until `TrainingStep.read` reports it.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from torch.optim.swa_utils import AveragedModel
 from ebmkit.compile import ISOLATED
 from ebmkit.compute import (
     ComputeConfig,
+    flush_denormals,
     keep_freed_memory,
     memory_format,
     pick_compile,
@@ -48,22 +49,22 @@ from ebmkit.training.optim import SAM, set_rate, update_average
 
 
 class OutOfMemory(Exception):
-    """The step did not fit into the device's memory."""
+    """The step did not fit in the memory of the device."""
 
 
 class StepStats(NamedTuple):
-    """What steps did, on the host."""
+    """Statistics of the steps since the last reset, on the host."""
 
-    parts: dict[str, float]  # each term's mean of the last step; of the failing one, if one failed
-    grad_norm: float  # of that step, before clipping
-    done: int  # number of updates since the step was made
-    skipped: int  # number of steps after those: the failing one, and more before the host heard
-    failed: bool  # whether a loss or the gradient was not finite, and updates ended
-    asked_to_stop: bool  # whether any process was
+    parts: dict[str, float]  # mean of each term in the last step, or in the failing step
+    grad_norm: float  # norm of the gradient in that step, before clipping
+    done: int  # number of updates
+    skipped: int  # number of steps without update: the failing one and those before `read`
+    failed: bool  # whether a loss or the gradient was NaN or Inf, which stopped the updates
+    asked_to_stop: bool  # whether any process was asked to stop
 
     @property
     def fault(self) -> str | None:
-        """Which loss is NaN or Inf, or the gradient, in words; None if all are numbers."""
+        """Description of the loss or gradient that is NaN or Inf; None if all are finite."""
         for name, loss in self.parts.items():
             if not math.isfinite(loss):
                 return f"loss {name!r} is {loss}"
@@ -72,25 +73,25 @@ class StepStats(NamedTuple):
 
 
 class TrainingStep:
-    """Takes the gradient of a loss and moves the parameters.
+    """Computes the gradient of a loss and updates the parameters.
 
     Args:
-        loss: model and objectives, on their device.
-        optimizer: a fused one over the model's parameters (`make_optimizer`).
+        loss: model and objectives, on the device of training.
+        optimizer: fused optimiser over the model's parameters (`make_optimizer`).
         compute: precision, compilation, accumulation, recomputation.
-        clip_norm: bound on the gradient's norm; None: none.
-        average: averaged weights to update too.
-        world: the processes that share each batch.
-        backend: of `torch.compile`.
+        clip_norm: maximum norm of the gradient; None: no clipping.
+        average: averaged weights to update.
+        world: processes that share each batch.
+        backend: backend of `torch.compile`.
         sam: sharpness-aware minimisation; None: the plain gradient.
 
     Attributes:
-        precision: the one in force.
+        precision: precision in use.
         compiled: whether the loss is compiled.
 
     Raises:
-        UserError: if the device lacks the precision or a compiler, or the model cannot be compiled
-            or recomputed.
+        UserError: if the device does not support the precision or compilation, or the model cannot
+            be compiled or recomputed.
 
     >>> step = TrainingStep(loss, optimizer, ComputeConfig(compile="off"))     # doctest: +SKIP
     >>> step({"classify": batch, "denoise": other}, rate=3e-4)                 # doctest: +SKIP
@@ -119,13 +120,14 @@ class TrainingStep:
         self.precision = pick_precision(self.compute.precision, self.device)
         set_tf32(self.device, self.precision)
         loss.precision = self.precision
-        subsample_before_1x1(loss.model)  # as the models here do when made; others may not
+        subsample_before_1x1(loss.model)  # ebmkit's models do this themselves; others may not
         loss.model.to(memory_format=memory_format(self.device, loss.differentiates))
+        flush_denormals(self.device)
         keep_freed_memory(self.device)
-        self._parallel: nn.Module | None = None  # made with the first batch
+        self._parallel: nn.Module | None = None  # created with the first batch
         self._settled = self.compiled = False
-        # what a compiler may keep for the backward pass; made once, since each patch that is made
-        # leaves a context variable behind
+        # memory budget of the compiler for the backward pass; created once, since each patch leaks
+        # a context variable
         keep = {"activation_memory_budget": 0.3} if self.compute.recompute else {}
         self._saving = functorch_config.patch(keep)
         self._compile(self._may_compile())
@@ -133,17 +135,17 @@ class TrainingStep:
         self._values = torch.zeros(len(self.names) + 2, device=self.device)  # parts, stop, norm
         self._failed = torch.zeros((), device=self.device)
         self._done = torch.zeros_like(self._failed)
-        self._taken, self._fresh = 0, True  # steps so far; whether the optimiser knew none before
-        optimizer.found_inf = self._failed  # type: ignore[attr-defined]  # they read it
+        self._taken, self._fresh = 0, True  # steps so far; whether the optimiser was new
+        optimizer.found_inf = self._failed  # type: ignore[attr-defined]  # optimisers read it
 
     def __call__(self, batches: Mapping[str, Batch], rate: float, stop: bool = False) -> None:
-        """One step at learning rate ``rate`` on this process's share of each stream's batch.
+        """Take one step at learning rate ``rate`` on this process's share of each stream's batch.
 
-        By ``stop`` one process that was asked to stop tells all, which hear of it by `read`.
+        ``stop``: whether this process was asked to stop; `read` reports this to all processes.
 
         Raises:
-            OutOfMemory: if the memory does not suffice.
-            UserError: if the step cannot be compiled and must be.
+            OutOfMemory: if the device has too little memory.
+            UserError: if compilation is required and fails.
         """
         set_rate(self.optimizer, rate)
         values = torch.zeros(len(self.names) + 1, device=self.device)
@@ -152,7 +154,7 @@ class TrainingStep:
             self._fresh = not self.optimizer.state
         self._taken += 1
         buffers = self.loss.model.buffers() if self.loss.model.has_batch_norm else ()
-        moving = [self.loss.running, *buffers]  # besides what the optimiser moves
+        moving = [self.loss.running, *buffers]  # to restore if the step fails
         before = [buffer.clone() for buffer in moving]
         with translate_out_of_memory():
             values[:-1] = self._differentiate(batches)
@@ -173,7 +175,7 @@ class TrainingStep:
             update_average(self.average, self.loss.model, self._failed)
 
     def read(self) -> StepStats:
-        """What the last step did; waits for the device."""
+        """Statistics of the last step; waits for the device."""
         *parts, stop, norm, failed, done = torch.cat(
             [self._values, self._failed[None], self._done[None]]
         ).tolist()
@@ -181,35 +183,35 @@ class TrainingStep:
         return StepStats(means, norm, int(done), self._taken - int(done), bool(failed), stop > 0)
 
     def undo_skipped(self, rate: float) -> None:
-        """Bring what the host counts back to the last update, at ``rate``; forget the failure."""
+        """Set the host's counters back to the last update, at ``rate``, and clear the failure."""
         stats = self.read()
         if self.average is not None:
             self.average.n_averaged -= stats.skipped
         if self._fresh and stats.done == 0:
-            self.optimizer.state.clear()  # made by the failing step; SGD's is not even set to 0
+            self.optimizer.state.clear()  # created by the failing step, for SGD uninitialised
         set_rate(self.optimizer, rate)
         self.reset()
 
     def reset(self) -> None:
-        """Forget failures and count updates anew: the parameters were set from outside."""
+        """Clear failures and counters, after the parameters were set from outside."""
         for counter in (self._failed, self._done):
             counter.zero_()
         self._taken = 0
 
     def _note(self, values: Tensor, norm: Tensor) -> None:
-        """Keep the step's values, unless one failed before; see whether this one did."""
+        """Store the step's values, unless an earlier step failed, and update the failure flag."""
         now = torch.cat([values, norm.reshape(1)])
         self._values.copy_(torch.where(self._failed > 0, self._values, now))
         self._failed.copy_(torch.maximum(self._failed, 1 - now.isfinite().all().float()))
         self._done += 1 - self._failed
 
     def _differentiate(self, batches: Mapping[str, Batch]) -> Tensor:
-        """Gradients into the parameters; each term's mean, (number of terms,)."""
+        """Compute the parameters' gradients; return each term's mean, (number of terms,)."""
         try:
             values = self._forward_and_backward(batches)
             self._settled = True
             return values
-        except Exception as error:  # a compiler may fail in ways of its own, forward or backward
+        except Exception as error:  # compilers raise errors of many types, forward or backward
             known = isinstance(error, (torch.OutOfMemoryError, UserError))
             if not self.compiled or self._settled or known:
                 raise
@@ -237,7 +239,7 @@ class TrainingStep:
         return values
 
     def _may_compile(self) -> bool:
-        """Whether to compile; a `UserError` if it must be and cannot."""
+        """Whether to compile; raises a `UserError` if compilation is required but impossible."""
         wanted = pick_compile(self.compute.compile, self.device)
         if wanted and self.loss.differentiates and self.loss.model.has_batch_norm:
             if self.compute.compile == "on":
@@ -249,10 +251,10 @@ class TrainingStep:
         return wanted
 
     def _compile(self, compiled: bool) -> None:
-        """Set compilation, and what depends on it: recomputation, and whether streams go apart."""
+        """Set compilation and what depends on it: recomputation, and separate passes of streams."""
         # in one graph a compiler can merge streams, and DDP must see all gradients in one backward
         self.loss.separate = not compiled and self.world.size == 1
-        # vjp is for compilers, and recomputes only what the score itself needs
+        # vjp can be compiled, and with recomputation recomputes only what the score needs
         self.loss.use_autograd = not compiled and not self.compute.recompute
         if compiled or self.compiled:
             if not ISOLATED:  # an older PyTorch counts the compilations of all steps together
@@ -278,7 +280,7 @@ class TrainingStep:
         self.loss.model.set_recompute(not compiled)
 
     def _apart(self, batches: dict[str, Batch], last: bool) -> AbstractContextManager[Any]:
-        """Within, processes do not exchange gradients; they do with the last part."""
+        """Context without gradient synchronisation between processes, except for the last part."""
         if self.world.size == 1:
             return nullcontext()
         if self._parallel is None:
@@ -292,7 +294,8 @@ class TrainingStep:
 def split_batches(
     batches: Mapping[str, Batch], count: int, separate: bool
 ) -> Iterator[dict[str, Batch]]:
-    """What is taken forward and backward at once: ``count`` equal parts, streams apart or not."""
+    """Yield the batches of each forward and backward pass: ``count`` equal parts, by stream if
+    ``separate``."""
     sizes = {name: len(batch.x) // count for name, batch in batches.items()}
     for k in range(count):
         part = dict(batches)
@@ -308,7 +311,7 @@ def split_batches(
 
 @contextmanager
 def translate_out_of_memory() -> Iterator[None]:
-    """Turn an allocation that failed into `OutOfMemory`."""
+    """Convert a failed allocation to `OutOfMemory`."""
     try:
         yield
         return
@@ -316,4 +319,4 @@ def translate_out_of_memory() -> Iterator[None]:
         cuda = isinstance(error, torch.OutOfMemoryError)
         if not cuda and "can't allocate memory" not in str(error):
             raise
-    raise OutOfMemory  # out of the handler: the error's traceback keeps what the step held
+    raise OutOfMemory  # outside the handler: the traceback keeps the tensors of the step alive

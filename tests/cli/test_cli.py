@@ -70,6 +70,7 @@ def test_training_ends_with_a_table_and_pictures(place):
     assert list(denoise["psnr"]) == list(denoise["psnr_noisy"]) == ["15", "25", "50"]
 
 
+@pytest.mark.slow
 def test_evaluate_repeats_what_training_measured(place):
     path = place / "run" / "evaluation" / "denoise.json"
     before = json.loads(path.read_text())
@@ -198,6 +199,7 @@ def test_ctrl_c_saves_says_how_to_go_on_and_exits_with_130(tmp_path):
     assert list((tmp_path / "run" / "checkpoints").glob("step-*.pt"))
 
 
+@pytest.mark.slow
 def test_packing_a_folder_and_training_on_the_file(tmp_path):
     g = np.random.default_rng(0)
     for label in ("cats", "dogs"):

@@ -93,7 +93,7 @@ def test_errors_show_names_and_nothing_more(trained):
     ended = command("evaluate", "run", "--set", "dataset.unreadable=error", cwd=home)
     assert ended.returncode == 2
     assert harmless(ended.stdout + ended.stderr)
-    assert "dataset.unreadable=skip leaves such out" in ended.stderr
+    assert "dataset.unreadable=skip skips such images" in ended.stderr
 
 
 @pytest.mark.parametrize("shown", [str, Text, lambda name: Text.assemble((name, "red"))])
@@ -152,7 +152,8 @@ def test_a_killed_reading_process_ends_the_command_in_one_sentence(tmp_path):
     assert process.returncode == 2, err
     assert "Traceback" not in err
     told = err.strip().splitlines()[-1]
-    assert told.startswith("ebmkit: a process that reads images was killed by a signal, Killed;")
+    what = "a worker process that reads images was killed by a signal, Killed;"
+    assert told.startswith(f"ebmkit: {what}")
     assert "the last checkpoint is checkpoints/step-" in told
     assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
 

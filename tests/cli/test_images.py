@@ -119,7 +119,7 @@ def test_if_every_chain_is_lost_it_says_so_and_fails(place):
     ("arguments", "told"),
     [
         (["sample", "run", "-n", "0"], "0 samples"),
-        (["sample", "run", "--steps", "0"], "0 steps move no chain"),
+        (["sample", "run", "--steps", "0"], "0 steps are too few"),
         (["sample", "run", "--sampler", "langevn"], "did you mean 'langevin'"),
         (["sample", "run", "--sampler", "ks"], "is now called 'kadkhodaie_simoncelli'"),
         (["sample", "run", "--start", "seeds"], "'seeds' is now called 'class_gaussian'"),
@@ -131,7 +131,7 @@ def test_if_every_chain_is_lost_it_says_so_and_fails(place):
         (["restore", "jem", "gray.png"], "was not trained to denoise"),
         (["restore", "run", "gray.png", "--task", "derain"], "unknown task"),
         (["restore", "run", "gray.png", "--mask", "half.png"], "mask"),
-        (["restore", "run", "gray.png", "--steps", "0"], "0 steps move no chain"),
+        (["restore", "run", "gray.png", "--steps", "0"], "0 steps are too few"),
     ],
 )
 def test_mistakes_are_told_in_one_sentence(place, arguments, told):

@@ -127,7 +127,7 @@ def test_a_folder_in_use_is_left_alone(tmp_path):
 def test_pictures_are_not_trained_on(pictures, tmp_path):
     with pytest.raises(UserError, match="train on data set 'folder'"):
         load_dataset("pictures", pictures, "train")
-    with pytest.raises(UserError, match="leave the image size out"):
+    with pytest.raises(UserError, match="remove the image size"):
         load_dataset("pictures", pictures, "test", image_size=16)
     Image.new("RGB", (8, 8)).save(pictures / "colour.png")
     with pytest.raises(UserError, match="keep them apart"):

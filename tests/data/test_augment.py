@@ -264,7 +264,7 @@ def test_a_stream_resizes_its_crops_the_same_on_any_number_of_processes(make):
     [
         ({"crop_scale": (0, 1)}, "must rise within 0 to 1"),
         ({"crop_scale": (0.5, 0.2)}, "must rise"),
-        ({"crop_scale": (0.5, 1), "crop_padding": 4}, "take one of them"),
+        ({"crop_scale": (0.5, 1), "crop_padding": 4}, "set only one of them"),
         ({"crop_ratio": (2, 1)}, "must rise from above 0"),
     ],
 )

@@ -86,7 +86,7 @@ def test_by_option_images_in_memory_are_left_out_and_counted(folder):
     assert found.labels.bincount().tolist() == [11, 11]
     (sentence,) = told
     assert len(found.left_out) == 2
-    assert "2 of 24 images of set/test cannot be read and are left out: " in sentence
+    assert "2 of 24 images of set/test cannot be read and are skipped: " in sentence
     assert "03.png" in sentence
     assert "07.png" in sentence
 
@@ -115,7 +115,7 @@ def batches(folder, workers, world_size=1):
     return drawn
 
 
-@pytest.mark.filterwarnings("ignore:left out of stream")
+@pytest.mark.filterwarnings("ignore:skipped in stream")
 def test_another_image_takes_the_place_the_same_for_workers_and_ranks(folder):
     ((here, skipped),) = batches(folder, 0)
     ((there, others),) = batches(folder, 2)
@@ -134,7 +134,7 @@ def test_another_image_takes_the_place_the_same_for_workers_and_ranks(folder):
 def test_training_counts_what_it_left_out(folder, tmp_path):
     config = small(folder, unreadable="skip")
     run = RunFolder.create(tmp_path / "run", config)
-    with pytest.warns(UserWarning, match="left out of stream 'classify': .*png"):
+    with pytest.warns(UserWarning, match="skipped in stream 'classify': .*png"):
         assemble(config, run).fit()
     *rows, told = run.metrics()
     assert rows[-1]["unreadable_images"] == 2
@@ -146,7 +146,7 @@ def test_training_counts_what_it_left_out(folder, tmp_path):
     ]
 
 
-@pytest.mark.filterwarnings("ignore:left out of stream")
+@pytest.mark.filterwarnings("ignore:skipped in stream")
 def test_a_run_that_goes_on_counts_as_one_that_never_stopped(folder, tmp_path):
     config = small(folder, unreadable="skip")
     whole, cut = (RunFolder.create(tmp_path / name, config) for name in ("whole", "cut"))
@@ -180,7 +180,7 @@ def test_training_images_of_any_size_are_left_out_of_an_evaluation(folder):
     assert {len(x) for x, _ in found.batches(len(found))} == {len(found)}
 
 
-@pytest.mark.filterwarnings("ignore:left out of stream")
+@pytest.mark.filterwarnings("ignore:skipped in stream")
 def test_a_run_that_met_one_goes_on_with_skip(folder, tmp_path):
     """The option changes nothing but that, so a run may take it later."""
     run = RunFolder.create(tmp_path / "run", small(folder))

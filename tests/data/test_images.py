@@ -269,7 +269,7 @@ def test_a_file_is_not_overwritten_unless_asked(tmp_path):
     [
         (torch.zeros(1, 2, 2), "a.gif", "must end in"),
         (torch.zeros(2, 2, 2), "a.png", "1 or 3"),
-        (torch.full((1, 2, 2), torch.nan), "a.png", "not numbers"),
+        (torch.full((1, 2, 2), torch.nan), "a.png", "NaN or Inf"),
         (torch.zeros(1, 2, 2), "absent/a.png", "cannot write"),
         (torch.zeros(1, 1, 70_000), "a.jpg", "cannot write"),
     ],

@@ -158,7 +158,7 @@ def test_a_full_disk_and_ctrl_c_leave_nothing(folder, tmp_path, monkeypatch):
         ("absent", "out.h5", "does not exist"),
         ("src", "absent/out.h5", "there is no folder"),
         ("torchvision:CIFAR11", "out.h5", "unknown torchvision data set 'CIFAR11'"),
-        ("torchvision:FakeData", "out.h5", "training and a test part"),
+        ("torchvision:FakeData", "out.h5", "no training and test parts"),
     ],
 )
 def test_a_wrong_request_is_told(folder, tmp_path, src, out, told):

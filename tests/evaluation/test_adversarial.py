@@ -74,6 +74,7 @@ def test_norms_and_gains_are_those_of_the_closed_form(mixture, drawn, evaluate):
     assert long["reached"]["value"] == pytest.approx(float(reached))
 
 
+@pytest.mark.slow
 def test_a_blind_model_is_also_asked_at_the_clean_image(network, squares, evaluate):
     document = evaluate(network, squares, sigmas=["20/255", "5/255"])
     assert [level["sigma"] for level in document["levels"]] == [0, 5 / 255, 20 / 255]

@@ -252,9 +252,9 @@ def test_processes_share_the_work_and_the_progress_ends(network, squares, tmp_pa
         ({"schedule": "sine"}, "schedule"),
         ({"step": 0}, "step"),
         ({"beside": ["nowhere"]}, "no run folder 'nowhere'"),
-        ({"beside": ["four"]}, "'four' knows 4 classes and the one evaluated 3"),
+        ({"beside": ["four"]}, "'four' has 4 classes and the evaluated model 3"),
         ({"samples": "nowhere.h5"}, "diffusion-path.samples: there is no file 'nowhere.h5'"),
-        ({"samples": "fourth.h5"}, "has label 3, and this model knows 0 to 2"),
+        ({"samples": "fourth.h5"}, "has label 3, and this model has labels 0 to 2"),
     ],
 )
 def test_what_cannot_be_measured_is_told(change, words, network, squares, tmp_path, monkeypatch):
@@ -276,7 +276,7 @@ def test_models_without_labels_have_an_energy_alone(squares):
     assert measured.keys() == {"energy"}
     energy = float(model.energy(squares.images).double().mean())
     assert measured["energy"]["value"] == pytest.approx(energy, abs=1e-6)
-    with pytest.raises(UserError, match="cannot be read off logits"):
+    with pytest.raises(UserError, match="cannot be computed from logits"):
         energy_source(model, "logits")
     first = found._replace(logits=found.logits[:1], log_density=found.log_density[:1])
     (entry,) = class_statistics(first, torch.zeros(1, dtype=torch.long))

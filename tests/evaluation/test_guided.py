@@ -200,7 +200,7 @@ def test_a_network_is_an_extractor_and_a_model_with_other_labels_has_no_joint_ga
     [
         ({"samples": torch.rand(2, 1, 5, 4)}, r"\(1, 5, 4\) cannot be compared with .*\(1, 4, 4\)"),
         ({"samples": torch.rand(2, 4)}, r"must be \(N, C, H, W\)"),
-        ({"samples": torch.full((2, 1, 4, 4), torch.nan)}, "2 of 2 samples are not finite"),
+        ({"samples": torch.full((2, 1, 4, 4), torch.nan)}, "2 of 2 samples have NaN or Inf"),
         ({"labels": torch.tensor([0])}, "2 samples need 2 labels"),
         ({"labels": torch.tensor([0, 7])}, "no image of label 7"),
         ({"real": "unlabelled"}, "has none: compare with a labelled"),

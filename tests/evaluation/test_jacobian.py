@@ -99,7 +99,7 @@ def test_what_did_not_converge_is_told(mixture, drawn, evaluate):
     assert "eigenvalues" not in document["per_image"][0]
     assert "spectrum.png" not in pictures
     (line,) = document["warnings"]
-    assert "of 2 of 2 images not all eigenpairs converged" in line
+    assert "not all eigenpairs of 2 of 2 images converged" in line
     result = evaluation.Result("jacobian", document, None)
     text = printed(result)
     assert "2.71" not in text  # the paper's, of other images

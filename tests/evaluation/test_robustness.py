@@ -218,7 +218,7 @@ def test_masked_gradients_are_told(mask, tmp_path):
     assert values(masked["curves"]["linf"]["direct"]) == [1, 1, 1]
     (warning,) = masked["warnings"]
     assert warning.startswith("direct, l_inf: at 127.5/255 every image can be turned gray")
-    assert "at most 50.0% can be right, and PGD leaves 100.0%" in warning
+    assert "the accuracy is at most 50.0%, but it is 100.0% under PGD" in warning
 
 
 def test_a_weaker_attack_that_breaks_more_is_told():
@@ -237,7 +237,7 @@ def test_a_weaker_attack_that_breaks_more_is_told():
     assert "PGD of a quarter of the steps at 0.5 breaks 10 images that PGD does not" in masked[1][0]
     stronger = doubts(autoattack=more)
     assert stronger[0]["gap"] == 0.1
-    assert "AutoAttack at 0.5 leaves 60.0% right and PGD 70.0%" in stronger[1][0]
+    assert "at 0.5 is 60.0% under AutoAttack and 70.0% under PGD" in stronger[1][0]
     assert doubts(autoattack=torch.arange(100) < 34)[1] == []
 
 

@@ -145,7 +145,7 @@ def test_mistakes_are_told_before_any_image(tmp_path):
 
     with pytest.raises(UserError, match="there is no run folder 'nowhere'"):
         ask("nowhere")
-    with pytest.raises(UserError, match=r"beside: .*knows 3 classes and the one evaluated 2"):
+    with pytest.raises(UserError, match=r"beside: .*has 3 classes and the evaluated model 2"):
         ask(run_folder(tmp_path / "three", num_classes=3))
     with pytest.raises(UserError, match="takes images of 3 channel"):
         ask(run_folder(tmp_path / "colour", in_channels=3))

@@ -279,7 +279,7 @@ def test_evaluating_again_replaces_only_its_own_files(mixture, drawn, tmp_path):
         ({"images": torch.rand(0, 1, 8, 8)}, "denoise", "no images in split 'test'"),
         ({"labels": None}, "classify", "no labels to compare"),
         ({"labels": None}, "calibration", "no labels to compare"),
-        ({"class_names": ("a", "b")}, "classify", "2 classes and this model knows 3"),
+        ({"class_names": ("a", "b")}, "classify", "2 classes and this model has 3"),
     ],
 )
 def test_images_that_do_not_suit_are_refused(change, suite, words, network, tmp_path):
@@ -341,7 +341,7 @@ def test_all_means_those_that_apply(mixture, drawn):
     ("text", "words"),
     [
         ("clasify", "did you mean 'classify'"),
-        ("all,denoise", "stands alone"),
+        ("all,denoise", "cannot be combined"),
         (" , ", "name some of standard, all, classify"),
     ],
 )

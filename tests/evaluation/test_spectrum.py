@@ -90,6 +90,7 @@ def test_a_gradients_jacobian_is_symmetric_to_rounding(network):
     assert spectrum(jacobian(network.double(), y.double(), SIGMA)).asymmetry < 1e-13
 
 
+@pytest.mark.slow
 def test_iterative_equals_dense_on_digits(digit):
     model, y = digit
     dense = spectrum(jacobian(model, y, 0.5), 3, 2, "dense")
@@ -145,15 +146,15 @@ def test_a_plain_denoiser_has_singular_values():
     assert torch.allclose(stretched, found.values[:3])
     assert torch.allclose(found.smallest.values, found.values.flip(0)[:2])
     assert found.converged(1e-10)
-    with pytest.raises(UserError, match=r"not symmetric.*take method dense"):
+    with pytest.raises(UserError, match=r"not symmetric.*use method dense"):
         spectrum(operator, method="iterative")
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"largest": 16}, "16 largest and 2 smallest cannot be taken: ask for 1 to 15"),
-        ({"smallest": 0}, "0 smallest cannot be taken"),
+        ({"largest": 16}, "16 largest and 2 smallest cannot be computed: request 1 to 15"),
+        ({"smallest": 0}, "0 smallest cannot be computed"),
     ],
 )
 def test_impossible_numbers_of_eigenvalues_are_refused(world, arguments, words):
@@ -164,12 +165,12 @@ def test_impossible_numbers_of_eigenvalues_are_refused(world, arguments, words):
 
 def test_large_jacobians_are_not_written_out():
     operator = Jacobian(lambda y: 2 * y, torch.rand(1, 56, 56), chunk=1)
-    with pytest.raises(UserError, match="3136 values cannot be written out beyond 3072"):
+    with pytest.raises(UserError, match=r"3136 values is too large .*at most 3072"):
         spectrum(operator, method="dense")
 
 
 @pytest.mark.parametrize("method", ["dense", "iterative"])
 def test_a_diverged_model_is_told(method):
     operator = Jacobian(lambda y: y * float("nan"), torch.rand(1, 4, 4))
-    with pytest.raises(UserError, match="not finite: its training diverged"):
+    with pytest.raises(UserError, match="NaN or Inf: its training diverged"):
         spectrum(operator, method=method)

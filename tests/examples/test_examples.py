@@ -15,6 +15,7 @@ def example(name):
     return module
 
 
+@pytest.mark.slow
 def test_a_mixture_in_the_plane_is_learned(tmp_path):
     # The zero model has an error of sigma * score of about 1.4 and of p(c|y) of 0.5.
     errors = example("mixture_2d").main(steps=300, out=tmp_path / "mixture.png")

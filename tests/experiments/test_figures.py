@@ -15,6 +15,7 @@ def runs(tmp_path):
     return ExperimentRuns(tmp_path, SCALES["cpu"])
 
 
+@pytest.mark.slow
 def test_figure_1_is_computed_once_and_says_how(runs, monkeypatch):
     """The text has the paper's constants, the command and the machine; a second call computes
     nothing, unless scale or seed are others."""

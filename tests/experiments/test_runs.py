@@ -139,6 +139,7 @@ DAMAGES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("damage", "how"), DAMAGES)
 def test_a_broken_row_is_moved_aside_and_trained_anew(done, told, damage, how):
     for path in done.folder(ROW).glob(damage):
@@ -201,6 +202,7 @@ def test_a_row_that_another_process_trains_is_left_to_it(done, told):
     done.train(ROW)
 
 
+@pytest.mark.slow
 def test_a_row_that_diverges_stops_alone_and_says_why(done, told):
     """The table is written, with the reason where figures would stand; so it is the next time."""
     table = replace(TABLES["table3"], variants=(ROW, replace(ROW, name="relu", layer=DIVERGING)))

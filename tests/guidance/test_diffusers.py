@@ -359,7 +359,7 @@ def carded(**facts):
         (lambda: None, {}, "needs a guide"),
         (lambda: create_model("gradresnet18", 0, CHANNELS, width=8).eval(), {}, "trained without"),
         (lambda: create_model("resnet18", CLASSES, CHANNELS, width=4), {}, "call model.eval()"),
-        (lambda: nn.Linear(3, 4).eval(), {}, "does not take an image|must give logits"),
+        (lambda: nn.Linear(3, 4).eval(), {}, "does not take an image|must return only logits"),
         (lambda: print, {}, "is no network"),
     ],
 )  # fmt: skip

@@ -127,6 +127,7 @@ def test_scale_0_gives_the_unguided_samples(place):
         assert np.array_equal(a["samples"][()], b["samples"][()])
 
 
+@pytest.mark.slow
 def test_an_interrupted_command_goes_on_and_other_guidance_is_refused(place, monkeypatch):
     ask = ["sample", "diffusion", "--guide", "robust", "--label", "all", "--batch-size", 2, *QUICK]
     whole = ebmkit_command(*ask, "--set", "eta=1", "--out", "whole", cwd=place)
@@ -186,10 +187,10 @@ def test_classifier_free_guidance_of_a_model_with_labels(place):
 @pytest.mark.parametrize(
     ("ask", "told"),
     [
-        (["--guide", "robust"], "say which by --label, or all"),
-        (["--scale", "4", "--label", "3"], "--scale is of guidance, and there is no guide"),
-        (["--schedule", "linear"], "--schedule is of guidance"),
-        (["--guide-set", "n=3"], "--guide-set is of guidance"),
+        (["--guide", "robust"], "guidance needs a label: give --label"),
+        (["--scale", "4", "--label", "3"], "--scale needs a guide"),
+        (["--schedule", "linear"], "--schedule needs a guide"),
+        (["--guide-set", "n=3"], "--guide-set needs a guide"),
         (["--guide", "robust", "--label", "12"], "label 12 is out of range"),
         (
             ["--guide", "robust", "--label", "frog"],

@@ -106,6 +106,7 @@ def test_guided_ddim_converges_at_first_order_to_the_conditional_law():
     assert all(1.6 < r < 2.4 for r in ratios), (errors, ratios)
 
 
+@pytest.mark.slow
 def test_guided_annealed_langevin_has_the_moments_of_the_label():
     """Label 0 is one Gaussian: mean and variance within 4.5 standard errors of 2,000 chains.
 

@@ -232,7 +232,7 @@ PICKLES: dict[str, tuple[Callable[[], bytes] | bytes, str | None]] = {
     "encrypted": (encrypted, "encrypted"),
     "a link": (linked, "is a link"),
     "entries over each other": (overlapping, "claim more bytes"),
-    "200,000 entries": (crowded, "lie where there should be few"),
+    "200,000 entries": (crowded, "a part that should be small"),
     "names that lead out": (
         renamed(b"archive/extra", b"../../../evil", zipped(tensor_of(4), archive__extra=b"")),
         "leads out",

@@ -149,7 +149,7 @@ CASES = [
         picture(lambda: jpeg_with_exif(overlapping_tags()), "picture.jpg"),
         None,
     ),
-    Case("jpeg of 20,000 passes", "image", picture(jpeg_of_many_passes, "p.jpg"), "passes"),
+    Case("jpeg of 20,000 passes", "image", picture(jpeg_of_many_passes, "p.jpg"), "scans"),
     Case("jpeg cut short", "image", picture(encoded("JPEG", (64, 64))[:-200], "p.jpg"), "damaged"),
     Case("tiff with tags that overlap", "image", picture(overlapping_tags, "p.tif"), "not an imag"),
     Case(

@@ -121,7 +121,7 @@ CASES = [
     ),
     Case("resumed: a step of 10^15", "resumed",
          with_state(lambda s: s.update(step=10**15), f"checkpoints/step-{10**15}.pt"),
-         "this run has 3", 500, 20, True),
+         "the run ends at 3", 500, 20, True),
 ]  # fmt: skip
 
 OPENERS = {"resumed": go_on}

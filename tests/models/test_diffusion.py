@@ -288,7 +288,7 @@ def test_the_network_computes_in_the_precision_of_the_wrapper():
     [
         ({"attention": (3,)}, r"attention at level 3 of 3: levels are 0 to 2"),
         ({"width": 20}, "norm_groups 8 must divide width 20: take a multiple as width, as 16"),
-        ({"options": {"act_function": "silu"}}, "diffusers makes no such UNet: .*act_function"),
+        ({"options": {"act_function": "silu"}}, "diffusers cannot build this UNet: .*act_function"),
         ({"image_range": (1, -1)}, "image range 1 to -1 must go up"),
         ({"betas": (0.0, 0.02)}, "variances of a schedule must lie between 0 and 1"),
         ({"class_conditional": True}, "needs labels, and there are none"),

@@ -271,7 +271,7 @@ def test_a_wrong_map_lists_the_names_and_offers_one(tmp_path):
         ({"kind": "madry"}, "unknown kind of checkpoint 'madry'"),
         ({"kind": "state"}, "needs --backbone"),
         ({"kind": "jem", "backbone": "resnet18"}, "belong to --as state"),
-        ({}, "do not tell what network it is: say --backbone"),
+        ({}, "do not identify the network: set --backbone"),
         ({"backbone": "resnet81"}, "did you mean 'resnet18'"),
         ({"kind": "robustness"}, "has no normalizer.new_mean: give --mean and --std"),
         ({"kind": "jem"}, "'f.layer1.0.conv1.weight' is missing"),
@@ -318,7 +318,7 @@ def test_a_file_on_the_hub(monkeypatch, robust):
     assert model.num_classes == 10
     with pytest.raises(UserError, match=r"cannot fetch 'madry/robust:absent.pt' .* no such file$"):
         load_checkpoint("madry/robust:absent.pt")
-    with pytest.raises(UserError, match=r"say the file too, as in madry/robust:model.pt"):
+    with pytest.raises(UserError, match=r"name the file too, as in madry/robust:model.pt"):
         load_checkpoint("madry/robust", "robustness")
     with pytest.raises(UserError, match=r"cannot read 'weights/absent.pt': no such file"):
         load_checkpoint("weights/absent.pt")

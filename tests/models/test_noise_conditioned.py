@@ -97,7 +97,7 @@ def test_larger_images_and_recomputation_work_as_without():
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"backbone": {"kind": "drunet"}}, "'drunet' is a whole model"),
+        ({"backbone": {"kind": "drunet"}}, "'drunet' is a complete model"),
         ({"backbone": {"kind": "mlp", "noise_conditional": True}}, "takes sigma already"),
         ({"input_mean": 0.5}, "leave out input_mean and input_std"),
     ],
@@ -108,6 +108,7 @@ def test_mistakes_are_told(fields, words):
         validated(ModelConfig, {"noise_conditional": True, **fields}, "model")
 
 
+@pytest.mark.slow
 def test_a_run_classifies_clean_and_noisy_images(tmp_path):
     """Recipe, training, validation and the suite classify, by the command line."""
     small = ["--set", "model.backbone.width=8", "--set", "streams.classify.batch_size=16"]

@@ -118,6 +118,7 @@ def tiny():
     return nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.GELU(), nn.Conv2d(3, 2, 1)).double()
 
 
+@pytest.mark.slow
 def test_derivatives_against_finite_differences():
     """First, second and, through the score, third derivatives, by input and parameters."""
     block, x = tiny(), torch.randn(1, 2, 3, 3, dtype=torch.float64, requires_grad=True)

@@ -216,7 +216,7 @@ def test_a_loss_is_one_number_for_each_image(model, monkeypatch):
     mean = Objective("", "classify", lambda *of: OBJECTIVES["ce"].loss(*of).mean())
     monkeypatch.setitem(OBJECTIVES, "mean", mean)
     loss = TrainingLoss(model, (Term("mean"),))
-    with pytest.raises(ebmkit.UserError, match=r"objective 'mean' gives a loss of shape \(\)"):
+    with pytest.raises(ebmkit.UserError, match=r"objective 'mean' returns a loss of shape \(\)"):
         loss({"classify": draw()})
 
 

@@ -118,7 +118,7 @@ def test_the_energy_gap_of_one_law_is_within_its_error():
     [
         (lambda: split_rhat(torch.zeros(3, 2)), "N of 4 or more, not"),
         (lambda: effective_size(torch.zeros(30)), "must be"),
-        (lambda: effective_size(torch.tensor([[1.0, math.nan]] * 5)), r"chains \[1\] are not fin"),
+        (lambda: effective_size(torch.tensor([[1.0, math.nan]] * 5)), r"chains \[1\] are NaN"),
         (lambda: energy_gap(torch.zeros(1), torch.zeros(5)), "take 2 or more"),
         (lambda: Trace(lambda x: x, every=0), "every 0 steps"),
         (lambda: Trace(lambda x: x).draws(), "no step was recorded"),

@@ -274,7 +274,7 @@ def ascent(measured=None, **settings):
         (lambda: LowPass((1, 4, 4), 0.0), "share 0.0 must be"),
         (lambda: Compressed((1, 4, 4), 1.5), "share 1.5 must be"),
         (lambda: random_pixels((1, 4, 4), math.nan), "share nan must be"),
-        (lambda: center_hole((1, 4, 4), 0.001), "is none, or all"),
+        (lambda: center_hole((1, 4, 4), 0.001), "leaves no hole, or no pixel"),
         (lambda: Compressed((4, 4), 0.5), "have a shape"),
         (lambda: random_pixels(SHAPE, 0.5).measure(torch.ones(1, 2, 8, 8)), "is of images"),
         (lambda: random_pixels(SHAPE, 0.5).adjoint(torch.ones(1, 3)), "has 48 numbers"),

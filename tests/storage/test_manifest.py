@@ -334,7 +334,7 @@ def test_a_manifest_that_names_files_elsewhere_is_refused(tmp_path, entries):
 def test_a_run_of_a_later_format_is_refused(tmp_path):
     root = make_run(tmp_path / "run")
     altered(root, format=3)
-    with pytest.raises(UserError, match="run of format 3, and this version knows 2 and earlier"):
+    with pytest.raises(UserError, match="run of format 3, and this version supports at most 2"):
         read_manifest(root)
 
 

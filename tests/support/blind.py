@@ -1,13 +1,13 @@
-"""Mixtures as blind networks: they denoise by the noise level that they read off the image."""
+"""Mixtures as blind denoisers, which estimate the noise level from the image."""
 
 from ebmkit import GaussianMixture
 
 VARIANCE = 0.01
-"""Of every component, image units squared."""
+"""Variance of each component, image units squared."""
 
 
 class ReadsSigma:
-    """To be put before a mixture; the level is the rms distance to the nearest mean."""
+    """Mix-in for a mixture; estimates the level from the rms distance to the nearest mean."""
 
     noise_conditional = False
 
@@ -24,4 +24,4 @@ class ReadsSigma:
 
 
 class BlindMixture(ReadsSigma, GaussianMixture):
-    """The plain mixture so."""
+    """`GaussianMixture` as a blind denoiser."""

@@ -1,4 +1,4 @@
-"""The command line, run in the process of the tests: nothing is imported anew."""
+"""Runs the command line in the test process, without new imports."""
 
 import contextlib
 import io
@@ -18,7 +18,7 @@ class Ended(NamedTuple):
 
 
 def ebmkit_command(*arguments, cwd, **environment):
-    """Run the command line in this process, in folder ``cwd``; what it printed and ended with."""
+    """Run ebmkit in this process, in folder ``cwd``; return exit code, stdout and stderr."""
     out, err, before = io.StringIO(), io.StringIO(), warnings.showwarning
     with (
         contextlib.chdir(cwd),

@@ -1,4 +1,4 @@
-"""Files of small data sets, as their publishers lay them out."""
+"""Files of small data sets in their official layouts."""
 
 import hashlib
 import pickle
@@ -14,7 +14,7 @@ SPLITS = ("train", "validation", "test")
 
 
 def keys(images):
-    """The images of a set, each as bytes."""
+    """Bytes of each image of a set."""
     return [(x * 255).round().byte().numpy().tobytes() for x, _ in images.batches(1)]
 
 
@@ -36,7 +36,7 @@ def write_h5(path, count, seed=0, classes=10, group="", **replaced):
 
 
 def fake_torchvision(root, name, monkeypatch, count=40):
-    """A folder in torchvision's layout with random images, whose checksums torchvision accepts."""
+    """Write random images in torchvision's layout, and patch torchvision's checksums."""
     import torchvision
 
     kind = getattr(torchvision.datasets, CIFAR[name].torchvision_name)
@@ -66,7 +66,7 @@ def fake_torchvision(root, name, monkeypatch, count=40):
 
 
 def image_folder(root, count=12, size=(8, 8), classes=("ant", "bee"), mode="RGB", seed=0):
-    """``count`` random PNG files per class; the class is the red channel's first pixel."""
+    """Write ``count`` random PNG files per class; the first red pixel is the label."""
     rng = np.random.default_rng(seed)
     for label, name in enumerate(classes):
         (root / name).mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Labelled mixtures whose guided laws are known, float64."""
+"""Labelled mixtures with known guided distributions, float64."""
 
 import torch
 
@@ -39,7 +39,7 @@ def run(sampler, x, seed=0, steps=10_000):
 
 
 def slope(function, y, step=1e-6):
-    """Central differences of a function (B, ...) -> (B,) of images that do not see each other."""
+    """Gradient by central differences of a function (B, ...) -> (B,) of separate images."""
     flat = y.flatten(1)
     columns = []
     for i in range(flat.shape[1]):

@@ -1,4 +1,4 @@
-"""Targets whose moments are known, and how far from them draws are, in standard errors."""
+"""Target distributions with known moments, and errors of samples in standard errors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def overlapping():
 
 
 def density(model):
-    """log p and score of an isotropic mixture on vectors, written out: no automatic derivative."""
+    """log p and score of an isotropic mixture on vectors in closed form, without autograd."""
     means, variances = model.means, model._variances[:, 0]
 
     def function(x, sigma=None):
@@ -35,13 +35,13 @@ def density(model):
 
 
 def score(model):
-    """The second of `density`."""
+    """Score function of `density`."""
     both = density(model)
     return lambda x, sigma=None: both(x, sigma)[1]
 
 
 def denoiser(model):
-    """y + sigma^2 score of the same."""
+    """Denoiser y + sigma^2 score(y, sigma) of the mixture."""
     field = score(model)
     return lambda y, sigma: y + sigma**2 * field(y, sigma)
 
@@ -51,13 +51,13 @@ def generator(seed=0):
 
 
 def gray_start(sampler, shape, generator):
-    """0.5 with noise of the sampler's first level, float64."""
+    """Gray images (0.5) with noise of the sampler's first level, float64."""
     noise = torch.randn(shape, generator=generator, dtype=torch.float64)
     return 0.5 + sampler.sigmas[0] * noise
 
 
 def run(sampler, x, steps, seed=0):
-    """The end of chains that start at ``x``."""
+    """Final states of chains that start at ``x``."""
     return Chains(sampler, sampler.init(x)).run(steps, generator(seed)).x
 
 

@@ -1,4 +1,4 @@
-"""A world that is known exactly: a labelled Gaussian mixture on 4x4 images, and draws from it."""
+"""A labelled Gaussian mixture on 4x4 images with known density, and samples of it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ebmkit import GaussianMixture
 
 @dataclass(frozen=True)
 class Drawn:
-    """A stand-in for a set of images, in floats, so that nothing is rounded to 255ths."""
+    """An image set of float images, without rounding to 8 bits."""
 
     images: torch.Tensor
     labels: torch.Tensor | None
@@ -62,10 +62,9 @@ SIDE = 4
 
 
 def two_gaussians(variance=0.02):
-    """Two labels with equal covariance: the boundary is the plane between the means.
+    """Two labels with equal covariance: the decision boundary is the plane between the means.
 
-    It stays so with noise, behind the denoiser and along Langevin steps, as all keep the symmetry
-    about that plane.
+    Noise, the denoiser and Langevin steps keep the symmetry about this plane, and so the boundary.
     """
     direction = torch.linspace(-1, 1.5, SIDE**2).reshape(1, SIDE, SIDE)
     middle = torch.full((1, SIDE, SIDE), 0.5)
@@ -74,7 +73,7 @@ def two_gaussians(variance=0.02):
 
 
 def near_the_plane(model, count=60):
-    """Images with their label on its side, and the l_inf and l2 distances to the plane."""
+    """Images, labels by their side of the plane, and l_inf and l2 distances to the plane."""
     normal = (model.means[1] - model.means[0]).flatten()
     offset = model.means.flatten(1).mean(0)
     generator = torch.Generator().manual_seed(4)

@@ -1,4 +1,4 @@
-"""Small models for the tests of generation: untrained networks, and a mixture known exactly."""
+"""Small models for tests of generation: untrained networks, and a mixture with known density."""
 
 import torch
 from ebmkit_tests.support.blind import ReadsSigma
@@ -10,7 +10,7 @@ SHAPE = (1, 4, 4)
 
 
 def save_run(folder, num_classes=3, **card):
-    """A run folder with an untrained network for 8x8 gray images that says it was trained."""
+    """Write a run folder: untrained network for 8x8 gray images, card of a trained one."""
     config = ModelConfig(
         backbone={"kind": "gradresnet", "width": 8},
         in_channels=1,
@@ -37,19 +37,19 @@ def small_network(folder, **facts):
 
 
 class Mixture(GaussianMixture):
-    """Dark and bright 4x4 images with labels; no number where an image is brighter than `edge`."""
+    """Dark and bright 4x4 images with labels; log p is NaN for images brighter than `edge`."""
 
     edge = float("inf")
 
     def forward(self, y, sigma=None):
         energies = super().forward(y, sigma)
         beyond = y.flatten(1).mean(1) > self.edge
-        factor = torch.where(beyond, torch.nan, 1.0)  # the score is no number either
+        factor = torch.where(beyond, torch.nan, 1.0)  # the score is NaN, too
         return energies._replace(log_density=energies.log_density * factor)
 
 
 class BlindMixture(ReadsSigma, Mixture):
-    """The same as a blind network, that reads the noise level off the image."""
+    """`Mixture` as a blind denoiser."""
 
 
 def mixture(kind=Mixture, edge=float("inf")):

@@ -1,4 +1,4 @@
-"""Small models of every kind, in float64, and the pairs of a backbone and a head to try."""
+"""Small models of every kind in float64, and the pairs of backbone and head to test."""
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ SMALLEST = {
     "gradresnet18-imagenet": 32,
     "resnet18-imagenet": 32,
     "resnet50-imagenet": 32,
-}  # total stride 16: below this the last maps are one pixel
+}  # total stride 16: smaller images have last maps of one pixel
 NUM_CLASSES = 3
 
 PAIRS = [
@@ -20,19 +20,19 @@ PAIRS = [
     for j, head in enumerate(sorted(HEADS))
     if backbone == "gradresnet18" or i % len(HEADS) == j
 ]
-"""Every backbone under one head, the heads in turn; the paper's backbone under every head."""
+"""Every backbone with one head, cycling through the heads; the paper's backbone with every head."""
 
 
 def small_size(backbone: str) -> int:
-    """A small reference size that suits the backbone."""
+    """A small reference size for the backbone."""
     return SMALLEST.get(backbone, 8)
 
 
 def small_model(backbone: str, head: str) -> JointModel:
-    """A preset under a head, narrow, in float64, with the plain formula at every size."""
+    """A narrow preset with a head, in float64, with the plain formula at every size."""
     torch.manual_seed(0)
     made = create_model(backbone, NUM_CLASSES, in_channels=1, head=head, width=8).double().eval()
-    made._warned = True  # of ReLU and BatchNorm, which some presets have: see test_ablations
+    made._warned = True  # about ReLU and BatchNorm of some presets: see test_ablations
     return made
 
 

@@ -1,4 +1,4 @@
-"""Small data sets for the tests of data."""
+"""Small data sets for tests."""
 
 import torch
 
@@ -7,7 +7,7 @@ from ebmkit.errors import UserError
 
 
 class MemoryReader:
-    """Reads rows of a tensor, as files would be read; refuses a row that is told to be damaged."""
+    """Reads rows of a tensor like files; raises an error for ``damaged`` rows."""
 
     def __init__(self, images, damaged=()):
         self.images, self.damaged = images, damaged
@@ -40,5 +40,5 @@ def as_streamed(source, damaged=()):
 
 
 def drawn(batch):
-    """The columns of a batch that a stream draws, all but the negatives of the model."""
+    """The columns of a batch from a stream, without ``extra``."""
     return list(batch)[:6]

@@ -1,4 +1,4 @@
-"""Two processes that share the images of an evaluation, played by two threads."""
+"""Two threads that act as the processes of a distributed evaluation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ebmkit.distributed import DistributedContext
 
 @dataclass(frozen=True)
 class Threads(DistributedContext):
-    """Gathers among threads as `DistributedContext` does among processes."""
+    """`DistributedContext` that gathers between threads instead of processes."""
 
     slots: list = field(default_factory=lambda: [None, None])
     barrier: threading.Barrier = field(default_factory=lambda: threading.Barrier(2, timeout=60))
@@ -27,7 +27,7 @@ class Threads(DistributedContext):
 
 
 def run_shared(run, setting):
-    """What ``run`` returns in each of two processes that share the work of ``setting``."""
+    """Results of ``run`` in each of two threads that share the work of ``setting``."""
     first = Threads(rank=0, size=2)
     second = replace(first, rank=1)
 

@@ -394,7 +394,7 @@ def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path):
     ("objective", "backend"),
     [
         pytest.param("ce+adv", "aot_eager", marks=pytest.mark.slow),
-        ("trades", "aot_eager"),
+        pytest.param("trades", "aot_eager", marks=pytest.mark.slow),
         ("adv", "eager"),
     ],
 )
@@ -445,6 +445,7 @@ def test_the_cost_of_attacks_is_counted_and_printed(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_from_the_command_line_with_denoising(tmp_path):
     arguments = ["--objective=adv+dsm", "--steps=2", "--width=8", "--no-evaluate", "--out=run"]
     arguments += [f"--set=streams.{name}.batch_size=8" for name in ("classify", "denoise")]
@@ -493,8 +494,8 @@ def test_mistakes_are_reported_before_the_first_step(layer, words):
 
 
 def test_a_network_without_labels_and_a_single_class_are_refused():
-    with pytest.raises(UserError, match="there is but one class"):
+    with pytest.raises(UserError, match="there is only one class"):
         attacks(classifier(1), targeted=True)
     bare = JointModel(Tiny(), LinearQuadraticHead(8, 0), in_channels=1)
-    with pytest.raises(UserError, match="knows no labels"):
+    with pytest.raises(UserError, match="this network has no labels"):
         attacks(bare)

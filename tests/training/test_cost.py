@@ -144,7 +144,11 @@ def run_for_real(loss: TrainingLoss, batches: dict[str, Batch], parts: int = 1) 
 
 @pytest.mark.parametrize(
     ("objective", "precision"),
-    [("ce", "fp32"), ("ce+dsm", "bf16"), ("dsm+cdsm", "fp32")],
+    [
+        ("ce", "fp32"),
+        pytest.param("ce+dsm", "bf16", marks=pytest.mark.slow),
+        ("dsm+cdsm", "fp32"),
+    ],
 )
 def test_the_traced_memory_peak_is_that_of_real_tensors(objective, precision):
     loss = loss_of(objective)

@@ -56,7 +56,7 @@ def test_a_joint_model_can_be_the_denoiser():
     ("assignments", "words"),
     [
         (["streams.denoise.noise.kind=uniform"], "streams.denoise.noise.kind is 'uniform'"),
-        (["streams.denoise.noise.schedule=cosine"], "noise.schedule is 'cosine': leave that out"),
+        (["streams.denoise.noise.schedule=cosine"], "noise.schedule is 'cosine': omit that"),
         (["model.backbone.schedule=cosine"], "schedule = 'cosine' contradicts objective.ddpm.sch"),
         (["model.backbone.class_conditional=true"], "contradicts objective.ddpm.class_dropout"),
         (["model.backbone.timesteps=100"], "timesteps = 100 contradicts the noise law"),
@@ -98,6 +98,7 @@ def run(tmp_path_factory):
     return folder / "run"
 
 
+@pytest.mark.slow
 def test_a_run_leaves_a_model_and_its_evaluation(run):
     model = ebmkit.load(run)
     assert isinstance(model, DiffusionModel)
@@ -108,6 +109,7 @@ def test_a_run_leaves_a_model_and_its_evaluation(run):
     assert found == ["denoise"]
 
 
+@pytest.mark.slow
 def test_samples_by_ddim_on_its_own_schedule_with_and_without_a_label(run):
     for label in ([], ["--label", "3"]):
         out = run.parent / f"samples{len(label)}"
@@ -134,7 +136,7 @@ def test_the_model_s_schedule_is_sampled_and_no_other():
     assert SAMPLERS["ddim"].build(model, None, settings(schedule="cosine")).steps == 100
     with pytest.raises(UserError, match="schedule 'linear' is not the one"):
         SAMPLERS["ddim"].build(model, None, settings(schedule="linear"))
-    with pytest.raises(UserError, match="labels cannot be asked of this model"):
+    with pytest.raises(UserError, match="this model does not take labels"):
         SAMPLERS["ddim"].build(model, 3)
     with pytest.raises(UserError, match="has no log-density"):
         SAMPLERS["mala"].build(model)

@@ -194,6 +194,7 @@ class Rows:
             os.kill(os.getpid(), signal.SIGINT)
 
 
+@pytest.mark.slow
 def test_a_run_stopped_within_a_phase_resumes_to_the_same_bits(pictures, tmp_path):
     config = small(pictures)
     reports = Rows(), Rows(stop_at=4), Rows()  # step 5 is the second of its phase
@@ -328,7 +329,7 @@ def test_a_compiled_step_goes_through_the_phases(pictures, monkeypatch):
     for a, b in zip(compiled.model.parameters(), eager.model.parameters(), strict=True):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
     few = torch._dynamo.config.patch(recompile_limit=3)
-    with few, pytest.raises(ebmkit.UserError, match=r"change 3 times .* 3 shapes at the most"):
+    with few, pytest.raises(ebmkit.UserError, match=r"change 3 times .* at most 3 shapes"):
         fit("on")
 
 

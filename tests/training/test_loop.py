@@ -352,7 +352,7 @@ def test_a_checkpoint_with_code_in_it_is_not_executed(tmp_path):
     torch.save({"step": Harm()}, tmp_path / "run" / "checkpoints" / "step-00000003.pt")
     accept_files(tmp_path / "run", ["checkpoints/step-00000003.pt"])
     for _ in range(2):  # vouched for by a manifest, and without one
-        with pytest.raises(ebmkit.UserError, match=r"damaged: .* no whole checkpoint is left"):
+        with pytest.raises(ebmkit.UserError, match=r"damaged: .* no intact checkpoint is left"):
             trainer.run.load_checkpoint()
         (tmp_path / "run" / "manifest.json").unlink(missing_ok=True)
     assert not (tmp_path / "harm").exists()

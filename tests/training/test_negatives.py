@@ -233,7 +233,7 @@ def test_a_checkpoint_without_its_chains_is_refused(tmp_path):
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(bytes(content))
-    with pytest.raises(UserError, match=r"buffer-2-.*\.h5' is damaged: its bytes are not"):
+    with pytest.raises(UserError, match=r"buffer-2-.*\.h5' is damaged: its content differs"):
         assemble(trainer.config, RunFolder.open(tmp_path / "run"))
     path.unlink()
     with pytest.raises(UserError, match=r"buffer-2-.*\.h5' is damaged: it is missing"):
@@ -290,7 +290,7 @@ def test_recipes_are_the_published_ones_in_our_units():
         (
             {"streams": {"generate": {"augmentation": {"crop_size": 4}}}}
             | {"negatives": {"buffer_size": 40, "start": "gaussian"}},
-            "start from whole images",
+            "that of whole images",
         ),
     ],
 )

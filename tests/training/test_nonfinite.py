@@ -91,7 +91,7 @@ def assert_equal(one, other):
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, (a, b)
 
 
-QUICK = ("plain", "muon in parts, clipped", "adv", "batch norm")
+QUICK = ("plain", "adv", "batch norm")
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ def test_the_report_names_term_step_images_and_gradients(tmp_path, stream, term)
     assert f"loss {term!r} is nan at step 3: stopped before the update; the state before it" in told
     assert f"stream {stream}: not finite by themselves: images {image} [{term}, sigma" in told
     assert f"largest gradients: {report['gradients'][0]['parameter']}" in told
-    assert "mend these images" in told
+    assert "repair or remove these images" in told
     assert len(told.splitlines()) < 10
 
 
@@ -218,7 +218,7 @@ def test_parameters_that_are_not_finite_are_named(tmp_path):
     trainer = start(tmp_path / "run")
     with torch.no_grad():
         trainer.model.head.density.weight[0] = float("inf")
-    with pytest.raises(ebmkit.UserError, match=r"not finite: head\.density\.weight"):
+    with pytest.raises(ebmkit.UserError, match=r"NaN or Inf: head\.density\.weight"):
         trainer.fit()
 
 
@@ -250,9 +250,10 @@ def test_reports_are_bounded_and_never_overwritten(tmp_path):
 
     names = {write_report(tmp_path, {"step": 3}) for _ in range(MOST_REPORTS)}
     assert len(names) == len([*tmp_path.iterdir()]) == MOST_REPORTS
-    assert write_report(tmp_path, {"step": 3}) == f"no report: there are {MOST_REPORTS}"
+    assert write_report(tmp_path, {"step": 3}) == f"no report: the run already has {MOST_REPORTS}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["plain", "in parts", "sam", "adv", "drops", "jem"])
 def test_the_diagnosed_step_is_the_step_itself(tmp_path, kind):
     """Its gradient is that of the step: the same batch, noise, attack, chains and dropout."""
@@ -291,7 +292,7 @@ def test_a_fault_that_does_not_come_again_is_reported_as_such(tmp_path):
     trainer = start(tmp_path / "run")
     times = iter([math.inf])
     trainer.model.head.density.weight.register_hook(lambda gradient: gradient * next(times, 1))
-    with pytest.raises(ebmkit.UserError, match="taken again the step is finite: resume with"):
+    with pytest.raises(ebmkit.UserError, match="repeated, the step is finite: resume with"):
         trainer.fit()
 
 
@@ -370,7 +371,7 @@ def test_a_failed_diagnosis_does_not_hide_the_error(tmp_path):
     with pytest.raises(ebmkit.UserError, match="'dsm' is nan at step 2") as ended:
         trainer.fit()
     told = str(ended.value)
-    assert "could not be taken again: OutOfMemoryError: CUDA out of memory" in told
+    assert "could not be repeated: OutOfMemoryError: CUDA out of memory" in told
     numbers = trainer.streams["denoise"].numbers(1)
     assert f"stream denoise: images {numbers[0]}, {numbers[1]}" in told
 

@@ -288,6 +288,7 @@ def test_cost_and_states_are_those_of_a_real_step(backbone):
     assert memory.optimizer == sum(t.nbytes for t in kept) + average
 
 
+@pytest.mark.slow
 def test_a_few_percent_of_a_step_of_width_16():
     """FLOPs of an update and of a step of 128 and 64 images of CIFAR-10's size."""
     model = ebmkit.create_model("gradresnet18", 10, 3, width=16)

@@ -162,7 +162,7 @@ def test_without_its_manifest_a_run_resumes_and_gets_a_new_one(run, trained):
     (run / "manifest.json").unlink()
     path = run / CHECKPOINTS[1]
     path.write_bytes(in_a_tensor(path.read_bytes()))
-    told = r"manifest\.json. is missing; it is made anew|going back to step 4"
+    told = r"manifest\.json. is missing; it is rebuilt|going back to step 4"
     with pytest.warns(UserWarning, match=told) as caught:  # the archive's own checksums
         go_on(run)
     assert len(caught) == 2
@@ -192,12 +192,12 @@ def test_checkpoints_of_another_step_are_not_taken(run):
 def test_without_a_whole_checkpoint_resuming_is_refused(run):
     for name in CHECKPOINTS:
         (run / name).write_bytes(b"")
-    with pytest.raises(DamagedFile, match="no whole checkpoint is left"):
+    with pytest.raises(DamagedFile, match="no intact checkpoint is left"):
         go_on(run)
     assert RunFolder(run).metrics()[-1]["step"] == 6
 
 
-@pytest.mark.filterwarnings("ignore:.*manifest.json. is missing; it is made anew")
+@pytest.mark.filterwarnings("ignore:.*manifest.json. is missing; it is rebuilt")
 def test_metrics_cut_anywhere_are_read_and_continued(run, trained):
     """Every byte of the last two rows; what is after the checkpoint is written again."""
     whole = (run / "metrics.jsonl").read_bytes()

@@ -58,7 +58,7 @@ def kept(state):
         (lambda s: (s, "running"), [1.0], "the checkpoint: running"),
         (lambda s: (s, "seconds"), float("nan"), "the checkpoint: seconds"),
         (lambda s: (s, "best"), float("nan"), "the checkpoint: best"),
-        (lambda s: (s, "step"), 4, "is of step 4, and this run has 3"),
+        (lambda s: (s, "step"), 4, "is at step 4, but the run ends at 3"),
         (lambda s: (s, "average"), None, "average 'n_averaged' is missing"),
         (lambda s: (s["model"], "backbone.stem.weight"), ONES(2), "'backbone.stem.weight' is"),
         (lambda s: (s["model"], "x\x1b[2J"), ONES(2), r"'x\x1b[2J' is of another model"),

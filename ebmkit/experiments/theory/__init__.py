@@ -1,4 +1,4 @@
-"""Generative and discriminative fits in theory: figure 1 and appendix D of arXiv 2410.03505."""
+"""Theory of generative and discriminative fits: figure 1 and appendix D of arXiv 2410.03505."""
 
 from ebmkit.experiments.theory.families import SETTINGS, Setting, Truth
 from ebmkit.experiments.theory.figure import draw_figure1, figure1, markdown, rows

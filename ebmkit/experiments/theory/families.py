@@ -6,8 +6,8 @@ Every family is a set of Gaussian mixtures with labels,
     \qquad \log p_\theta(c \mid x) = \phi(x)^\top w_c(\theta) - \log \sum_{c'} (\ldots),
 
 with features :math:`\phi` that are linear, (1, x), or quadratic, (1, x, x_i x_j for i <= j). So the
-generative maximum of likelihood is a function of moments, and the discriminative one is softmax
-regression on :math:`\phi`. The weights of softmax regression are identified up to a common shift:
+generative fit is a function of moments, and the discriminative fit is softmax regression on
+:math:`\phi`. The weights of softmax regression are identified up to a common shift:
 (C - 1) P numbers, with P features.
 
 ==================  ==========================================  =========  ==================
@@ -19,8 +19,8 @@ NaiveBayes          one diagonal covariance for all classes     linear     C-1 +
 CentredMeans        covariance I, means that sum to 0           linear     (C-1)(d+1)
 ==================  ==========================================  =========  ==================
 
-CentredMeans has as many parameters as its conditionals have degrees of freedom, so its conditional
-Fisher matrix is nonsingular. The others have directions that no label shows.
+CentredMeans has as many parameters as p(c|x) has degrees of freedom, so its conditional Fisher
+matrix is nonsingular. The others have parameter directions that do not change p(c|x).
 
 Parameters :math:`\theta` are, in this order, log(pi_c / pi_C) for c < C, the means (for
 CentredMeans all but the last), and the entries i >= j of the covariances, row by row.
@@ -30,16 +30,16 @@ CentredMeans all but the last), and the entries i >= j of the covariances, row b
 .. math:: E[f(x, c)] \approx \sum_i \omega_i \sum_c p(c \mid x_i)\, f(x_i, c),
 
 exact in c. In one or two dimensions the nodes are a grid in the whitened coordinates of each
-component (the trapezoidal rule), whose error falls as exp(-2 pi a / h) with the step h, where a is
-the distance of the integrand's nearest pole from the real axis: about pi over the slope of the
+component (the trapezoidal rule). Its error decreases as exp(-2 pi a / h) with the step h, where a
+is the distance of the integrand's nearest pole from the real axis: about pi over the slope of the
 logits (Trefethen and Weideman, SIAM Review 56, 2014). With h = 0.25 the constants of all settings
-here are right to 1e-7.
+here are accurate to 1e-7.
 
-In more dimensions the truth must be isotropic with its means on the first axis. Everything the
-constants of a family with known covariance need is then a function of the first entry of x times a
-polynomial of degree at most 3 in the others, for which the points at plus and minus sqrt(d - 1) on
-the d - 1 other axes, equally weighted, are exact (Stroud's rule of degree 3). Families that
-estimate covariances need degree 4: for them, two dimensions it is.
+In more dimensions the truth must be isotropic with its means on the first axis. For a family with
+known covariance, all integrands are then functions of the first entry of x times a polynomial of
+degree at most 3 in the others. The points at plus and minus sqrt(d - 1) on the d - 1 other axes,
+equally weighted, are exact for these (Stroud's rule of degree 3). Families that estimate
+covariances need degree 4, and so at most two dimensions.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ from ebmkit.experiments.runs import read_data
 
 
 class Gaussians(NamedTuple):
-    """Weights and Gaussians of the classes; leading dimensions are many models at once."""
+    """Weights and Gaussians of the classes, optionally of a batch of models."""
 
     log_prior: Tensor  # (..., C)
     means: Tensor  # (..., C, d)
@@ -77,8 +77,8 @@ class Moments(NamedTuple):
 def moments(x: Tensor, shares: Tensor) -> Moments:
     """Moments of samples x (..., n, d).
 
-    ``shares`` (..., n, C) is the weight of each sample in each class, of sum 1 over samples and
-    classes: for a training set, one-hot labels over n.
+    ``shares`` (..., n, C) is the weight of each sample in each class, with sum 1 over samples and
+    classes: one-hot labels divided by n for a training set.
     """
     second = [(x * shares[..., c, None]).mT @ x for c in range(shares.shape[-1])]
     return Moments(shares.sum(-2), shares.mT @ x, torch.stack(second, -3))
@@ -102,7 +102,7 @@ class Family(ABC):
 
     @abstractmethod
     def entries(self, covariances: Tensor) -> Tensor:
-        """The free entries of the covariances (C, d, d), in the order of theta."""
+        """The free entries of the covariances (C, d, d), in their order in theta."""
 
     @abstractmethod
     def covariances(self, entries: Tensor) -> Tensor:
@@ -110,14 +110,14 @@ class Family(ABC):
 
     @abstractmethod
     def fit_covariances(self, moments: Moments, means: Tensor) -> Tensor:
-        """The maximum of likelihood (..., C, d, d) given the samples' moments and the class means.
+        """Maximum-likelihood covariances (..., C, d, d), given moments and class means.
 
-        Where a class has no sample, or a covariance is singular, there is none: the result holds
-        infinities, or covariances that are not positive definite.
+        If a class has no samples or a covariance is singular, there is no maximum: the result has
+        NaN or Inf, or covariances that are not positive definite.
         """
 
     def fit_means(self, moments: Moments) -> Tensor:
-        """The maximum of likelihood (..., C, d)."""
+        """Maximum-likelihood class means (..., C, d)."""
         return moments.first / moments.mass[..., None]
 
     def all_means(self, means: Tensor) -> Tensor:
@@ -125,7 +125,7 @@ class Family(ABC):
         return means
 
     def fit(self, moments: Moments) -> Gaussians:
-        """The maximum of likelihood given the samples' moments, in closed form."""
+        """Maximum-likelihood model, given the samples' moments, in closed form."""
         means = self.fit_means(moments)
         return Gaussians(moments.mass.log(), means, self.fit_covariances(moments, means))
 
@@ -158,7 +158,7 @@ class Family(ABC):
         return torch.cat(parts, -1)
 
     def weights(self, model: Gaussians) -> Tensor:
-        """The weights (..., P, C) of the logits of members of this family."""
+        """Logit weights (..., P, C) of members of this family."""
         precision = torch.linalg.inv(model.covariances)
         slope = torch.einsum("...ij,...j->...i", precision, model.means)
         offset = (
@@ -185,7 +185,7 @@ class Family(ABC):
         )
 
     def same(self, covariance: Tensor) -> Tensor:
-        """One covariance (..., d, d) for every class, (..., C, d, d)."""
+        """One covariance (..., d, d) expanded to all classes, (..., C, d, d)."""
         return covariance.unsqueeze(-3).expand(*covariance.shape[:-2], self.num_classes, -1, -1)
 
     def symmetric(self, entries: Tensor) -> Tensor:
@@ -228,7 +228,7 @@ class ClassCovariances(Family):
         return squares - means[..., :, None] * means[..., None, :]
 
     def member(self, weights: Tensor) -> Gaussians:
-        """The member whose largest variance is 1: a common quadratic form shows in no label."""
+        """The member whose largest variance is 1; a common quadratic form cancels in p(c|x)."""
         d = self.dim
         entries = weights[1 + d :].mT  # (C, d (d+1) / 2), of -x^T P x / 2
         precision = weights.new_zeros(self.num_classes, d, d)
@@ -259,7 +259,7 @@ class NaiveBayes(Family):
 
 
 class CentredMeans(Family):
-    """Unit covariances and class means that sum to zero: no parameter that labels do not show."""
+    """Unit covariances, and class means that sum to zero: every parameter changes p(c|x)."""
 
     def __init__(self, num_classes: int, dim: int) -> None:
         super().__init__(num_classes, dim)
@@ -275,9 +275,9 @@ class CentredMeans(Family):
         return self.same(torch.eye(self.dim).to(means).expand(*means.shape[:-2], -1, -1))
 
     def fit_means(self, moments: Moments) -> Tensor:
-        """The class means moved by lambda / frequency so that they sum to 0.
+        """The class means shifted by -lambda / mass_c so that they sum to 0.
 
-        The Lagrange condition mass_c (mu_c - mean_c) = -lambda, the same for every class.
+        This is the Lagrange condition mass_c (mu_c - mean_c) = -lambda for all classes c.
         """
         means, inverse = super().fit_means(moments), 1 / moments.mass[..., None]
         return means - inverse * (means.sum(-2, True) / inverse.sum(-2, True))
@@ -308,8 +308,8 @@ class Nodes(NamedTuple):
 class Truth(GaussianMixture):
     """A Gaussian mixture with labels on vectors (d,), in float64, and expectations under it.
 
-    Means (K, d), covariances (K, d, d), weights (K,) of sum 1 and labels (K,) are those of the
-    components; errors are those of `GaussianMixture`.
+    The arguments are means (K, d), covariances (K, d, d), weights (K,) with sum 1 and labels (K,)
+    of the components; errors are as in `GaussianMixture`.
     """
 
     def __init__(self, means: Tensor, covariances: Tensor, weights: Tensor, labels: Tensor) -> None:
@@ -346,10 +346,10 @@ class Truth(GaussianMixture):
         return Nodes(x, spread, self.logits(x).log_softmax(1).exp())
 
     def plane(self) -> Truth:
-        """The law of the first two entries of an isotropic truth with its means on the first axis.
+        """Marginal of the first two entries of an isotropic truth with means on the first axis.
 
-        The law of any linear logit depends on its weights through their part along that axis and
-        the length of the rest only, so an excess error in d dimensions is one in this plane.
+        The distribution of a linear logit depends only on its weight along that axis and the norm
+        of its other weights, so an excess error in d dimensions equals one in this plane.
         """
         self._check_isotropic()
         return Truth(self.means[:, :2], self.covariances[:, :2, :2], self.weights, self.labels)
@@ -371,7 +371,7 @@ class Truth(GaussianMixture):
         if self.means[:, 1:].any() or not torch.equal(self.covariances, eye):
             raise UserError(
                 f"a truth in {self.dim} dimensions must have unit covariances and means on the "
-                "first axis; in one or two dimensions it is free"
+                "first axis; a truth in one or two dimensions need not"
             )
 
 
@@ -380,12 +380,12 @@ class Setting:
     """A truth and the family fitted to it."""
 
     name: str
-    title: str  # of a panel
+    title: str  # of the panel
     description: str  # truth and family in a sentence
     truth: Truth
     family: Family
     well_specified: bool  # whether the truth is in the family
-    smallest: int  # samples of the smallest training set that is measured
+    smallest: int  # size of the smallest training set
 
 
 def _setting(
@@ -412,5 +412,5 @@ def _setting(
 
 _DATA = read_data("theory/settings.yaml")
 PAPER: list[dict[str, Any]] = _DATA["paper"]
-"""The stylised constants of figure 1; its caption draws b + v/n."""
+"""The assumed constants of the paper's figure 1, which plots b + v/n."""
 SETTINGS = tuple(_setting(name, **fields) for name, fields in _DATA["settings"].items())

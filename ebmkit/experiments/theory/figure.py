@@ -1,9 +1,9 @@
-"""Figure 1 for the paper's constants and for real families, computed and measured.
+"""Figure 1 for the paper's constants and for specific families, computed and measured.
 
-The document (`figure1`) holds numbers only and is JSON as it stands:
+The document of `figure1` can be written as JSON:
 
-- ``paper``: the two sets of constants in the caption of figure 1;
-- ``settings``: for each family its constants, and the measured errors at a range of n;
+- ``paper``: the two sets of constants in the paper's caption;
+- ``settings``: constants of each family, and measured errors at a range of n;
 - ``settings[i]["fit"]``: v and b estimated from the measurements alone.
 
 Errors and b are in nats, v in nats times samples.
@@ -36,9 +36,9 @@ from ebmkit.plots import BLUE, GRAY, ORANGE, new_figure, save_figure
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-SIZES = 9  # numbers of samples per setting, each twice the one before
-FITTED = 4  # of them, the largest, that v and b are estimated from
-ROUNDING = 1e-7  # nats: a bias below is zero but for quadrature and rounding
+SIZES = 9  # training set sizes per setting, each twice the last
+FITTED = 4  # number of largest sizes that estimate v and b
+ROUNDING = 1e-7  # nats; a smaller bias is zero up to quadrature and rounding
 COLUMNS = 3  # of panels
 STYLES = (
     ("generative", "gen", BLUE, "-", "o"),
@@ -47,8 +47,8 @@ STYLES = (
 
 _BUDGETS = {"smoke": (300_000, 200, 30), "cpu": (15_000_000, 8000, 50),
             "full": (150_000_000, 40_000, 200)}  # fmt: skip
-"""By scale: numbers of features (sets x samples x features) per setting and size; training sets at
-most and at least."""
+"""By scale: feature values (sets x samples x features) per setting and size; maximum and minimum
+number of training sets."""
 
 
 def figure1(
@@ -57,10 +57,10 @@ def figure1(
     """Compute and measure the constants of equation (4).
 
     Args:
-        scale: how many training sets: ``smoke`` (seconds), ``cpu`` (minutes), ``full`` (an hour).
+        scale: number of training sets: ``smoke`` (seconds), ``cpu`` (minutes), ``full`` (an hour).
             The constants are the same at every scale.
-        seed: of the training sets.
-        progress: called with the number of points measured so far and in all.
+        seed: random seed of the training sets.
+        progress: called with (points measured, total points).
 
     Raises:
         UserError: if ``scale`` is unknown.
@@ -132,7 +132,7 @@ def _document(point: Point) -> dict[str, Any]:
 
 
 def _fit(points: Sequence[Point], expansion: Expansion) -> dict[str, Any]:
-    """v and b from the largest sizes at which every training set had a fit."""
+    """Estimates of v and b from the largest sizes at which every training set has a fit."""
     usable = [p for p in points if p.without == 0][-FITTED:]
     found: dict[str, Any] = {"sizes": [p.n for p in usable], "v": None, "b": None}
     if len(usable) == FITTED:
@@ -149,7 +149,7 @@ def rows(document: dict[str, Any]) -> list[dict[str, Any]]:
     Keys: ``family``, ``about``, ``estimator`` (generative or discriminative), ``well_specified``,
     ``parameters``, ``rank``, ``v`` and ``b`` (computed), ``v_formula`` (the paper's expression),
     ``v_measured`` and ``b_measured`` (each with value, standard_error, low and high at 95 %;
-    None if too few training sets had a fit).
+    None if too few sizes have a fit for every training set).
     """
     return [
         {
@@ -168,7 +168,7 @@ def rows(document: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def markdown(document: dict[str, Any]) -> str:
-    """`rows` as a Markdown table; intervals at 95 %, b in thousandths of a nat."""
+    """`rows` as a Markdown table, with 95 % intervals and b in thousandths of a nat."""
     names = ("family", "fit", "parameters", "rank", "v", "v by (26)-(27)", "v measured", "b (mnat)",
              "b measured (mnat)")  # fmt: skip
     cells = (
@@ -195,10 +195,9 @@ def draw_figure1(document: dict[str, Any], path: Path) -> None:
     """Draw a document of `figure1` to the PNG file ``path``.
 
     Every panel shows the excess error E[KL(p(c|x) || p_theta(c|x))] in nats against the number of
-    training samples. The paper's panels draw b + v/n, as its caption does; those of real families
-    b + v/(2n), equation (4), with a point and its 95 % interval per measured size. Hollow points
-    are means over fewer than 99 % of the training sets: the others have no fit.
-
+    training samples. The panels of the paper's constants show b + v/n, as in its caption; those of
+    families b + v/(2n), equation (4), with a point and its 95 % interval per measured size. Hollow
+    points are means over fewer than 99 % of the training sets: the others have no fit.
     """
     panels = len(document["paper"]) + len(document["settings"])
     rows = -(-panels // COLUMNS)
@@ -234,7 +233,7 @@ def draw_figure1(document: dict[str, Any], path: Path) -> None:
 
 
 def _family(axes: Axes, setting: dict[str, Any]) -> None:
-    """A real family: b + v/2n, and measured points."""
+    """Panel of a family: b + v/2n, and measured points."""
     sizes = [p["n"] for row in setting["measured"].values() for p in row]
     n = np.geomspace(min(sizes) / 1.3, max(sizes) * 1.3, 200)
     for name, short, colour, line, marker in STYLES:

@@ -1,4 +1,4 @@
-r"""The constants of equation (4), computed and measured, of generative and discriminative fits.
+r"""The constants of equation (4) for generative and discriminative fits, computed and measured.
 
 For an estimator that minimises the mean of a loss :math:`\ell(\theta, x, c)` over n samples, and
 the error :math:`\varepsilon(\theta) = E[KL(p(c|x) \| p_\theta(c|x))]` in nats,
@@ -11,7 +11,7 @@ With :math:`H = E[\nabla^2 \ell]`, :math:`S = Cov[\nabla \ell]`, :math:`\Sigma =
 
 .. math:: b = \varepsilon(\theta_*), \qquad v = \operatorname{Tr}(\Sigma J).
 
-Its Taylor expansion leaves out a term: :math:`E[\theta_n] - \theta_* = \beta / n + o(1/n)`, so
+Its Taylor expansion omits a term. As :math:`E[\theta_n] - \theta_* = \beta / n + o(1/n)`,
 
 .. math:: v = \operatorname{Tr}(\Sigma J) + 2\, g^\top \beta, \qquad
     \beta = H^+ \bigl( E[\nabla^2\ell\, H^+ \nabla\ell]
@@ -19,32 +19,32 @@ Its Taylor expansion leaves out a term: :math:`E[\theta_n] - \theta_* = \beta / 
 
 (Cox and Snell, J. R. Stat. Soc. B 30, 1968). The gradient g vanishes for the discriminative
 estimator, and for the generative one in a well-specified family. For a generative estimator in a
-misspecified family it does not, and :math:`\operatorname{Tr}(\Sigma J)` alone is not even a
-property of the family: it changes with the coordinates :math:`\theta`. Both are computed here;
-``variance`` is the complete one, ``formula`` the paper's in the coordinates of the family.
+misspecified family it does not, and :math:`\operatorname{Tr}(\Sigma J)` alone depends on the
+parameterisation :math:`\theta`. Both are computed here: ``variance`` is the complete expression,
+``formula`` the paper's in the coordinates of the family.
 
-Where H is singular, :math:`H^+` is its pseudo-inverse: directions of theta that change no label's
-probability change no error either.
+If H is singular, :math:`H^+` is its pseudo-inverse: directions of theta that do not change p(c|x)
+do not change the error either.
 
-**Measurement.** For a number n of samples, many training sets are drawn and fitted, generatively in
-closed form and discriminatively by Newton's method, on the same sets. The error of each fit,
-:math:`\varepsilon(\theta_n)`, is a quadrature over the truth: there is no test set and no noise of
-one, so the only spread is that of the training sets.
+**Measurement.** For each number n of samples, many training sets are drawn, and both fits are made
+on each set: the generative one in closed form, the discriminative one by Newton's method. The error
+:math:`\varepsilon(\theta_n)` of each fit is computed by quadrature over the truth, without a test
+set, so only the training sets are random.
 
-At any n there is a small probability that a fit does not exist (a class without samples, a singular
-covariance, separable classes), where the error is infinite. Strictly, then, so is its expectation:
-equation (4) is about fits that exist. Such sets are counted and excluded from the mean.
+At every n there is a small probability that a fit does not exist (a class without samples, a
+singular covariance, separable classes); its error is infinite, and so is the expectation. Equation
+(4) applies to fits that exist. Sets without a fit are counted and excluded from the mean.
 
 **A control variate.** The generative fit is a function of the moments of its training set. The
 error to first order in these moments, :math:`\nabla\varepsilon \cdot (M_n - M)`, has mean zero,
-exactly and at every n, since moments are averages; subtracting it leaves the mean where it was and
-takes away most of the spread where the family is misspecified.
+exactly and at every n, since moments are averages. Subtracting it does not change the mean, and
+removes most of the variance if the family is misspecified.
 
-**What is estimated from it.** With the computed b, the points :math:`2n(\bar\varepsilon_n - b)` are
-fitted by v + w / n over the largest n. Without any computed constant, the points
-:math:`\bar\varepsilon_n` are fitted by b + v / 2n + w / n^2. The spread of
-:math:`2n\varepsilon` tends to a constant, so it is pooled over the sizes and a point weighs as its
-number of training sets: a weight from its own spread would favour points that came out low.
+**Estimates.** With the computed b, v + w / n is fitted to :math:`2n(\bar\varepsilon_n - b)` over
+the largest n. Without any computed constant, b + v / 2n + w / n^2 is fitted to
+:math:`\bar\varepsilon_n`. The standard deviation of :math:`2n\varepsilon` tends to a constant, so
+it is pooled over the sizes, and the weight of a point is its number of training sets: weights from
+the deviation of each point would favour low points.
 """
 
 from __future__ import annotations
@@ -64,15 +64,15 @@ from torch.func import grad, jacrev, vmap
 from ebmkit.errors import UserError
 from ebmkit.experiments.theory.families import Family, Gaussians, Moments, Nodes, Setting, moments
 
-RANK_TOLERANCE = 1e-9  # of eigenvalues, relative to the largest
-FLAT_SLOPE = 1e-6  # norm of a slope that is zero but for quadrature and rounding
-FLAT_CURVATURE = 1e-10  # smallest at a maximum, relative to the mean square of features
-TOLERANCE = 1e-5  # of r in Newton's method; the last step is full, so the error is about its square
+RANK_TOLERANCE = 1e-9  # smallest nonzero eigenvalue, relative to the largest
+FLAT_SLOPE = 1e-6  # a slope of smaller norm is zero up to quadrature and rounding
+FLAT_CURVATURE = 1e-10  # smallest eigenvalue at a maximum, relative to the mean square of features
+TOLERANCE = 1e-5  # of r in Newton's method; the last step is full, so the error is about r^2
 STEPS = 40
-BATCH = 2_000_000  # numbers of features at once
+BATCH = 2_000_000  # feature values at once
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-"""theta (m,) and x (N, d) to the loss of every x and class, (N, C)."""
+"""Function from theta (m,) and x (N, d) to the loss of every x and class, (N, C)."""
 
 
 class Expansion(NamedTuple):
@@ -80,7 +80,7 @@ class Expansion(NamedTuple):
 
     theta: Tensor  # (m,), the limit of the estimator
     bias: float  # b, nats
-    variance: float  # v, with the drift; nats times samples
+    variance: float  # v, with the drift term; nats times samples
     formula: float  # Tr(Sigma J), the paper's v
     rank: int  # of H, the Hessian of the expected loss
     covariance: Tensor  # Sigma (m, m), of sqrt(n) (theta_n - theta)
@@ -89,7 +89,7 @@ class Expansion(NamedTuple):
 
 
 def expand(loss: Loss, label_loss: Loss, theta: Tensor, nodes: Nodes) -> Expansion:
-    """The expansion of an estimator that minimises ``loss``, for the error of the labels.
+    """Expand the label error of the estimator that minimises ``loss``, to first order in 1/n.
 
     Both losses are in nats, ``label_loss`` is -log p_theta(c|x), and ``theta`` (m,) minimises the
     expected loss under the truth ``nodes``.
@@ -104,7 +104,7 @@ def expand(loss: Loss, label_loss: Loss, theta: Tensor, nodes: Nodes) -> Expansi
         return (shares * label_loss(t, nodes.x)).sum() - entropy
 
     def gradients(t: Tensor) -> Tensor:
-        """Of the loss of every node and class, (N, C, m)."""
+        """Gradients of the loss of every node and class, (N, C, m)."""
         each: Tensor = vmap(lambda x: jacrev(lambda u: loss(u, x[None])[0])(t))(nodes.x)
         return each
 
@@ -141,16 +141,16 @@ def expand(loss: Loss, label_loss: Loss, theta: Tensor, nodes: Nodes) -> Expansi
 
 
 def generative(family: Family, nodes: Nodes) -> Expansion:
-    """The expansion of the maximum of the joint likelihood, in closed form up to quadrature."""
+    """Expansion of the fit of maximum joint likelihood, in closed form up to quadrature."""
     theta = family.parameters(family.fit(moments(nodes.x, nodes.shares)))
     return expand(lambda t, x: -family.log_joint(t, x), _label_loss(family), theta, nodes)
 
 
 def discriminative(family: Family, nodes: Nodes) -> Expansion:
-    """The expansion of the maximum of the conditional likelihood, found by Newton's method.
+    """Expansion of the fit of maximum conditional likelihood, found by Newton's method.
 
     Raises:
-        UserError: if it is not found: the classes of this truth hardly overlap.
+        UserError: if Newton's method does not converge, because the classes hardly overlap.
     """
     found = softmax_regression(family.features(nodes.x)[None], nodes.shares[None])
     if not found.solved:
@@ -167,7 +167,7 @@ def _label_loss(family: Family) -> Loss:
 
 
 def _second_derivative(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """Reverse over reverse: torch scripts the rules of forward mode, which is deprecated."""
+    """Hessian by reverse over reverse mode; forward mode uses TorchScript, which is deprecated."""
     second: Callable[[Tensor], Tensor] = jacrev(grad(function))
     return second
 
@@ -183,22 +183,21 @@ def softmax_regression(features: Tensor, shares: Tensor, start: Tensor | None = 
     r"""Softmax regression on many training sets at once, by Newton's method.
 
     With weights relative to the last class the loss is strictly convex, so Newton's direction is
-    unique. Its full step is taken where it decreases the loss enough (Armijo's rule), else the step
+    unique. The full step is taken if it decreases the loss enough (Armijo's rule), else the step
     :math:`t = \log(1 + r) / r`, with r the largest change of a difference of logits over the
-    samples of a set: since the third derivative of the loss along a direction is at most r times
-    the second (Bach, Electronic Journal of Statistics 4, 2010), this t always decreases the loss.
+    samples of a set: the third derivative of the loss along a direction is at most r times the
+    second (Bach, Electronic Journal of Statistics 4, 2010), so this t always decreases the loss.
 
-    Where the classes of a training set are separable, or one of them is from the rest, weights go
-    to infinity: there is no maximum of likelihood. Such a set is reported as unsolved, and is known
-    by r, which does not fall, or by a second derivative that has vanished in some direction. No
-    library solves many sets at once: scikit-learn's `LogisticRegression` takes one, and warns
-    where there is no maximum.
+    If the classes of a training set are separable, or one class from the rest, weights go to
+    infinity and the likelihood has no maximum. Such a set is reported as unsolved; r does not
+    decrease, or the Hessian becomes singular. scikit-learn's `LogisticRegression` solves one set at
+    a time, and only warns if there is no maximum.
 
     Args:
-        features: (B, n, P).
-        shares: (B, n, C), the weight of each sample in each class, with sum 1 in each set: one-hot
-            labels over n, or the probabilities of nodes and classes.
-        start: (P, C) weights to begin at; 0 by default.
+        features: features of the samples, (B, n, P).
+        shares: weight of each sample in each class, (B, n, C), with sum 1 in each set: one-hot
+            labels divided by n, or the probabilities of nodes and classes.
+        start: initial weights, (P, C); 0 by default.
     """
     count, size, classes = len(features), features.shape[2], shares.shape[2] - 1
     rows = features.mT.contiguous()  # (B, P, n)
@@ -238,7 +237,7 @@ def softmax_regression(features: Tensor, shares: Tensor, start: Tensor | None = 
 
 
 def _probabilities(logits: Tensor) -> Tensor:
-    """p(c|x) of all classes but the last, whose logit is 0: (b, C-1, n) to the same."""
+    """p(c|x) of all classes but the last, whose logit is 0; input and output (b, C-1, n)."""
     if logits.shape[1] == 1:
         return logits.sigmoid()
     top = logits.amax(1, keepdim=True).clamp(min=0)
@@ -247,7 +246,7 @@ def _probabilities(logits: Tensor) -> Tensor:
 
 
 def _normaliser(logits: Tensor) -> Tensor:
-    """log of the sum over classes, (b, C-1, n) to (b, n)."""
+    """Log-sum-exp over classes, the last with logit 0; (b, C-1, n) to (b, n)."""
     if logits.shape[1] == 1:
         return torch.nn.functional.softplus(logits[:, 0])
     top = logits.amax(1).clamp(min=0)
@@ -255,7 +254,7 @@ def _normaliser(logits: Tensor) -> Tensor:
 
 
 def _curved(hessian: Tensor, rows: Tensor, mass: Tensor) -> Tensor:
-    """(b,) whether the second derivative is away from zero in every direction."""
+    """Whether the Hessian is positive definite up to tolerance, (b,)."""
     size = (rows.square() @ mass[..., None])[..., 0].sqrt()  # (b, P)
     size = size.repeat(1, hessian.shape[1] // size.shape[1])
     scaled = hessian / (size[:, :, None] * size[:, None])
@@ -264,7 +263,7 @@ def _curved(hessian: Tensor, rows: Tensor, mass: Tensor) -> Tensor:
 
 
 def _hessian(rows: Tensor, probability: Tensor, mass: Tensor) -> Tensor:
-    """The second derivative of the mean cross-entropy, (b, (C-1) P, (C-1) P)."""
+    """Hessian of the mean cross-entropy, (b, (C-1) P, (C-1) P)."""
     product = probability[:, :, None] * probability[:, None]  # (b, C-1, C-1, n)
     spread = rearrange(torch.diag_embed(probability.mT), "b n k l -> b k l n") - product
     blocks = torch.einsum("bpn,bkln,bqn->bkplq", rows, spread * mass[:, None, None], rows)
@@ -276,7 +275,7 @@ class Point(NamedTuple):
 
     n: int  # samples per training set
     sets: int  # training sets drawn
-    without: int  # of them, those where the estimator does not exist, excluded from the mean
+    without: int  # of these, sets without a fit, excluded from the mean
     excess: float  # mean of E[KL], nats; nan if no set has a fit
     error: float  # its standard error, nats
 
@@ -291,7 +290,7 @@ class Fitted(NamedTuple):
 class ExcessError:
     """E[KL(p(c|x) || p_theta(c|x))] of many models, in nats.
 
-    ``step`` and ``radius`` are those of `Truth.nodes`; the defaults err by less than 1e-7 nats.
+    ``step`` and ``radius`` are as in `Truth.nodes`; the error of the defaults is below 1e-7 nats.
     """
 
     def __init__(self, setting: Setting, step: float = 0.3, radius: float = 6.0) -> None:
@@ -304,8 +303,8 @@ class ExcessError:
         self._entropy = -float(torch.xlogy(nodes.shares, nodes.posterior).sum())
 
     def __call__(self, weights: Tensor) -> Tensor:
-        """(B, P, C) weights of the logits to (B,) nats."""
-        if self._project:  # linear logits of two classes to those with the same law in `plane`
+        """Excess errors (B,), in nats, for logit weights (B, P, C)."""
+        if self._project:  # logits in `plane` with the same distribution
             slope = weights[..., 0] - weights[..., 1]  # (B, 1 + d)
             slope = torch.cat([slope[:, :2], slope[:, 2:].norm(dim=1, keepdim=True)], 1)
             weights = torch.stack([slope, torch.zeros_like(slope)], -1)
@@ -316,10 +315,10 @@ class ExcessError:
 
 
 def measure(setting: Setting, n: int, sets: int, start: Tensor, seed: int = 0) -> list[Point]:
-    """Excess errors of the generative and the discriminative fit, of ``sets`` sets of n samples.
+    """Mean excess errors of the generative and the discriminative fit, over ``sets`` training sets.
 
-    Newton's method begins at the weights ``start`` (P, C), those of the limit. The key of the
-    training sets is ``seed`` with the setting's name and n.
+    Each set has ``n`` samples; its seed depends on ``seed``, the setting's name and n. Newton's
+    method starts at ``start`` (P, C), the weights of the limit.
     """
     family, truth = setting.family, setting.truth
     error = ExcessError(setting)
@@ -342,9 +341,9 @@ def measure(setting: Setting, n: int, sets: int, start: Tensor, seed: int = 0) -
 
 
 def _first_order(setting: Setting, error: ExcessError) -> Callable[[Moments], Tensor]:
-    """The generative error to first order in the moments of a training set, about the truth's.
+    """First-order term of the generative error in the moments, around those of the truth.
 
-    (B,) nats, with mean zero over training sets.
+    The function returns (B,) nats, with mean zero over training sets.
     """
     family, nodes = setting.family, setting.truth.nodes()
     centre = moments(nodes.x, nodes.shares)
@@ -365,7 +364,7 @@ def _first_order(setting: Setting, error: ExcessError) -> Callable[[Moments], Te
 
 
 def _exists(model: Gaussians) -> Tensor:
-    """(B,) whether every class has samples and every covariance is positive definite."""
+    """Whether every class has samples and every covariance is positive definite, (B,)."""
     finite = model.log_prior.isfinite().all(-1) & model.means.flatten(1).isfinite().all(-1)
     covariances = torch.where(finite[:, None, None, None], model.covariances, 0.0)
     failed: Tensor = torch.linalg.cholesky_ex(covariances)[1]
@@ -402,6 +401,6 @@ def _columns(points: Sequence[Point]) -> tuple[NDArray[np.float64], ...]:
 def _constant_term(
     n: NDArray[np.float64], values: NDArray[np.float64], errors: NDArray[np.float64], degree: int
 ) -> Fitted:
-    """That of a polynomial in 1 / n, fitted to values with known, independent errors."""
+    """Constant term of a polynomial in 1 / n, fitted to values with known, independent errors."""
     found, covariance = np.polyfit(1 / n, values, degree, w=1 / errors, cov="unscaled")
     return Fitted(float(found[-1]), math.sqrt(covariance[-1, -1]))

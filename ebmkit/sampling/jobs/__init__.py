@@ -1,1 +1,1 @@
-"""Images from trained models: samples and restored images, with the files that describe them."""
+"""Jobs that sample or restore images, and the files that describe the images."""

@@ -1,14 +1,13 @@
-"""Chains of a job from start to end, interrupted or not: the job's folder, records and states.
+"""The folder of a job, its records and saved states, and the loop that runs its chains.
 
-While a job runs, of samples or of restorations, its folder holds ``unfinished/`` with
-``settings.json``, all that the results depend on, and tensors that were saved (``state`` is the
-chains that are under way), each with a digest of itself. `JobFolder.finish` removes it. Every file
-is written in one move.
+While a sampling or restoration job runs, its folder contains ``unfinished/`` with ``settings.json``
+(everything that the results depend on) and saved tensors (``state`` holds the running chains), each
+with its digest. `JobFolder.finish` removes it. Every file is written atomically.
 
-Each step leaves the number of chains that moved, and the sums over them of the noise level, of
-acceptance and of the root mean square move; batches add up. Log-densities of all chains are
-recorded every few steps, for `ebmkit.sampling.diagnostics`. Frames are of the first chains; since a
-schedule may end early, every second is dropped when there are too many, and the stride doubles.
+Each step records the number of chains that moved, and sums over these chains: noise level,
+acceptance and root mean square move; batches add up. Log-densities of all chains are recorded every
+few steps, for `ebmkit.sampling.diagnostics`. Frames show the first chains. As a schedule may end
+early, every second frame is dropped when there are too many, and the stride doubles.
 """
 
 from __future__ import annotations
@@ -38,30 +37,32 @@ from ebmkit.training.config import difference
 UNFINISHED, SETTINGS, STATE = "unfinished", "settings.json", "state"
 
 SAVE_SECONDS = 30.0
-"""Time between states saved for the case that the process is killed."""
+"""Seconds between saved states, in case the process is killed."""
 
 MAX_DRAWS, MAX_FRAMES = 200, 48
-"""Log-densities recorded of a chain, about, and frames of the path, at the most."""
+"""Approximate number of recorded log-densities per chain; maximum number of frames of the path."""
 
 Hook = Callable[[int, int], None]
-"""Called with the steps done and the steps in all."""
+"""Called with (steps done, all steps)."""
 
 
 class JobFolder:
-    """The files of a job in ``path``; nothing is touched before `begin`.
+    """Files of a job in the folder ``path``; nothing is written before `begin`.
 
-    Messages call ``results`` what it makes. A finished job that has its folder to itself leaves a
-    document called ``done``; empty: the job shares its folder.
+    ``results`` names the results in messages. ``done`` is the name of the document that a finished
+    job leaves; empty: the job shares its folder with other files.
     """
 
     def __init__(self, path: Path, results: str = "samples", done: str = "sampling.json") -> None:
         self.path, self.home, self.results, self.done = path, path / UNFINISHED, results, done
 
     def resumes(self, settings: BaseModel | dict[str, Any]) -> bool:
-        """Whether an interrupted job of the same ``settings`` is there; a model upgrades its own.
+        """Whether the folder holds an interrupted job of the same ``settings``.
+
+        If ``settings`` is a pydantic model, it upgrades saved settings of earlier versions.
 
         Raises:
-            UserError: if one of other settings is.
+            UserError: if the folder holds a job of other settings.
         """
         known = self.home / SETTINGS
         if not known.is_file():
@@ -73,7 +74,7 @@ class JobFolder:
         if not isinstance(old, dict):
             raise UserError(f"{str(known)!r} is damaged: it does not parse; choose another --out")
         if isinstance(settings, BaseModel):
-            with contextlib.suppress(ValidationError):  # later fields have defaults
+            with contextlib.suppress(ValidationError):  # new fields have defaults
                 old = type(settings).model_validate(old).model_dump(mode="json")
         found = difference(old, _plain(settings))
         if found is not None:
@@ -85,11 +86,11 @@ class JobFolder:
         return True
 
     def begin(self, settings: BaseModel | dict[str, Any]) -> None:
-        """Make the folder, or resume the job that `resumes` finds there.
+        """Create the folder, or resume the job that `resumes` finds there.
 
         Raises:
-            UserError: as `resumes`; if the folder cannot be made; or, of a job that has it to
-                itself, if finished results or other files are there.
+            UserError: as `resumes`; if the folder cannot be created; or, if ``done`` is not empty,
+                if the folder holds finished results or other files.
         """
         path = self.path
         if self.done and (path / self.done).exists():
@@ -98,7 +99,7 @@ class JobFolder:
             return
         if self.done and path.exists() and (not path.is_dir() or any(self._foreign())):
             raise UserError(
-                f"{str(path)!r} holds something else than {self.results} of an interrupted run: "
+                f"{str(path)!r} holds other files than {self.results} of an interrupted run: "
                 "choose another --out"
             )
         make_folder(path)
@@ -107,7 +108,7 @@ class JobFolder:
         write_atomically(self.home / SETTINGS, content)
 
     def _foreign(self) -> Iterator[Path]:
-        """What is not of a job that was stopped before it began."""
+        """Files that do not belong to a job that was stopped before it began."""
         for entry in self.path.iterdir():
             if entry != self.home or not entry.is_dir():
                 yield entry
@@ -115,11 +116,11 @@ class JobFolder:
                 yield from (p for p in entry.iterdir() if not p.name.startswith("."))
 
     def alone(self, doing: str = "sampling") -> contextlib.AbstractContextManager[None]:
-        """Within, no other process works in the folder; ``Busy`` is raised if one does."""
+        """Lock the folder against other processes; raise ``Busy`` if another one holds the lock."""
         return held(self.home, doing)
 
     def file(self, name: str) -> Path:
-        """Where tensors are saved under ``name``."""
+        """Path of the tensors saved under ``name``."""
         return self.home / f"{name}.safetensors"
 
     def save(self, name: str, tensors: dict[str, Tensor]) -> None:
@@ -129,7 +130,7 @@ class JobFolder:
         write_atomically(self.file(name), content)
 
     def load(self, name: str) -> dict[str, Tensor] | None:
-        """What was saved under ``name``, on the CPU; None if nothing was.
+        """Load the tensors saved under ``name``, on the CPU; None if there are none.
 
         Raises:
             UserError: if the file is damaged.
@@ -146,7 +147,7 @@ class JobFolder:
         )
 
     def finish(self, document: dict[str, Any] | None = None) -> None:
-        """Write ``document`` as the one that says so, and remove what only resuming needs."""
+        """Write ``document`` as the file ``done``, and remove the files needed to resume."""
         if document is not None:
             content = json.dumps(document, indent=1, allow_nan=False).encode()
             write_atomically(self.path / self.done, content)
@@ -158,12 +159,12 @@ def _plain(settings: BaseModel | dict[str, Any]) -> dict[str, Any]:
 
 
 def batch_name(number: int) -> str:
-    """The name under which a finished batch is saved."""
+    """Name under which a finished batch is saved."""
     return f"batch-{number:05}"
 
 
 class Interrupted(Exception):
-    """The job was stopped after saving; the same job on the same folder resumes.
+    """The job saved its state and stopped; the same job on the same folder resumes.
 
     ``done`` steps of ``total`` are done.
     """
@@ -174,9 +175,9 @@ class Interrupted(Exception):
 
 
 class Record:
-    """Records a batch of chains, of up to ``length`` steps, and the path of the first ``shown``.
+    """Record of a batch of chains of up to ``length`` steps, and frames of the first ``shown``.
 
-    ``summary`` maps a state to log-densities (B,); None: none are recorded.
+    ``summary`` maps a state to log-densities (B,); None: they are not recorded.
     """
 
     def __init__(
@@ -190,7 +191,7 @@ class Record:
         self.moments: list[int] = []
 
     def note(self, state: State, info: Info, active: Tensor) -> None:
-        """Record a step, of which the ``active`` (B,) chains count."""
+        """Record a step of the ``active`` (B,) chains."""
         nothing = torch.full((), torch.nan, dtype=torch.float64, device=active.device)
         sums = [active.double().sum()]
         for values in (info.sigma, info.accepted, info.move):
@@ -202,7 +203,7 @@ class Record:
             self.frame(state.x, state.step)
 
     def frame(self, x: Tensor, step: int, last: bool = False) -> None:
-        """Record a frame: the start, a step, or the finished samples as the ``last``."""
+        """Record a frame: the start, a step, or (``last``) the finished samples."""
         if not self.shown:
             return
         self.frames.append((x[: self.shown].clamp(0, 1) * 255).round().to(torch.uint8).cpu())
@@ -214,8 +215,8 @@ class Record:
             self.moments = [self.moments[k] for k in left]
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything recorded, by name: ``sums`` (T, 4), ``draws`` (N, B), ``frames``
-        (K, S, C, H, W) uint8 and ``moments`` (K,), their steps; and ``stride``."""
+        """Recorded tensors by name: ``sums`` (T, 4), ``draws`` (N, B), ``frames`` (K, S, C, H, W)
+        uint8, their steps ``moments`` (K,), and ``stride``."""
         lists = {"sums": self.sums, "draws": self.draws, "frames": self.frames}
         found = {name: torch.stack(values) for name, values in lists.items() if values}
         if self.moments:
@@ -223,7 +224,7 @@ class Record:
         return found | {"stride": torch.tensor(self.stride)}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Resume from what `tensors` gave; any error if it is nothing of that kind."""
+        """Restore the record from `tensors`; other input may raise any error."""
         self.stride = int(tensors["stride"])
         if self.stride < 1:
             raise ValueError(self.stride)
@@ -247,20 +248,20 @@ def run_chains(
     stop: Callable[[], bool] = lambda: False,
     save_seconds: float = SAVE_SECONDS,
 ) -> tuple[Chains[Any], float]:
-    """Take chains from their start, or from where they were saved, to their end.
+    """Run chains from their start, or from a saved state, to their end.
 
-    ``start`` gives the starting points, of ``shape`` (B, ...), if they are needed; ``generator``
-    that of a step, a function of its number alone. At most ``length`` steps are taken; each is
-    recorded, and reported to ``progress`` by its number. The chains are those of ``batch``, and are
-    saved in ``folder`` every ``save_seconds``, and where ``stop``, asked after each step, is true.
+    ``start`` returns starting points of ``shape`` (B, ...); it is not called if chains are resumed.
+    ``generator`` maps the number of a step to its generator. At most ``length`` steps are taken;
+    each is recorded, and ``progress`` is called with its number. The state of the chains of
+    ``batch`` is saved in ``folder`` every ``save_seconds``, and when ``stop``, called after each
+    step, returns True.
 
     Returns:
         The chains, and the seconds spent on them.
 
     Raises:
-        Interrupted: if they were; ``done`` and ``total`` are of this batch.
-        UserError: if what was saved is damaged or cannot be written, or a chain starts at NaN or
-            Inf.
+        Interrupted: if ``stop`` returned True; ``done`` and ``total`` are those of this batch.
+        UserError: if the state is damaged or cannot be written, or a chain starts at NaN or Inf.
     """
     saved = folder.load(STATE) if folder else None
     if folder and saved and int(saved["batch"]) == batch:
@@ -303,7 +304,7 @@ def _resumed(
     record: Record,
     device: torch.device,
 ) -> tuple[Chains[Any], float]:
-    """The chains as they were saved, and the seconds spent on them; any error if they were not."""
+    """Saved chains and the seconds spent; an invalid state may raise any error."""
     fields = {name[6:]: value for name, value in saved.items() if name.startswith("state.")}
     if fields["x"].shape != shape or saved["finished"].shape != shape[:1]:
         raise ValueError(fields["x"].shape)
@@ -320,20 +321,20 @@ def _resumed(
 
 
 def as_from_file(state: Any) -> Any:
-    """``state`` in the layout in memory that a file would give it, whatever the network's was.
+    """Return ``state`` in the memory layout that it has after loading from a file.
 
-    Sums of floats depend on it, so that resumed chains would differ.
+    Sums of floats depend on it, so resumed chains would differ.
     """
     fields: dict[str, Any] = state._asdict()
-    plain = torch.contiguous_format  # clone: one channel passes for contiguous in any layout
+    plain = torch.contiguous_format  # clone: one channel counts as contiguous in any layout
     return state._replace(
         **{k: v.clone(memory_format=plain) for k, v in fields.items() if isinstance(v, Tensor)}
     )
 
 
 def means_of(batches: list[Tensor]) -> dict[str, list[Any]]:
-    """The number of ``chains`` that moved at each step, and their means of ``sigma``,
-    ``acceptance`` and ``move``, None where they have no meaning; of ``sums`` (T, 4) by batch."""
+    """Number of ``chains`` that moved at each step, and their means of ``sigma``, ``acceptance``
+    and ``move``, None if undefined, from the ``sums`` (T, 4) of each batch."""
     total = torch.zeros(max(map(len, batches), default=0), 4, dtype=torch.float64)
     for sums in batches:
         total[: len(sums)] += sums

@@ -1,26 +1,25 @@
-"""A sampling job: batches of chains, from their start to their end, and the files about them.
+"""Sampling job: batches of chains from start to end, and the output files.
 
-Batch b of B chains starts from numbers drawn by a generator that is a function of
-(seed, "sample", b, 0), and takes step t with one of (seed, "sample", b, t). So a job that was
-interrupted, and is resumed from the state that it saved, ends with the same bits, and so does one
-that lost its last steps because it was killed.
+The generator of the starting points of batch b is a function of (seed, "sample", b, 0), that of its
+step t of (seed, "sample", b, t). So a job that is interrupted or killed, and then resumed from its
+saved state, gives bit-identical samples.
 
-In its `JobFolder` the job saves each batch at its end, with its record, as ``batch-00000``; at last
-``samples.h5``, the plots and ``sampling.json`` lie there. A chain that diverges stops
-(`ebmkit.sampling.Chains`); its image is the last finite one, and it is marked. ``samples.h5`` is
-also a data set of kind ``hdf5`` (`ebmkit.data.hdf5`)::
+The job saves each finished batch with its record in its `JobFolder`, as ``batch-00000``; at the end
+it writes ``samples.h5``, the plots and ``sampling.json``. A diverged chain stops
+(`ebmkit.sampling.Chains`) and is marked; its image is the last finite one. ``samples.h5`` is also a
+data set of kind ``hdf5`` (`ebmkit.data.hdf5`)::
 
     images       (N, H, W, C) uint8, clipped and rounded
-    samples      (N, C, H, W) float32, as the sampler left them
-    finite       (N,) bool, false of chains that diverged: their last finite image
-    labels       (N,) int64, of samples that were asked for by label
-    class_names  their names
-    log_density  (N,) float32, nats, up to the model's constant
-    log_joint    (N, C) float32, of models with labels
+    samples      (N, C, H, W) float32, unclipped
+    finite       (N,) bool, false for diverged chains
+    labels       (N,) int64, for samples with labels
+    class_names  names of the labels
+    log_density  (N,) float32, nats, up to the constant of the model
+    log_joint    (N, C) float32, for models with labels
 
-with attributes ``source`` (``fresh``, or ``buffer`` where chains continue those of the replay
-buffer), ``sampler``, ``settings`` (JSON), ``seed``, ``run``. There is no attribute ``filter``, as
-nothing is left out.
+with attributes ``source`` (``fresh``, or ``buffer`` if chains continue those of the replay buffer),
+``sampler``, ``settings`` (JSON), ``seed``, ``run``. There is no attribute ``filter``, because
+samples are not filtered.
 """
 
 from __future__ import annotations
@@ -77,23 +76,23 @@ from ebmkit.storage.atomic import replacing
 from ebmkit.terminal import shown_name
 
 SHOWN = 16
-"""Chains whose path is recorded, the first of the job."""
+"""Number of chains whose path is recorded, the first of the job."""
 
 ROWS, COLUMNS, MOMENTS, CHAINS = 20, 10, 10, 6
-"""Of the grid, at the most, classes, and samples of a class; of the strip, steps and chains."""
+"""Maximum numbers of classes and samples per class in the grid, of steps and chains in the path."""
 
 
 class SamplingJob:
-    """Draws the samples that ``settings``, as `make_settings` gave them, describe.
+    """Draws samples with the ``settings`` of `make_settings`.
 
-    ``model`` is frozen, on its device. Batches, and states each ``save_seconds``, are saved in
-    ``folder``; ``sources`` are what chains start from, and are compared with.
+    ``model`` is frozen and on its device. Finished batches, and states every ``save_seconds``, are
+    saved in ``folder``; ``sources`` hold the images to start from and to compare with.
 
     Attributes:
-        entry: of the sampler; None where the buffer is taken as it is.
-        length: steps of each chain, at most; ``total``: of all batches.
-        labels: of the chains, (N,) int64, or None.
-        cautions: what to know of the samples beforehand, in sentences.
+        entry: entry of the sampler; None if the buffer is exported without a step.
+        length: maximum number of steps of each chain; ``total``: of all batches.
+        labels: labels of the chains, (N,) int64, or None.
+        cautions: warnings that are known before sampling.
 
     Raises:
         UserError: if settings and model do not fit.
@@ -125,10 +124,10 @@ class SamplingJob:
     def run(
         self, progress: Hook = lambda done, total: None, stop: Callable[[], bool] = lambda: False
     ) -> None:
-        """Draw what is not drawn yet; ``stop`` is asked after each step whether to save and end.
+        """Draw the missing batches; if ``stop``, called after each step, is true, save and end.
 
         Raises:
-            Interrupted: if it was true.
+            Interrupted: if ``stop`` returned True.
             UserError: if a file is damaged or cannot be written, or a chain starts at NaN or Inf.
         """
         for number in range(self.settings.batches):
@@ -141,15 +140,17 @@ class SamplingJob:
             progress((number + 1) * self.length, self.total)
 
     def finished(self, number: int) -> dict[str, Tensor]:
-        """Batch ``number`` after `run`: ``samples`` (B, C, H, W), ``finite`` (B,), ``died`` (B,),
-        the step at which a chain diverged or -1, perhaps `energies`, and the record's."""
+        """Load the finished batch ``number``.
+
+        It holds ``samples`` (B, C, H, W), ``finite`` (B,), ``died`` (B,) (the step at which a chain
+        diverged, or -1), `energies`, and the tensors of its `Record`."""
         found = self.folder.load(batch_name(number))
         assert found is not None
         return found
 
     def energies(self, x: Tensor) -> dict[str, Tensor]:
-        """Of images on any device ``log_density`` (N,), and ``log_joint`` (N, C) where labels were
-        trained; empty of a plain denoiser."""
+        """``log_density`` (N,) of images on any device, and ``log_joint`` (N, C) if labels were
+        trained; empty for a plain denoiser."""
         if not isinstance(self.model, EnergyModel):
             return {}
         level, size = clean_level(self.model), self.settings.batch_size
@@ -186,7 +187,7 @@ class SamplingJob:
             died = torch.full((len(x),), -1)
             for chain, step in chains.diverged.items():
                 died[chain] = step
-            lost = ~x.flatten(1).isfinite().all(1)  # at the very end
+            lost = ~x.flatten(1).isfinite().all(1)  # diverged in `finish`
             died[lost.cpu() & (died < 0)] = chains.state.step
             lost = lost | (died >= 0).to(lost.device)
             x = torch.where(lost[:, None, None, None], chains.state.x, x)
@@ -217,7 +218,7 @@ class SamplingJob:
         return self.entry.start(self.model, sampler, config, shape, generator, c, train, mean)
 
     def _summary(self, sampler: Sampler[Any], c: Tensor | None) -> Callable[[State], Tensor] | None:
-        """The log-density that a chain samples, where it is one at one level."""
+        """Function that returns the log-density of a state; None if chains sample no density."""
         model, level = self.model, noise_levels(sampler)[1]
         if self.entry is None or self.entry.no_law or not isinstance(model, EnergyModel):
             return None
@@ -229,21 +230,21 @@ class SamplingJob:
         return summary
 
     def _choose_slots(self) -> Tensor:
-        """Slots (N,) of the replay buffer; without a step also the labels of its chains."""
+        """Choose slots (N,) of the replay buffer; without a step, also set their labels."""
         buffer, count, labels = self.sources.buffer, self.settings.count, self.labels
         if buffer is None:
-            raise UserError("chains start from the replay buffer: give the run's")
+            raise UserError("chains start from the replay buffer: give that of the run")
         if self.entry is None:
             asked, size, what = count, len(buffer), "this replay buffer"
             if labels is not None:
                 if not buffer.num_classes:
-                    message = "this replay buffer holds chains of no label: leave out --label"
+                    message = "this replay buffer has no labels: leave out --label"
                     raise UserError(message)
                 asked, what = int(labels.bincount().max()), "a label"
                 size //= buffer.num_classes
             if asked > size:
                 raise UserError(
-                    f"{asked} chains of {what} are asked for and it has {size}: take fewer"
+                    f"{asked} chains of {what} are requested, and it has {size}: take fewer"
                 )
         generator = keyed_generator("cpu", self.settings.seed, "sample", "buffer")
         if labels is not None and buffer.num_classes:
@@ -273,9 +274,9 @@ class SamplingJob:
 
 
 def write_results(job: SamplingJob, run: str) -> dict[str, Any]:
-    """Write all files of a ``job`` that has run; ``sampling.json`` last. What that holds.
+    """Write all files of a finished ``job``, last ``sampling.json``, and return its content.
 
-    ``run`` is the run's name. A `UserError` is raised if a file cannot be written.
+    ``run`` is the name of the run. A `UserError` is raised if a file cannot be written.
     """
     settings, held_out, entry = job.settings, job.sources.held_out, job.entry
     batches, first = _write_hdf5(job, run, job.folder.path / "samples.h5")
@@ -317,8 +318,8 @@ def write_results(job: SamplingJob, run: str) -> dict[str, Any]:
 
 
 def _write_hdf5(job: SamplingJob, run: str, path: Path) -> tuple[list[dict[str, Tensor]], Tensor]:
-    """Write the samples batch by batch; what else each holds, with which samples are ``far`` (B,)
-    from images, and the first samples."""
+    """Write ``samples.h5`` batch by batch; return the other tensors of each batch, with a mask
+    ``far`` (B,) of `far_from_images`, and the first samples."""
     import h5py
 
     settings = job.settings
@@ -354,9 +355,9 @@ def _warnings(far: int, diverged: list[tuple[int, int]], total: int) -> list[str
     found = []
     if far:
         found.append(
-            f"{far} samples have pixels beyond {0.5 - FAR:g} or {0.5 + FAR:g}, where no image is: "
-            "their chains ran away, as they do where a model was trained too little or for other "
-            "noise, or steps are too long"
+            f"{far} samples have pixels below {0.5 - FAR:g} or above {0.5 + FAR:g}, far outside "
+            "[0, 1], as happens if a model was trained too little or for other noise, or steps are "
+            "too long"
         )
     if diverged:
         steps = ", ".join(f"{chain} at step {step}" for chain, step in diverged[:8])
@@ -364,7 +365,7 @@ def _warnings(far: int, diverged: list[tuple[int, int]], total: int) -> list[str
         rest = "none is left" if len(diverged) == total else "the others are not affected"
         found.append(
             f"{len(diverged)} of {total} chains diverged to NaN or Inf (chain {steps}{more}); "
-            f"{rest}, and `finite` in samples.h5 says which are which: smaller steps may help"
+            f"{rest}, and `finite` in samples.h5 marks them: smaller steps may help"
         )
     return found
 
@@ -379,7 +380,7 @@ def _plot(
     finite: Tensor,
     traces: dict[str, list[Any]],
 ) -> list[str]:
-    """Draw the first samples, and the path of the first chains where it was recorded."""
+    """Plot the first samples, and the path of the first chains if recorded; return file names."""
     folder, settings, how = job.folder.path, job.settings, job.settings.guidance
     steps, batch = len(traces["chains"]), job.finished(0)
     steps_text = f", {steps} steps from {settings.start}" if steps else ""
@@ -402,9 +403,9 @@ def _plot_samples(
     path: Path,
     title: str,
 ) -> None:
-    """The first samples ``images`` (M, C, H, W) side by side; of several classes, a row for each.
+    """Plot the first samples ``images`` (M, C, H, W) in a grid, with a row for each class.
 
-    ``labels`` and ``finite`` are of all samples (N,); those that are not finite are framed.
+    ``labels`` and ``finite`` (N,) are for all samples; diverged samples are framed.
     """
     own = [] if labels is None else labels[: len(images)].tolist()
     classes = sorted(set(own))[:ROWS]
@@ -425,10 +426,10 @@ def _plot_samples(
 def _plot_path(
     frames: Tensor, moments: Sequence[int], sigmas: Sequence[float | None], path: Path, title: str
 ) -> None:
-    """Some chains, one in each row, at some of their steps.
+    """Plot some chains, one in each row, at some of their steps.
 
-    ``frames`` (K, S, C, H, W) are of the steps ``moments`` (K,), the last one of the finished
-    samples; ``sigmas`` are the mean noise levels of each step, None where it has none.
+    ``frames`` (K, S, C, H, W) are the images at steps ``moments`` (K,), the last one the finished
+    samples; ``sigmas`` are the mean noise levels of each step, or None.
     """
     chosen = sorted({round(k) for k in np.linspace(0, len(frames) - 1, MOMENTS)})
     below = []
@@ -442,7 +443,7 @@ def _plot_path(
 
 
 def _animate_path(frames: Tensor, path: Path) -> None:
-    """The path of chains, (K, S, C, H, W), as a GIF of squares of chains; its end stays."""
+    """Write the path of chains (K, S, C, H, W) as a GIF; its last frame stays longer."""
     side = math.ceil(math.sqrt(frames.shape[1]))
     first, *rest = (Image.fromarray(_mosaic(torch.split(frame, side))) for frame in frames)
     buffer = io.BytesIO()
@@ -451,11 +452,11 @@ def _animate_path(frames: Tensor, path: Path) -> None:
     write_atomically(path, buffer.getvalue())
 
 
-Rows = Sequence[Sequence[Tensor] | Tensor]  # of images (C, H, W) in [0, 1]
+Rows = Sequence[Sequence[Tensor] | Tensor]  # rows of images (C, H, W) in [0, 1]
 
 
 def _mosaic(rows: Rows, framed: Collection[tuple[int, int]] = ()) -> NDArray[np.uint8]:
-    """Images beside each other, (H', W', 3) uint8, small ones enlarged, some ``framed`` orange."""
+    """Grid of images, (H', W', 3) uint8; small ones are enlarged, ``framed`` ones orange-framed."""
     height, width = rows[0][0].shape[-2:]
     times, gap = max(1, math.ceil(64 / max(height, width))), 3
     shape = len(rows), max(map(len, rows)), 3, times * height + 2 * gap, times * width + 2 * gap
@@ -479,7 +480,7 @@ def _save_rows(
     below: Sequence[str] = (),
     framed: Collection[tuple[int, int]] = (),
 ) -> None:
-    """Rows of images pixel for pixel, a title above, names beside them, text below the columns."""
+    """Plot rows of images, with a title above, names at the left, and text below the columns."""
     mosaic = _mosaic(images, framed)
     tall, wide = (side / DPI for side in mosaic.shape[:2])
     left, head, foot = 0.12 + 0.075 * max(map(len, names), default=0), 0.3, 0.42 if below else 0.08

@@ -1,12 +1,12 @@
-r"""Restoring images by stochastic ascent under their measurements, and the files about them.
+r"""Image restoration by stochastic ascent under linear measurements, and its output files.
 
-Images of one measurement are restored together, each in S chains. A chain is a draw that explains
-the measurements; the mean of the S is nearer to the posterior mean and so has the higher PSNR,
-though it looks smoother than any image.
+Images with the same measurement are restored together, each in S chains. A chain returns a sample
+that satisfies the measurements. The mean of the S samples is nearer to the posterior mean, so it
+has a higher PSNR, but it is smoother than an image.
 
-Images up to twice the size that the model was trained at go through it as they are. Larger ones
-are denoised in overlapping crops (`ebmkit.inference`), so that memory is bounded; the noise level
-is that of the whole image, as the ascent needs it.
+Images up to twice the training size are processed whole. Larger ones are denoised in overlapping
+crops (`ebmkit.inference`) to bound memory; the noise level is that of the whole image, as the
+ascent requires.
 """
 
 from __future__ import annotations
@@ -42,21 +42,21 @@ from ebmkit.storage import write_atomically
 from ebmkit.storage.reading import read_json
 
 MAX_PIXELS = 1024 * 1024
-"""Pixels of an image at the most: a restoration is hundreds of passes."""
+"""Maximum number of pixels of an image: a restoration takes hundreds of forward passes."""
 
 AS_IT_IS = 2
-"""Times the trained size up to which an image goes through the network as it is."""
+"""Maximum size of images that are processed whole, relative to the training size."""
 
 
 class Restored(NamedTuple):
-    """What came of B images in S chains each."""
+    """Restorations of B images with S chains each."""
 
     images: Tensor  # (B, S, C, H, W), not clipped
     finite: Tensor  # (B, S) bool, chains that did not diverge
-    error: Tensor  # (B, S) root mean square of what the measurements are off, image units
+    error: Tensor  # (B, S) root mean square error of the measurements, image units
     sigmas: list[float | None]  # mean noise level that the chains estimated at each step
-    steps: int  # of the longest chain
-    seconds: float  # spent on the chains, those before an interruption too
+    steps: int  # number of steps of the longest chain
+    seconds: float  # time of the chains, including the time before an interruption
 
 
 @torch.no_grad()
@@ -72,16 +72,16 @@ def restore(
     progress: Hook = lambda step, steps: None,
     **saving: Any,
 ) -> Restored:
-    """Draw images that have the measurements ``measured`` (B, n), each in S ``samples``.
+    """Draw S ``samples`` of each image with the measurements ``measured`` (B, n).
 
-    ``model`` is a blind denoiser, frozen, conditional on the label ``c`` if there is one;
-    ``config`` that of the sampler ``kadkhodaie_simoncelli``. ``progress`` is called with (step,
-    steps at the most). ``saving`` are ``folder``, ``batch``, ``stop`` and ``save_seconds`` of
+    ``model`` is a frozen blind denoiser, conditional on the label ``c`` if given; ``config`` are
+    the settings of ``kadkhodaie_simoncelli``. ``progress`` is called with (step, maximum steps).
+    ``saving`` are ``folder``, ``batch``, ``stop`` and ``save_seconds`` of
     `ebmkit.sampling.jobs.chains.run_chains`, to resume after an interruption.
 
     Raises:
-        UserError: if the sampler cannot drive the model, the image is too large, or the number of
-            samples is below 1.
+        UserError: if the sampler does not support the model, the image is too large, or
+            ``samples`` is below 1.
     """
     _check(measurement, samples)
     device = device_of(model)
@@ -130,7 +130,7 @@ def _check(measurement: Measurement, samples: int) -> None:
 
 
 def _denoise_in_crops(model: ScoreModel, y: Tensor, c: int | None) -> Tensor:
-    """The blind denoiser of an image (C, H, W) of any size, at a level within the trained ones."""
+    """Denoise an image (C, H, W) of any size blindly; the level is at most the highest trained."""
     found, limits = denoise_image(model, y, c=c), trained_range(model)
     if limits is None or not model.is_energy_based or found.sigma <= limits[1]:
         return found.image
@@ -138,25 +138,25 @@ def _denoise_in_crops(model: ScoreModel, y: Tensor, c: int | None) -> Tensor:
 
 
 class RestoreJob(NamedTuple):
-    """How images are restored."""
+    """Settings of a restoration job."""
 
     model: ScoreModel  # a blind denoiser, frozen
-    task: Task  # what is known of each image
-    options: TaskOptions  # of the measurement
+    task: Task  # restoration task
+    options: TaskOptions  # options of the measurement
     config: StochasticAscentConfig
-    measured: bool = False  # the images are the measured ones, so nobody knows the clean ones
-    samples: int = 1  # restorations of each
-    seed: int = 0  # of the noise
-    c: int | None = None  # a label
-    run: str = ""  # name of the run, written down
-    computed: str = ""  # device, precision and compilation, which a resumed job must share
+    measured: bool = False  # whether the images are measurements, so clean ones are unknown
+    samples: int = 1  # number of restorations of each image
+    seed: int = 0  # random seed of the noise
+    c: int | None = None  # label
+    run: str = ""  # name of the run, for the JSON files
+    computed: str = ""  # device, precision and compilation; a resumed job must have the same
 
     def begin(self, images: Sequence[Path], out: Path) -> JobFolder:
-        """The folder ``out``, made for this job, or with what an interrupted one left there.
+        """Create the folder ``out``, or open it to resume an interrupted job.
 
         Raises:
-            UserError: if an image cannot be read or measured, two have one name, a file is there
-                already, or the folder holds an unfinished job of other settings.
+            UserError: if an image cannot be read or measured, two have the same name, an output
+                file exists, or the folder holds an unfinished job of other settings.
         """
         for i, path in enumerate(images):
             if path.stem in [p.stem for p in images[:i]]:
@@ -188,13 +188,13 @@ class RestoreJob(NamedTuple):
         return folder
 
     def targets(self, path: Path, out: Path) -> list[Path]:
-        """The files about the image ``path``: its JSON, measured, comparison, restored ones."""
+        """Output files of the image ``path``: JSON, measured, comparison, restored images."""
         each = [*(f"restored-{k + 1}" for k in range(self.samples)), "mean"]
         kinds = ["measured", "comparison", *(["restored"] if self.samples == 1 else each)]
         return [out / f"{path.stem}.json", *(out / f"{path.stem}-{kind}.png" for kind in kinds)]
 
     def degraded(self, path: Path) -> tuple[Measurement, Tensor, Tensor | None]:
-        """`Task.degrade` of the image ``path``."""
+        """Apply `Task.degrade` to the image ``path``."""
         channels = self.model.card.channels if self.model.card else None
         return self.task.degrade(read_image(path, channels).image, self.options, self.measured)
 
@@ -206,13 +206,13 @@ class RestoreJob(NamedTuple):
         progress: Hook = lambda step, steps: None,
         **saving: Any,
     ) -> dict[str, Any]:
-        """Restore image ``number`` of the job's, unless that is done; what its JSON file holds.
+        """Restore image ``number`` if it is not done; return the content of its JSON file.
 
         The files are written to the ``folder`` of `begin`, the JSON file last. ``saving`` are
         ``stop`` and ``save_seconds`` of `run_chains`.
 
         Raises:
-            Interrupted: if ``stop`` said so; the state is saved.
+            Interrupted: if ``stop`` returned True; the state is saved.
             UserError: if the image cannot be read or measured, a file cannot be written, or every
                 chain diverged.
         """
@@ -231,7 +231,7 @@ class RestoreJob(NamedTuple):
             folder.finish()  # there is nothing to resume
             raise UserError(
                 f"every chain of {path.name!r} diverged to NaN or Inf: lower beta or first_step, "
-                "or look whether the model's training diverged"
+                "or check whether the training of the model diverged"
             )
         restored = samples[finite].clamp(0, 1)
         baselines = measurement.baselines(numbers)
@@ -281,15 +281,14 @@ class RestoreJob(NamedTuple):
         size = self.model.card and self.model.card.image_size
         if size and tuple(size) != shape[1:]:
             found.append(
-                f"an image of {shape[1]}x{shape[2]} by a model trained at {size[0]}x{size[1]}: it "
-                "restores best at its own size"
+                f"an image of {shape[1]}x{shape[2]} by a model trained at {size[0]}x{size[1]}: "
+                "results are best at the training size"
             )
         far = torch.nonzero(far_from_images(images)).flatten().tolist()
         if far:
             found.append(
-                f"restorations {[k + 1 for k in far]} have pixels where no image is: their chains "
-                "ran away, as they do where a model was trained too little; lower beta or "
-                "largest_step may help"
+                f"restorations {[k + 1 for k in far]} have pixels far outside [0, 1], as happens "
+                "with models that were trained too little; a lower beta or largest_step may help"
             )
         diverged = torch.nonzero(~finite).flatten().tolist()
         if diverged:
@@ -298,10 +297,10 @@ class RestoreJob(NamedTuple):
 
 
 def read_mask(path: Path) -> Tensor:
-    """A mask (H, W) bool, true where the image ``path`` is white: what is to be filled in.
+    """Read a mask (H, W) bool, true where the image ``path`` is white: the area to fill in.
 
     Raises:
-        UserError: if it cannot be read, or has other values than black and white.
+        UserError: if it cannot be read, or has values other than black and white.
     """
     image = read_image(path).image.mean(0)
     middle = (image > 0.1) & (image < 0.9)
@@ -321,7 +320,7 @@ def _plot(
     path: Path,
     title: str,
 ) -> None:
-    """Original, measured, the best baseline, a restored one, and the mean of several."""
+    """Plot the original, measured, best baseline and restored image, and the mean of several."""
     quality = {name: _psnr(x, clean) for name, x in baselines.items()}
     best = max(baselines, key=lambda name: inf if (q := quality[name]) is None else q)
     shown = {"measured": look, best: baselines[best], "restored": restored[0]}
@@ -335,7 +334,7 @@ def _plot(
 
 
 def _psnr(image: Tensor, clean: Tensor | None) -> float | None:
-    """In dB; None where it is infinite, or the clean image is not known."""
+    """PSNR in dB; None if it is infinite, or the clean image is unknown."""
     if clean is None:
         return None
     return finite_or_none(float(psnr(image.clamp(0, 1)[None].cpu(), clean[None].cpu())))

@@ -1,4 +1,4 @@
-"""What a sampling job is: everything that its samples depend on, to the last bit."""
+"""Settings of a sampling job: everything that its samples depend on."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ from ebmkit.sampling.jobs.chains import SETTINGS, UNFINISHED
 from ebmkit.storage.reading import read_json
 
 BUFFER = "buffer"
-"""The name that gives the chains of a run's replay buffer as they are, without a step."""
+"""As sampler: return the chains of the replay buffer without a step. As start: start from them."""
 
 STARTS = (*get_args(Start), "mean", BUFFER)
-"""Where chains can start: what samplers know, the mean training image with noise, the buffer."""
+"""Legal starts: those of samplers, the mean training image with noise, the replay buffer."""
 
 SPREAD = 0.25
-"""Standard deviation of a pixel of ordinary images, image units."""
+"""Typical standard deviation of a pixel, image units."""
 
 
 class SamplingSettings(BaseModel):
-    """Everything that samples depend on; a job that is resumed must have the same.
+    """Everything that samples depend on; a resumed job must have the same settings.
 
-    Settings that an earlier version wrote are read with today's names.
+    Old names in files of earlier versions are replaced by the current ones.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -90,7 +90,7 @@ class SamplingSettings(BaseModel):
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Of an image, (C, H, W)."""
+        """Shape of an image, (C, H, W)."""
         return (self.channels, *self.image_size)
 
     @property
@@ -99,12 +99,12 @@ class SamplingSettings(BaseModel):
         return -(-self.count // self.batch_size)
 
     def rows(self, number: int) -> slice:
-        """The chains of batch ``number``."""
+        """Chains of batch ``number``."""
         return slice(number * self.batch_size, min((number + 1) * self.batch_size, self.count))
 
     @property
     def config(self) -> SamplerConfig:
-        """The sampler's own settings, built again from what was written."""
+        """Settings of the sampler, parsed from ``options``."""
         kind: type[SamplerConfig] = find_sampler(self.sampler).config
         return validated(kind, self.options, f"settings of sampler {self.sampler!r}")
 
@@ -114,9 +114,9 @@ def _today(name: Any) -> Any:
 
 
 def default_folder(run: Path, settings: SamplingSettings) -> Path:
-    """Where samples of ``run`` go if nothing is said: a folder named after its settings.
+    """Return the default folder of samples of ``run``, named after the settings.
 
-    An unfinished one of the same settings with a name that earlier versions gave is found, too.
+    If an earlier version left an unfinished job of the same settings, its folder is returned.
     """
     parts = [settings.sampler]
     if settings.label is not None:
@@ -148,21 +148,21 @@ def make_settings(
     image_size: int | None = None,
     **others: Any,
 ) -> SamplingSettings:
-    """The settings of a job, checked against ``model``; named as options of `ebmkit sample`.
+    """Make the settings of a job and check them against ``model``.
 
-    ``sampler`` is a name of `SAMPLERS` or ``buffer``, by default `default_sampler`; ``start`` one
-    of `STARTS`; ``data_at_hand`` says whether training images can be had, for starts that are left
-    open; ``others`` are further fields of `SamplingSettings`.
+    The arguments are the options of `ebmkit sample`. ``sampler`` is a name in `SAMPLERS` or
+    ``buffer``, by default `default_sampler`; ``start`` is one of `STARTS`. ``data_at_hand`` tells
+    ``auto`` whether training images are available; ``others`` are fields of `SamplingSettings`.
 
     Raises:
-        UserError: if the sampler is unknown or cannot drive the model, or a value is not legal.
+        UserError: if the sampler is unknown or does not support the model, or a value is not legal.
     """
     if others.get("guidance") is not None and label is None:
-        raise UserError("guidance leads to a label: say which by --label, or all for each in turn")
+        raise UserError("guidance needs a label: give --label NAME or --label all for each in turn")
     for what, value in (("samples", count), ("chains in a batch", batch_size)):
         if value < 1:
             raise UserError(f"{value} {what} cannot be drawn: take 1 or more")
-    hint = "; --sampler buffer gives the chains of a run's replay buffer as they are"
+    hint = "; --sampler buffer exports the chains of a run's replay buffer without a step"
     values = parse_options(options, steps, hint)
     for kind, name, known in (("start", start, STARTS), ("sampler", sampler, (*SAMPLERS, BUFFER))):
         check_renamed(kind, name)
@@ -172,8 +172,8 @@ def make_settings(
     if sampler == BUFFER:
         if values or start not in (None, BUFFER):
             raise UserError(
-                "--sampler buffer takes chains as they are: leave out --steps, --start and --set, "
-                "or move them on by --sampler sgld --start buffer"
+                "--sampler buffer takes no step: leave out --steps, --start and --set, or continue "
+                "the chains with --sampler sgld --start buffer"
             )
         start = BUFFER
     else:
@@ -189,7 +189,7 @@ def make_settings(
             values["start"] = start = entry.resolve_start(given, model, data_at_hand)
         config = validated(entry.config, values, f"settings of sampler {sampler!r}")
         resolved = config.model_dump(mode="json")
-        entry.build(model, labels, config)  # noise levels that are not the model's are refused
+        entry.build(model, labels, config)  # raises if a noise level is out of range
     card = model.card
     if image_size is not None and image_size < 1:
         raise UserError(f"image size {image_size} is not a number of pixels: take 1 or more")
@@ -212,11 +212,10 @@ def make_settings(
 def parse_options(
     options: Mapping[str, Any] | None, steps: int | None, hint: str = ""
 ) -> dict[str, Any]:
-    """Settings of a sampler as the command line gives them, with ``steps`` beside them or not.
+    """Merge the options of a sampler on the command line with ``steps``, if given.
 
     Raises:
-        UserError: if they ask for no steps (``hint``: what may be meant), or one has a name of an
-            earlier version.
+        UserError: if ``steps`` is below 1 (the error ends with ``hint``), or a name is an old one.
     """
     values = dict(options or {}) | ({} if steps is None else {"steps": steps})
     for name in values:
@@ -225,14 +224,14 @@ def parse_options(
     check_renamed("start", start if isinstance(start, str) else None)
     steps = values.get("steps", 1)
     if isinstance(steps, int) and steps < 1:
-        raise UserError(f"{steps} steps move no chain: take 1 or more{hint}")
+        raise UserError(f"{steps} steps are too few: take 1 or more{hint}")
     return values
 
 
 def cautions(
     model: ScoreModel, entry: SamplerEntry[Any], sampler: Sampler[Any], settings: SamplingSettings
 ) -> list[str]:
-    """What a reader of the samples should know beforehand, in sentences."""
+    """Warnings about the samples that are known before sampling."""
     found = []
     card = model.card
     if card is not None and card.image_size and tuple(card.image_size) != settings.image_size:
@@ -243,12 +242,12 @@ def cautions(
     try:
         terms = parse_objective(card.objective) if card else []
         trains_density = any(term.objective.trains_density for term in terms)
-    except UserError:  # of someone else's making: nothing is known
+    except UserError:  # an objective that this installation does not know
         trains_density = not classifies(model)
     if card is not None and card.sigma_range is None and not trains_density:
         found.append(
             f"this model was trained by {card.objective or 'an unknown objective'}, which trains "
-            "no density: its samples show what its classifier responds to, not what images are"
+            "no density: samples show what its classifier responds to, not realistic images"
         )
     mean = {"noise": "gray", "mean": "the mean image"}.get(settings.start)
     if mean is not None and card is not None and card.sigma_range is not None:
@@ -257,16 +256,16 @@ def cautions(
         wide = SPREAD * math.prod(settings.shape) ** 0.5
         if level < wide:
             found.append(
-                f"chains begin with noise of {format_sigma(level)} about {mean}, within what the "
-                f"model was trained for (up to {format_sigma(card.sigma_range[1])}); images lie "
-                f"about {wide:.2g} from their mean, so this noise does not hide where they began, "
-                "and samples vary less than images do: start from class_gaussian, or train to "
-                "higher noise"
+                f"chains start with noise of {format_sigma(level)} about {mean}, in the trained "
+                f"range (up to {format_sigma(card.sigma_range[1])}); images have a distance of "
+                f"about {wide:.2g} from their mean, so this noise does not hide the starting "
+                "image, and samples vary less than real images: start from class_gaussian, or "
+                "train with higher noise"
             )
     if settings.start != BUFFER and settings.options["steps"] < entry.fresh_steps:
         found.append(
-            f"{settings.options['steps']} steps from {settings.start} are what JEM moves a chain "
-            "of its buffer by, not a chain's whole way: take --start buffer, or --steps 1000"
+            f"{settings.options['steps']} steps from {settings.start} are too few, except for "
+            "chains that continue a replay buffer: take --start buffer, or --steps 1000"
         )
     return found
 
@@ -275,10 +274,10 @@ def cautions(
 
 
 def parse_label(model: ScoreModel, text: str) -> int:
-    """The label that ``text`` names, by the class's name or number.
+    """Parse a label: the name or the number of a class.
 
     Raises:
-        UserError: if the model has no labels, none were trained, or it knows no such label.
+        UserError: if the model has no labels or did not train them, or the label is unknown.
     """
     names = model.card.class_names if model.card else []
     if model.num_classes and not takes_labels(model):
@@ -298,7 +297,7 @@ def parse_label(model: ScoreModel, text: str) -> int:
 
 
 def parse_labels(model: ScoreModel, text: str | None, count: int) -> Tensor | None:
-    """Labels (count,) int64 of ``count`` chains: one for all, or with ``all`` each in turn.
+    """Labels (count,) int64 of ``count`` chains: the same for all, or each in turn for ``all``.
 
     Raises:
         UserError: as `parse_label`.
@@ -312,6 +311,6 @@ def parse_labels(model: ScoreModel, text: str | None, count: int) -> Tensor | No
 
 
 def class_names_of(model: ScoreModel) -> list[str]:
-    """A name for each label: the card's, or the numbers."""
+    """Names of the labels: those of the model card, or the numbers."""
     names = model.card.class_names if model.card else []
     return list(names) or [str(c) for c in range(model.num_classes)]

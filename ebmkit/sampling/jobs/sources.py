@@ -1,4 +1,4 @@
-"""What a job reads beside its model: the run's images, its replay buffer, and a guide."""
+"""Inputs of a sampling job besides the model: images, the replay buffer, and a guide."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ from ebmkit.training import DataConfig, RunFolder, resolve
 from ebmkit.training.setup import images_of
 
 MAX_TRAIN, MAX_HELD_OUT = 10_000, 1000
-"""Training images that starts are drawn from, and held-out ones whose energies are compared with
-those of samples, at the most."""
+"""Maximum number of training images for starting points, and of held-out images whose energies are
+compared with those of samples."""
 
 
 @dataclass(frozen=True)
 class Sources:
-    """What a job may use beside the model."""
+    """Inputs of a job besides the model."""
 
-    train: tuple[Tensor, Tensor | None] | None = None  # images (M, C, H, W) and labels to start at
+    train: tuple[Tensor, Tensor | None] | None = None  # images (M, C, H, W), labels: to start from
     buffer: ReplayBuffer | None = None
     held_out: Tensor | None = None  # images (M, C, H, W) to compare energies with
-    note: str = ""  # why there are none of those, if so
+    note: str = ""  # why there are no held-out images
 
 
 def sources_for(
@@ -55,10 +55,10 @@ def sources_for(
     data_dir: Path | None = None,
     progress: bool = False,
 ) -> Sources:
-    """What the job with ``settings`` needs of ``run``.
+    """Load the inputs that a job with ``settings`` needs from ``run``.
 
     Raises:
-        UserError: if chains are to start from what there is not, or from images of another shape.
+        UserError: if the images or the buffer to start from are missing or have another shape.
     """
     train = buffer = held_out = None
     note = ""
@@ -75,16 +75,16 @@ def sources_for(
     try:
         own = images_of(data_of(run, dataset, data_dir), "validation", download=False)
         held_out, _ = _first_batch(own.first(MAX_HELD_OUT), MAX_HELD_OUT, settings)
-    except UserError as error:  # a comparison is no reason to refuse samples
+    except UserError as error:  # the comparison is optional
         note = str(error)
     return Sources(train, buffer, held_out, note)
 
 
 def data_of(run: Path, dataset: str | None = None, data_dir: Path | None = None) -> DataConfig:
-    """The run's data set, or the one that is named.
+    """Return the data set called ``dataset``, or that of the run.
 
     Raises:
-        UserError: if none is named and the run does not say which it was trained on.
+        UserError: if none is named and the run does not state the data it was trained on.
     """
     if not (run / "config.yaml").is_file():
         if dataset is None:
@@ -100,7 +100,7 @@ def data_of(run: Path, dataset: str | None = None, data_dir: Path | None = None)
 
 
 def at_hand(run: Path, dataset: str | None = None, data_dir: Path | None = None) -> bool:
-    """Whether the run's training images can be had, without fetching them."""
+    """Whether the training images of the run are available without a download."""
     try:
         images_of(data_of(run, dataset, data_dir), "train", download=False)
     except UserError:
@@ -109,7 +109,7 @@ def at_hand(run: Path, dataset: str | None = None, data_dir: Path | None = None)
 
 
 def buffer_of(run: Path, model: ScoreModel) -> ReplayBuffer:
-    """The chains that the training of ``run`` ended with, on the CPU.
+    """Load the replay buffer from the end of the training of ``run``, on the CPU.
 
     Raises:
         UserError: if the run has none, or the file is damaged.
@@ -128,7 +128,7 @@ def buffer_of(run: Path, model: ScoreModel) -> ReplayBuffer:
 
 
 def _training_images(config: DataConfig, data_dir: Path | None, progress: bool) -> AnyImages:
-    """Training images; nothing is fetched into a folder that the run alone named."""
+    """Training images; nothing is downloaded to a folder that only the run names."""
     download = data_dir is not None or config.data_dir is None
     return images_of(config, "train", progress, download=download)
 
@@ -148,8 +148,7 @@ def _first_batch(
 # --- guides --------------------------------------------------------------------------------------
 
 VIEWS = ("noisy", "x_t", "x0_hat", "x0_hat-backpropagate")
-"""Inputs of the guide on the command line; with ``-backpropagate`` its gradient goes back through
-the denoiser."""
+"""Values of ``--view``; with ``-backpropagate`` the gradient is computed through the denoiser."""
 
 
 def parse_guidance(
@@ -161,7 +160,7 @@ def parse_guidance(
     start: float | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> GuidanceConfig | None:
-    """The guidance that these options of `ebmkit sample` ask for; None if they ask for none.
+    """Guidance settings from options of `ebmkit sample`; None without guidance.
 
     Raises:
         UserError: if options are given without a guide, or one is not legal.
@@ -174,8 +173,8 @@ def parse_guidance(
             names = {"options": "guide-set", "start": "guide-start"}
             first = names.get(first := next(iter(asked)), first)
             raise UserError(
-                f"--{first} is of guidance, and there is no guide: name a classifier's run by "
-                f"--guide, or take --guidance {CLASSIFIER_FREE} of a model with labels"
+                f"--{first} needs a guide: give the run of a classifier by --guide, or take "
+                f"--guidance {CLASSIFIER_FREE} for a model with labels"
             )
         return None
     if guide is not None and guidance == CLASSIFIER_FREE:
@@ -200,16 +199,16 @@ def guide_by(
     bars: bool = False,
     inference: Inference | None = None,
 ) -> tuple[GuidedModel, dict[str, Any]]:
-    """``base`` guided by the model in folder ``guide``, and what `SamplingSettings` say of it.
+    """Return ``base`` guided by the model in folder ``guide``, and fields of `SamplingSettings`.
 
-    Without ``guide`` it is classifier-free. Mean energies are computed on ``dataset`` in
-    ``data_dir``, or the guide's own, or that of ``run``, the folder of the base; ``progress`` is
-    called with (images, images in all) then, and ``bars`` are shown while data is read.
-    ``inference`` says how the guide is computed; None: eagerly, in float32.
+    Without ``guide``, guidance is classifier-free. Mean energies are computed on ``dataset`` in
+    ``data_dir``, by default the data set of the guide, or of ``run``, the folder of the base.
+    Meanwhile ``progress`` is called with (images done, all images). ``bars`` shows progress bars of
+    reading. ``inference`` sets precision and compilation of the guide; None: eager, float32.
 
     Raises:
-        UserError: if the folder holds no model, the two do not fit, or the images that mean
-            energies need cannot be had.
+        UserError: if the folder holds no model, base and guide do not fit, or the images for mean
+            energies are not available.
     """
     if guide is None:
         return guided_model(base, None, config), {"guidance": config}
@@ -220,7 +219,7 @@ def guide_by(
         model = laid_out(model, inference)
     means = None
     if config.needs_means:
-        # base and guide are checked before anything is computed
+        # check base and guide before computing energies
         guided_model(base, model, config, [0.0] * model.num_classes)
         own = dataset is not None or (guide / "config.yaml").is_file()
         data = data_of(guide if own or run is None else run, dataset, data_dir)

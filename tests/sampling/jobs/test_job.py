@@ -155,7 +155,7 @@ def test_other_settings_finished_and_foreign_folders_are_refused(tmp_path):
         JobFolder(out).begin(settings)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()
-    with pytest.raises(UserError, match="something else"):
+    with pytest.raises(UserError, match="other files than samples"):
         JobFolder(tmp_path / "mine").begin(settings)
 
 
@@ -244,7 +244,7 @@ def test_the_buffer_gives_its_chains_and_others_start_from_them(tmp_path):
     model = mixture()
     buffer = ReplayBuffer(torch.rand(6, *SHAPE), num_classes=2)
     settings = make_settings(model, "buffer", count=4, label="bright")
-    with pytest.raises(UserError, match="4 chains of a label are asked for and it has 3"):
+    with pytest.raises(UserError, match="4 chains of a label are requested, and it has 3"):
         job_at(tmp_path / "many", model, settings, Sources(buffer=buffer))
     settings = make_settings(model, "buffer", count=3, label="bright")
     job = job_at(tmp_path / "as-is", model, settings, Sources(buffer=buffer))
@@ -254,7 +254,7 @@ def test_the_buffer_gives_its_chains_and_others_start_from_them(tmp_path):
         found = {tuple(x.ravel().tolist()) for x in file["samples"][()]}
         assert file.attrs["source"] == "buffer"
     assert found == {tuple(x.flatten().tolist()) for x in buffer.images[3:]}
-    assert "no meaning" in document["diagnostics"]["chains"]["meaning"]
+    assert "undefined" in document["diagnostics"]["chains"]["meaning"]
     settings = make_settings(
         model, "sgld", count=2, steps=1, start="buffer", options={"step_size": 1e-9, "noise": 0}
     )
@@ -283,7 +283,7 @@ def test_diagnostics_say_where_they_have_no_meaning():
     found = chain_diagnostics(SAMPLERS["mala"], [draws[:, :5], draws[:, 5:]], finite, 1)
     assert found["split_rhat"] < 1.02  # independent draws
     assert 0.7 * 1600 < found["effective_size"] < 1.4 * 1600
-    assert "no meaning" in chain_diagnostics(SAMPLERS["ddim"], [draws], finite, 1)["meaning"]
+    assert "undefined" in chain_diagnostics(SAMPLERS["ddim"], [draws], finite, 1)["meaning"]
 
 
 class TowardsGray(PositionSampler):
@@ -315,7 +315,7 @@ def test_an_entry_of_the_table_is_all_that_a_sampler_needs(tmp_path, monkeypatch
         job = job_at(tmp_path, model, settings)
         job.run()
         document = write_results(job, "run")
-    assert "shrinks contrast: they have no meaning" in document["diagnostics"]["chains"]["meaning"]
+    assert "shrinks contrast: they are undefined" in document["diagnostics"]["chains"]["meaning"]
     assert document["steps"] == 40
     assert float((job_samples(tmp_path) - 0.5).abs().max()) < 0.1
 
@@ -333,12 +333,12 @@ def job_samples(path):
     [
         ({"sampler": "mla"}, "did you mean 'mala'"),
         ({"count": 0}, "0 samples cannot be drawn"),
-        ({"steps": 0}, "0 steps move no chain.*--sampler buffer"),
+        ({"steps": 0}, "0 steps are too few.*--sampler buffer"),
         ({"label": "2"}, "label 2 is out of range: this model knows 0 to 1"),
         ({"label": "cow"}, "this model knows 0 to 1 or dark, bright"),
         (
             {"sampler": "kadkhodaie_simoncelli"},
-            "simoncelli cannot drive this model: it takes the noise level.*mala",
+            "simoncelli does not support this model: it takes the noise level.*mala",
         ),
         ({"sampler": "ks"}, "sampler 'ks' is now called 'kadkhodaie_simoncelli'"),
         ({"start": "seeds"}, "start 'seeds' is now called 'class_gaussian'"),
@@ -347,7 +347,7 @@ def job_samples(path):
         ({"options": {"stepsize": 1}}, "did you mean 'step_size'"),
         ({"start": "bufer"}, "did you mean 'buffer'"),
         ({"options": {"sigma": "2/1"}}, "outside the range that this model was trained for"),
-        ({"sampler": "buffer", "steps": 5}, "takes chains as they are"),
+        ({"sampler": "buffer", "steps": 5}, "buffer takes no step"),
     ],
 )
 def test_bad_settings_are_told_in_a_sentence(asked, told):
