@@ -64,7 +64,7 @@ def train(name: str, data_dir: Path, out: Path) -> RunFolder:
     config = resolve(named, parse_assignments(settings.split()), recipe=recipe)
     path = out / name.replace(", ", "_").replace(" ", "-").replace("/", "-")
     run = RunFolder.open(path) if path.exists() else RunFolder.create(path, config)
-    run.check_same(config)
+    run.check_config(config)
     assemble(config, run).fit()
     return run
 

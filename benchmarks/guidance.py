@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from ebmkit.experiments import SCALES, ExperimentRuns, Scale, write
-from ebmkit.experiments.guidance import AMOUNTS, Amount, run_guidance
+from ebmkit.experiments.guidance import AMOUNTS, StudySize, run_guidance
 from ebmkit.training import Interrupted
 from ebmkit.training.config import merge
 
@@ -83,7 +83,7 @@ def scale(name: str, under: str) -> Scale:
     )
 
 
-def amount(name: str, under: str) -> Amount:
+def amount(name: str, under: str) -> StudySize:
     """Amounts for all networks and methods."""
     more = {"per_class": 30, "steps": 50} if name == "digits" else {"per_class": 50, "steps": 100}
     return replace(

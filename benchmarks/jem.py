@@ -87,7 +87,7 @@ def train(name: str, data_dir: Path, out: Path) -> RunFolder:
     config = configuration(name, data_dir)
     path = out / name.replace(", ", "_").replace(" ", "-").replace("'", "")
     run = RunFolder.open(path) if path.exists() else RunFolder.create(path, config)
-    run.check_same(config)
+    run.check_config(config)
     trainer = assemble(config, run)
     if trainer.step < config.steps:
         trainer.fit()

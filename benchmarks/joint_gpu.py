@@ -42,7 +42,7 @@ from torch.profiler import ProfilerActivity, profile
 from ebmkit.bench import Setting, comparison, document, measure
 from ebmkit.compute import ComputeConfig, describe, environment, pick_device
 from ebmkit.data import Batch
-from ebmkit.data.streams import prefetched
+from ebmkit.data.streams import prefetch
 from ebmkit.objectives import TrainingLoss
 from ebmkit.storage import write_atomically
 from ebmkit.training import TrainConfig, Trainer, resolve
@@ -151,7 +151,7 @@ def check(config: TrainConfig, rehearse: bool) -> dict[str, Any]:
 def first_batches(trainer: Trainer, steps: int) -> Iterator[dict[str, Batch]]:
     """Training batches of the first ``steps`` steps."""
     streams = {name: stream.batches(0, steps) for name, stream in trainer.streams.items()}
-    return prefetched(streams, trainer.device)
+    return prefetch(streams, trainer.device)
 
 
 def gradient(trainer: Trainer, way: ComputeConfig, drawn: dict[str, Any]) -> torch.Tensor:

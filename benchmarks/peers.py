@@ -24,13 +24,13 @@ from ebmkit.bench import (
     SIGMA,
     Build,
     Comparison,
-    OurStep,
+    LibraryStep,
     PlainStep,
     Setting,
     Step,
+    library_inference,
     make_batch,
     network,
-    our_inference,
     plain_inference,
     plain_loss,
     timed_terms,
@@ -173,7 +173,7 @@ def score_matching(
     generator = torch.Generator().manual_seed(0)
     x = make_batch(setting.batch, 3, setting.image_size, device, generator).x
     candidates: dict[str, Build] = {
-        OURS: lambda: OurStep(model, "dsm", lambda: {"denoise": with_noise(x)}, compute),
+        OURS: lambda: LibraryStep(model, "dsm", lambda: {"denoise": with_noise(x)}, compute),
         PLAIN: lambda: PlainStep(model, "dsm", lambda: {"denoise": with_noise(x)}),
     }
     notes = {OURS: "fixed sigma 25/255, noise drawn in the step"}
@@ -229,9 +229,9 @@ def denoising(
     if setting.image_size > trained_at:
         tiled, model = model, copy.deepcopy(model)
         model.size_scaling = "factor"
-        candidates[f"{OURS}, tiles"] = lambda: our_inference(tiled, "denoise", y, compute)
+        candidates[f"{OURS}, tiles"] = lambda: library_inference(tiled, "denoise", y, compute)
         notes[OURS] = 'size_scaling "factor"'
-    candidates[OURS] = lambda: our_inference(model, "denoise", y, compute)
+    candidates[OURS] = lambda: library_inference(model, "denoise", y, compute)
     candidates[PLAIN] = lambda: plain_inference(model, "denoise", y)
     if installed("deepinv"):
         candidates[DRUNET] = lambda: drunet(device, y)

@@ -37,7 +37,7 @@ __all__ = [
     "save_model",
 ]
 
-_HOMES = ("errors", "card", "energy", "compile", "analytic", "models")
+_PUBLIC_MODULES = ("errors", "card", "energy", "compile", "analytic", "models")
 """Modules that define the names in `__all__`."""
 
 
@@ -47,7 +47,7 @@ def __getattr__(name: str) -> Any:
     Importing PyTorch takes seconds, which `ebmkit --help` avoids.
     """
     if name in __all__:
-        for home in _HOMES:
+        for home in _PUBLIC_MODULES:
             module = import_module(f"{__name__}.{home}")
             if hasattr(module, name):
                 value = globals()[name] = getattr(module, name)

@@ -123,7 +123,7 @@ def random_start(
     return torch.clamp(moved, low, high)  # type: ignore[arg-type]  # both have the same type
 
 
-def noise_of_size(
+def noise_of_norm(
     x: Tensor, epsilon: float, norm: Norm, generators: Sequence[torch.Generator]
 ) -> Tensor:
     """Add random noise of norm ``epsilon`` to images ``x`` (B, ...) in [0, 1], and clip them.

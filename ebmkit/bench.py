@@ -48,7 +48,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.benchmark import timer
 
-from ebmkit.compile import laid_out, make_inference
+from ebmkit.compile import make_inference, wrap_channels_last
 from ebmkit.compute import (
     ComputeConfig,
     Precision,
@@ -90,7 +90,7 @@ NUM_CLASSES = 10
 SIGMA = 25 / 255
 """Noise level passed to ``denoise``, image units."""
 
-SHORTEST, MAX_CALLS = 0.05, 50
+MIN_TIMING_SECONDS, MAX_CALLS = 0.05, 50
 """Minimum seconds of a timing; a faster step is called several times, up to `MAX_CALLS`."""
 
 PEERS = ("torchebm", "deepinv", "ebmkit")
@@ -237,7 +237,7 @@ def measure(comparison: Comparison, device: torch.device, rounds: int) -> list[R
         for who, build in comparison.candidates.items():
             steps[who], peaks[who] = peak_memory(build, device)
         with torch.cuda.device(device if device.type == "cuda" else -1):
-            seconds = interleave(steps, rounds, warmup=1, shortest=SHORTEST)
+            seconds = interleave(steps, rounds, warmup=1, shortest=MIN_TIMING_SECONDS)
     except (OutOfMemory, torch.OutOfMemoryError):
         raise UserError(
             f"{device} has too little memory for {comparison.name!r}: choose a smaller --batch, "
@@ -337,14 +337,14 @@ def comparison(
         if compute.precision == "auto":
             compute = compute.model_copy(update={"precision": "fp32"})
         images, y = setting.batch, draw(setting.batch).y
-        ours = partial(our_inference, model, setting.what, y, compute)
+        ours = partial(library_inference, model, setting.what, y, compute)
         plain = partial(plain_inference, model, setting.what, y)
     else:
         streams = dict.fromkeys(term.objective.stream for term in timed_terms(objective))
         joint = len(streams) > 1
         counts = {n: (1 + (joint and n == "classify")) * setting.batch for n in streams}
         images, drawn = sum(counts.values()), {n: draw(count) for n, count in counts.items()}
-        ours = partial(OurStep, model, objective, lambda: drawn, compute)
+        ours = partial(LibraryStep, model, objective, lambda: drawn, compute)
         plain = partial(PlainStep, model, objective, lambda: drawn)
     candidates: dict[str, Build] = {OURS: ours, PLAIN: plain}
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
@@ -375,7 +375,7 @@ def timed_terms(objective: str) -> tuple[Term, ...]:
     return tuple(terms)
 
 
-class OurStep:
+class LibraryStep:
     """The library's training step of ``objective``, on a copy of ``model``.
 
     Raises:
@@ -453,7 +453,7 @@ def plain_loss(model: EnergyModel, terms: tuple[Term, ...], batches: Mapping[str
     return total
 
 
-def our_inference(
+def library_inference(
     model: EnergyModel, what: str, y: Tensor, compute: ComputeConfig | None = None
 ) -> Step:
     """The library's inference step: one of `INFERENCES` on noisy images ``y``, on a frozen model.
@@ -467,7 +467,7 @@ def our_inference(
     own = copy.deepcopy(model).eval().requires_grad_(False)
     mode = "on" if pick_compile(compute.compile, y.device) else "off"
     inference = make_inference(y.device, compute.precision, mode)
-    own, precision = laid_out(own, inference), inference.precision
+    own, precision = wrap_channels_last(own, inference), inference.precision
     call = getattr(own, what)
 
     def step() -> Tensor:

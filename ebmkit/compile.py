@@ -97,8 +97,8 @@ class Inference:
 
     def wrap(self, model: M) -> M:
         """Wrap ``model``: the wrapper has the same methods and shares the parameters."""
-        if isinstance(model, HasParts):
-            return cast("M", model.with_parts(self.wrap))
+        if isinstance(model, CompositeModel):
+            return cast("M", model.map_submodels(self.wrap))
         kind = WrappedEnergyModel if isinstance(model, EnergyModel) else WrappedModel
         return cast("M", kind(model, self))
 
@@ -124,11 +124,11 @@ class Inference:
         self.compiling = self.compiled = False
 
 
-class HasParts(ABC):
+class CompositeModel(ABC):
     """A model composed of other models, which are wrapped separately."""
 
     @abstractmethod
-    def with_parts(self, wrap: Callable[[Any], Any]) -> Any:
+    def map_submodels(self, wrap: Callable[[Any], Any]) -> Any:
         """A copy of this model in which ``wrap(part)`` replaces each part."""
 
 
@@ -259,10 +259,10 @@ def optimize(model: M, precision: str = "fp32", compile: str = "off") -> M:
     >>> fast = optimize(load("runs/cifar10", device="cuda"), "bf16", "on")   # doctest: +SKIP
     >>> fast.score(y)                                                         # doctest: +SKIP
     """
-    return laid_out(model, make_inference(device_of(model), precision, compile))
+    return wrap_channels_last(model, make_inference(device_of(model), precision, compile))
 
 
-def laid_out(model: M, inference: Inference) -> M:
+def wrap_channels_last(model: M, inference: Inference) -> M:
     """Return ``inference.wrap(model)``, with parameters in channels-last layout."""
     flush_denormals(device_of(model))
     keep_freed_memory(device_of(model))
@@ -284,8 +284,8 @@ def make_inference(device: torch.device, precision: str, compile: str) -> Infere
 
 def unwrapped(model: M) -> M:
     """The model inside the wrapper ``model``; ``model`` itself if it is not a wrapper."""
-    if isinstance(model, HasParts):
-        return cast("M", model.with_parts(unwrapped))
+    if isinstance(model, CompositeModel):
+        return cast("M", model.map_submodels(unwrapped))
     return cast("M", model.model) if isinstance(model, WrappedModel) else model
 
 

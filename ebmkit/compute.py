@@ -39,7 +39,7 @@ Precision = Literal["fp32", "tf32", "bf16"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 COMPILE_MODES = ("auto", "on", "off")
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # parameters of glibc's mallopt
-SOUND_CHANNELS = 8
+MIN_SAFE_CHANNELS = 8
 """Minimum number of input channels for which oneDNN's 1x1 convolution kernel is correct (see
 `subsample_before_1x1`): the number of float32 values in an AVX2 register."""
 
@@ -237,7 +237,7 @@ def subsample_before_1x1(model: nn.Module) -> None:
     for conv in (module for module in model.modules() if isinstance(module, nn.Conv2d)):
         strided = tuple(conv.kernel_size) == (1, 1) and tuple(conv.stride) != (1, 1)
         plain = conv.padding in ((0, 0), "valid") and conv.groups == 1
-        if strided and plain and conv.in_channels < SOUND_CHANNELS:
+        if strided and plain and conv.in_channels < MIN_SAFE_CHANNELS:
             rows, columns = conv.stride
             conv.stride = (1, 1)
             conv.register_forward_pre_hook(partial(_subsample, rows=rows, columns=columns))

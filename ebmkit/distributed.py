@@ -35,12 +35,12 @@ T = TypeVar("T")
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _LOST = ("connection closed", "connection reset", "connection refused", "broken pipe", "gloo")
-PATIENCE = timedelta(hours=2)
+TIMEOUT = timedelta(hours=2)
 """Timeout of waiting for other processes, one of which may download or decode data for all. The
 launcher detects a dead process immediately."""
 
 
-class LostOthers(UserError):
+class PeerLost(UserError):
     """Another process ended, and has reported the reason."""
 
 
@@ -101,7 +101,7 @@ class DistributedContext:
         )
 
 
-def announced() -> bool:
+def is_launched() -> bool:
     """Whether a launcher set the environment variables of a process group."""
     return all(name in os.environ for name in _VARIABLES)
 
@@ -116,7 +116,7 @@ def join() -> Iterator[DistributedContext]:
         UserError: if an environment variable is illegal, the port in use, or another process
             unreachable.
     """
-    if not announced():
+    if not is_launched():
         yield DistributedContext()
         return
     rank, size = _number("RANK"), _number("WORLD_SIZE")
@@ -131,10 +131,10 @@ def join() -> Iterator[DistributedContext]:
     try:
         # torchrun keeps one store over restarts, with the addresses of dead processes
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store, _, _ = next(rendezvous("env://", rank, size, timeout=PATIENCE))
-        store.set_timeout(PATIENCE)
+        store, _, _ = next(rendezvous("env://", rank, size, timeout=TIMEOUT))
+        store.set_timeout(TIMEOUT)
         store = dist.PrefixStore(f"attempt {attempt}", store)  # type: ignore[attr-defined]
-        dist.init_process_group(store=store, rank=rank, world_size=size, timeout=PATIENCE)
+        dist.init_process_group(store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:
         raise UserError(_unreachable(world, error)) from None
     try:
@@ -143,7 +143,7 @@ def join() -> Iterator[DistributedContext]:
         is_lost = isinstance(error, dist.DistError) or any(w in str(error).lower() for w in _LOST)
         if not is_lost:
             raise
-        raise LostOthers(
+        raise PeerLost(
             f"process {rank} of {size} lost the others: one of them ended; see its error message"
         ) from None
     # not after an error: destroying the group would wait for processes that wait for this one
@@ -168,7 +168,7 @@ def launch() -> str | None:
 def device_of_rank(device: torch.device) -> torch.device:
     """The device of this process: the GPU of its local rank, or the CPU. A `UserError` if more
     processes than GPUs were started on this machine."""
-    if device.type != "cuda" or not announced():
+    if device.type != "cuda" or not is_launched():
         return device
     local, count = _number("LOCAL_RANK", 0), torch.cuda.device_count()
     if local >= count:
@@ -179,12 +179,12 @@ def device_of_rank(device: torch.device) -> torch.device:
     return torch.device("cuda", local)
 
 
-def yield_to_others(error: UserError) -> None:
+def wait_for_root_cause(error: UserError) -> None:
     """Wait until the process at fault has reported ``error``: rank 0 if all processes have it, or
     the process that the others lost. Its exit makes the launcher stop the waiting processes."""
-    if isinstance(error, LostOthers):
+    if isinstance(error, PeerLost):
         time.sleep(20)
-    elif announced() and os.environ["RANK"] != "0":
+    elif is_launched() and os.environ["RANK"] != "0":
         time.sleep(5)
 
 

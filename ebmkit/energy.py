@@ -380,7 +380,7 @@ class EnergyModel(ScoreModel):
         return value_and_grads(self, y, sigma, *targets, record=wants_grad(self, y, sigma))
 
     def _score(self, y: Tensor, sigma: Noise | None, c: Tensor | None) -> Tensor:
-        self.warn_if_rough()
+        self.warn_about_layers()
         record = wants_grad(self, y, sigma)
         return value_and_grads(self, y, sigma, LogDensity(c), record=record)[1][0]
 
@@ -418,7 +418,7 @@ class EnergyModel(ScoreModel):
         """grad log p(c|y), "the adversarial gradient" (CDN eq. 9); same shape as y."""
         return self.value_and_grads(y, sigma, LabelLogProbability(self.check_labels(c, y)))[1][0]
 
-    def warn_if_rough(self) -> None:
+    def warn_about_layers(self) -> None:
         """Warn once about BatchNorm and ReLU, which impair a score, as the paper found."""
         if self._warned or torch.compiler.is_compiling():
             return

@@ -18,12 +18,12 @@ from rich.text import Text
 
 T = TypeVar("T")
 
-_HARMFUL = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
+_UNSAFE_CATEGORIES = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
 """Unicode categories of characters that change the display of other text, or are not printable."""
 
 
 def clean(text: str, allow: str = "\n\t") -> str:
-    r"""Escape control characters and other `_HARMFUL` ones in ``text``, except ``allow``.
+    r"""Escape control characters and other `_UNSAFE_CATEGORIES` ones in ``text``, except ``allow``.
 
     >>> clean("cat\x1b[2J")
     'cat\\x1b[2J'
@@ -31,7 +31,8 @@ def clean(text: str, allow: str = "\n\t") -> str:
     if text.isprintable():
         return text
     return "".join(
-        c if c in allow or unicodedata.category(c) not in _HARMFUL else repr(c)[1:-1] for c in text
+        c if c in allow or unicodedata.category(c) not in _UNSAFE_CATEGORIES else repr(c)[1:-1]
+        for c in text
     )
 
 
@@ -50,7 +51,7 @@ def shown_name(name: str) -> str:
     return name if len(name) <= 60 else f"{name[:57]}..."
 
 
-def for_bar(name: str) -> str:
+def escape_markup(name: str) -> str:
     """Escape a name for a progress bar, which interprets markup in brackets."""
     return escape(one_line(name))
 
@@ -84,4 +85,4 @@ def progress_bar(items: Iterable[T], text: str, show: bool) -> Iterable[T]:
 
     console = CleanConsole(stderr=True)
     hidden = not (show and console.is_terminal)
-    return track(items, for_bar(text), console=console, transient=True, disable=hidden)
+    return track(items, escape_markup(text), console=console, transient=True, disable=hidden)

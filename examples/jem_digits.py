@@ -40,7 +40,7 @@ def train(out: Path, recipe: str, **changes: Any) -> ebmkit.ScoreModel:
     """The model of a run in ``out``, which goes on where it was; finished ones are not repeated."""
     config = resolve(changes, recipe=recipe)
     run = RunFolder.open(out) if out.exists() else RunFolder.create(out, config)
-    run.check_same(config)
+    run.check_config(config)
     trainer = assemble(config, run)
     if trainer.step < config.steps:
         trainer.fit()

@@ -120,7 +120,7 @@ def learn(
         losses.total.backward()
         optimizer.step()
         schedule.step()
-        loss.remember(losses.parts)
+        loss.update_running(losses.parts)
     return model.eval().requires_grad_(False)
 
 

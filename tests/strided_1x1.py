@@ -148,7 +148,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(asked.threads)
     if asked.unguarded:
-        ebmkit.compute.SOUND_CHANNELS = 0
+        ebmkit.compute.MIN_SAFE_CHANNELS = 0
     layout = torch.contiguous_format if asked.contiguous else torch.channels_last
     print(json.dumps({name: ended(name, layout) for name in asked.names}))
 

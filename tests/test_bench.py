@@ -15,15 +15,15 @@ from ebmkit.bench import (
     PLAIN,
     SCALING,
     SIGMA,
-    OurStep,
+    LibraryStep,
     PlainStep,
     Ratio,
     Row,
     Setting,
     interleave,
+    library_inference,
     make_batch,
     network,
-    our_inference,
     peak_memory,
     plain_inference,
     plain_loss,
@@ -127,7 +127,7 @@ def test_both_sides_compute_the_same_loss_and_gradients(objective):
         name: make_batch(count, 3, 8, CPU, generator)
         for name, count in {"classify": 8, "denoise": 4}.items()
     }
-    ours = OurStep(model, objective, lambda: drawn, EAGER)
+    ours = LibraryStep(model, objective, lambda: drawn, EAGER)
     plain = PlainStep(model, objective, lambda: drawn)
     ours()
     loss = plain()
@@ -153,7 +153,7 @@ def test_both_sides_compute_the_same_loss_and_gradients(objective):
 def test_both_sides_infer_the_same(what):
     model = network(TINY, 3, CPU)
     y = make_batch(4, 3, 8, CPU, torch.Generator().manual_seed(0)).y
-    ours, plain = our_inference(model, what, y, EAGER)(), plain_inference(model, what, y)()
+    ours, plain = library_inference(model, what, y, EAGER)(), plain_inference(model, what, y)()
     assert not ours.requires_grad
     torch.testing.assert_close(ours, plain.detach(), rtol=1e-4, atol=1e-6)
 

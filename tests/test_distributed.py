@@ -82,7 +82,7 @@ def train_by_two(folder: Path, *own: str) -> Path:
         ) as other,
     ):  # fmt: skip
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # of torch itself
-        patch.setattr(distributed, "PATIENCE", timedelta(minutes=2))
+        patch.setattr(distributed, "TIMEOUT", timedelta(minutes=2))
         try:
             first = ebmkit_command(*arguments, cwd=folder, RANK="0", **variables)
             printed, told = other.communicate(timeout=120)

@@ -130,8 +130,8 @@ def main() -> None:
         app(prog_name="ebmkit")
     except UserError as error:
         if "RANK" in os.environ:  # of several processes, one reports
-            from ebmkit.distributed import yield_to_others
+            from ebmkit.distributed import wait_for_root_cause
 
-            yield_to_others(error)
+            wait_for_root_cause(error)
         errors.say(f"ebmkit: {error}", "red")
         sys.exit(2)

@@ -20,7 +20,7 @@ from rich.progress import (
 )
 
 from ebmkit.errors import UserError
-from ebmkit.terminal import CleanConsole, for_bar
+from ebmkit.terminal import CleanConsole, escape_markup
 
 if TYPE_CHECKING:
     from ebmkit.training import Reporter
@@ -68,7 +68,7 @@ def left() -> tuple[Any, ...]:
 def counting(what: str) -> Iterator[Callable[[int, int], None]]:
     """Context with a bar called ``what``: yields a function (done, total) that shows the bar."""
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(for_bar(what), total=None, visible=False)
+        task = progress.add_task(escape_markup(what), total=None, visible=False)
         yield lambda done, total: progress.update(task, completed=done, total=total, visible=True)
 
 

@@ -161,7 +161,7 @@ def restore(
         steps: maximum number of steps
         set_: setting of the sampler kadkhodaie_simoncelli, for example beta=0.1; repeatable
     """
-    from ebmkit.compile import laid_out, make_inference
+    from ebmkit.compile import make_inference, wrap_channels_last
     from ebmkit.compute import pick_device
     from ebmkit.errors import validated
     from ebmkit.models import load
@@ -178,7 +178,7 @@ def restore(
     config = validated(SAMPLER.config, values, f"settings of sampler {SAMPLER.name!r}")
     place = pick_device(device)
     inference = make_inference(place, precision, compile_)
-    model = laid_out(load(run, device=str(place), weights=weights), inference)
+    model = wrap_channels_last(load(run, device=str(place), weights=weights), inference)
     c = None if label is None else parse_label(model, label)
     SAMPLER.check(model, c)
     options = TaskOptions(None if mask is None else read_mask(mask), share, factor, seed)
@@ -269,7 +269,7 @@ def sample(
         dataset: data set for starting points and for the energies of real images [default: the
             training data set]
     """
-    from ebmkit.compile import laid_out, make_inference
+    from ebmkit.compile import make_inference, wrap_channels_last
     from ebmkit.compute import pick_device
     from ebmkit.models import load
     from ebmkit.sampling.jobs.chains import JobFolder
@@ -284,7 +284,7 @@ def sample(
     )
     model = load(run, device=str(place), weights=weights)
     inference = make_inference(place, precision, compile_)
-    model = laid_out(model, inference)
+    model = wrap_channels_last(model, inference)
     guided, digest = dict[str, Any](), model.weights_sha256
     if how is not None:
         with counting("mean energies of the guide") as progress:
@@ -300,7 +300,7 @@ def sample(
         steps=steps,
         start=start,
         options=parse_assignments(set_ or []),
-        data_at_hand=at_hand(run, dataset, data_dir),
+        data_available=at_hand(run, dataset, data_dir),
         batch_size=batch_size,
         image_size=image_size,
         seed=seed,

@@ -268,10 +268,10 @@ def pack(
         skip_unreadable: skip images that cannot be read
         follow_links: follow links that lead out of the folder
     """
-    from ebmkit.data import Faults
+    from ebmkit.data import FaultPolicy
     from ebmkit.data.sets import pack as pack_file
 
-    faults = Faults(skip_unreadable, follow_links)
+    faults = FaultPolicy(skip_unreadable, follow_links)
     pack_file(src, out, image_size=image_size, progress=console.is_terminal, faults=faults)
     console.say(f"wrote {out}")
 

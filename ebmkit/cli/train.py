@@ -108,7 +108,7 @@ def train(
         TensorBoard.check()
     if resume is not None and (out is not None or recipe is not None):
         raise UserError("--resume writes into its own folder: leave out --out and --recipe")
-    if resume is not None and RunFolder.is_unborn(resume):
+    if resume is not None and RunFolder.is_empty_or_aborted(resume):
         console.say(f"nothing was saved in {resume} yet: the run starts from the beginning")
         out, resume = resume, None
     with join() as world, ExitStack() as stack:
@@ -250,7 +250,7 @@ def _resolved(
         else:
             resolved = resolve(RunFolder.open(resume).config(), *layers)
         if resume is not None:
-            RunFolder.open(resume).check_same(resolved)
+            RunFolder.open(resume).check_config(resolved)
         found = resolved.model_dump(mode="json"), resume
     config, resume = world.broadcast(found)
     return resolve(config), resume
@@ -291,7 +291,7 @@ def _fresh_folder(config: TrainConfig) -> Path:
 
 
 def _fit(trainer: Trainer, run: Path, tensorboard: bool) -> None:
-    from ebmkit.data.imagesets import some_of
+    from ebmkit.data.imagesets import summarize_reasons
     from ebmkit.storage import write_atomically
     from ebmkit.training import Interrupted
 
@@ -333,7 +333,7 @@ def _fit(trainer: Trainer, run: Path, tensorboard: bool) -> None:
         write_atomically(run / "cost.json", json.dumps(asdict(stats), indent=2).encode())
     if skipped:
         count = f"{len(skipped)} training images cannot be read and were skipped"
-        console.say(f"{count}: {some_of(skipped.reasons)}")
+        console.say(f"{count}: {summarize_reasons(skipped.reasons)}")
     console.say(f"{config.steps - first:,} steps in {seconds:.0f} s; {stats.sentence()}")
 
 

@@ -5,7 +5,7 @@ from ebmkit.data.images import LoadedImage, read_image, write_image
 from ebmkit.data.imagesets import (
     AnyImages,
     DatasetRequest,
-    Faults,
+    FaultPolicy,
     ImageSet,
     Split,
     StreamedSet,
@@ -23,7 +23,7 @@ __all__ = [
     "Batch",
     "DatasetEntry",
     "DatasetRequest",
-    "Faults",
+    "FaultPolicy",
     "ImageSet",
     "LoadedImage",
     "NoiseLaw",

@@ -44,7 +44,7 @@ from torch.nn.functional import pad
 
 from ebmkit.errors import UserError
 
-DRAWS = 22
+RANDOM_NUMBERS_PER_CROP = 22
 """Random numbers per box: two for each of ten attempts, and two for the position."""
 
 Mix = Literal["none", "mixup", "cutmix", "both"]
@@ -137,7 +137,7 @@ def mirror(x: Tensor, which: Tensor) -> Tensor:
     return torch.where(which[:, None, None, None], x.flip(-1), x)
 
 
-def padded(x: Tensor, padding: int, fill: str = "black") -> Tensor:
+def pad_images(x: Tensor, padding: int, fill: str = "black") -> Tensor:
     """Pad ``x`` (B, C, H, W) by ``padding`` pixels on each side, with black or by reflection."""
     if fill == "black":
         return pad(x, (padding,) * 4)

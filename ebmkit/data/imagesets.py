@@ -39,7 +39,7 @@ SHOWN = 3
 """Number of reasons for skipped images in one message."""
 
 
-class Faults(NamedTuple):
+class FaultPolicy(NamedTuple):
     """Handling of unreadable images and links in a folder.
 
     Attributes:
@@ -60,7 +60,7 @@ class DatasetRequest(NamedTuple):
     image_size: int | None = None
     download: bool = True
     progress: bool = True
-    faults: Faults = Faults()
+    faults: FaultPolicy = FaultPolicy()
 
     def path(self, content: str) -> Path:
         """The folder or file given by ``--data-dir``.
@@ -411,13 +411,13 @@ def readable(
     if what and reasons and warn:
         warnings.warn(
             f"{len(reasons)} of {count} images of {what} cannot be read and are skipped: "
-            f"{some_of(reasons)}",
+            f"{summarize_reasons(reasons)}",
             stacklevel=4,
         )
     return found, reasons
 
 
-def some_of(reasons: Sequence[str]) -> str:
+def summarize_reasons(reasons: Sequence[str]) -> str:
     """The first `SHOWN` of the ``reasons``, and the number of the others."""
     more = f"; and {len(reasons) - SHOWN} more" if len(reasons) > SHOWN else ""
     return f"{'; '.join(reasons[:SHOWN])}{more}"

@@ -54,7 +54,7 @@ from ebmkit.data.imagesets import (
     SPLITS,
     AnyImages,
     DatasetRequest,
-    Faults,
+    FaultPolicy,
     ImageSet,
     Split,
     StreamedSet,
@@ -296,7 +296,7 @@ def load_dataset(
     image_size: int | None = None,
     download: bool = True,
     progress: bool = True,
-    faults: Faults | None = None,
+    faults: FaultPolicy | None = None,
 ) -> AnyImages:
     """Load one split of a data set.
 
@@ -317,7 +317,7 @@ def load_dataset(
         raise unknown_name("split", split, SPLITS)
     if image_size is not None and image_size < 1:
         raise UserError(f"image size {image_size} is not a number of pixels: take 1 or more")
-    faults = faults or Faults()
+    faults = faults or FaultPolicy()
     return entry.load(DatasetRequest(name, split, data_dir, image_size, download, progress, faults))
 
 
@@ -375,7 +375,7 @@ def pack(
     overwrite: bool = False,
     image_size: int | None = None,
     progress: bool = True,
-    faults: Faults | None = None,
+    faults: FaultPolicy | None = None,
 ) -> None:
     """Write the images and labels of ``src`` to the HDF5 file ``out``.
 
@@ -402,7 +402,7 @@ def pack(
         raise UserError(f"{str(out)!r} exists: move it away, or choose another name")
     if not out.parent.is_dir():
         raise UserError(f"cannot write {str(out)!r}: there is no folder {str(out.parent)!r}")
-    parts = _parts(str(src), image_size, progress, faults or Faults())
+    parts = _parts(str(src), image_size, progress, faults or FaultPolicy())
     names = list(next(iter(parts.values())).class_names)
     with replacing(out) as temporary, h5py.File(temporary, "w") as file:
         if names:
@@ -436,7 +436,7 @@ def _write(group: h5py.Group, source: Source, progress: bool) -> None:
 
 
 def _parts(
-    src: str, image_size: int | None, progress: bool, faults: Faults
+    src: str, image_size: int | None, progress: bool, faults: FaultPolicy
 ) -> Mapping[str, Source]:
     """Group of the HDF5 file -> source of its images."""
     if src.startswith("torchvision:"):
@@ -455,7 +455,7 @@ def _parts(
 
 
 def _folder_parts(
-    root: Path, image_size: int | None, progress: bool, faults: Faults
+    root: Path, image_size: int | None, progress: bool, faults: FaultPolicy
 ) -> Mapping[str, Source]:
     groups = [""]
     if has_parts(root):

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from ebmkit.data.augment import (
-    DRAWS,
+    RANDOM_NUMBERS_PER_CROP,
     Cut,
     Rows,
     crop_boxes,
@@ -33,7 +33,7 @@ from ebmkit.data.augment import (
     flip,
     mirror,
     mix,
-    padded,
+    pad_images,
     random_crop,
     resize_boxes,
 )
@@ -280,7 +280,9 @@ class Stream:
         side = span.crop_size
         size = self.source.image_size if side is None else (side, side)
         generator = self._on_host("crop", step)
-        draws = torch.rand(span.batch_size, DRAWS, generator=generator, dtype=torch.float64)
+        draws = torch.rand(
+            span.batch_size, RANDOM_NUMBERS_PER_CROP, generator=generator, dtype=torch.float64
+        )
         own = draws[self._rows(span, torch.device("cpu")).positions]
         return Cut(own, size, options.crop_scale, options.crop_ratio)
 
@@ -306,7 +308,7 @@ class Stream:
             images = resize_boxes(images, boxes, cut.size)
         elif span.crop_size is not None or options.crop_padding:
             size = span.crop_size or tuple(images.shape[-2:])
-            wide = padded(images, options.crop_padding, options.crop_fill)
+            wide = pad_images(images, options.crop_padding, options.crop_fill)
             images = random_crop(wide, size, generator, rows)
         x = to_floats(images)
         if options.cutout:
@@ -358,7 +360,7 @@ class Stream:
         return sigma[own], eps[own]
 
 
-def prefetched(
+def prefetch(
     streams: Mapping[str, Iterator[Batch]], device: torch.device
 ) -> Iterator[dict[str, Batch]]:
     """Yield one batch of each stream per step, until the streams end.

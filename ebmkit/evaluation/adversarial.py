@@ -42,8 +42,8 @@ from ebmkit.evaluation.suite import (
     Batch,
     EvaluationContext,
     Images,
+    NonEmptyUnique,
     Precision,
-    Several,
     Suite,
     SuiteConfig,
     check_classifies,
@@ -70,13 +70,13 @@ NOTE = (
 class AdversarialConfig(SuiteConfig):
     """Settings of the suite ``adversarial``."""
 
-    sigmas: Several[Sigma] = tuple(s / 255 for s in (1, 2, 5, 10, 20, 50, 100))
+    sigmas: NonEmptyUnique[Sigma] = tuple(s / 255 for s in (1, 2, 5, 10, 20, 50, 100))
     """noise levels, image units"""
     labels: Annotated[int, Field(ge=1, le=6)] = 2
     """number of target labels: the most likely ones after the predicted label"""
     images: Annotated[int, Field(ge=2)] = 64
     """number of images, from the first; the plot shows 4"""
-    lengths: Several[PositiveFloat] = (0.05, 0.25, 1.0)
+    lengths: NonEmptyUnique[PositiveFloat] = (0.05, 0.25, 1.0)
     """l2 lengths of the steps along the gradient, image units"""
     precision: Precision = "single"
     """precision: single (float32) or double (float64)"""

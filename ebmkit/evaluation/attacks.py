@@ -53,7 +53,7 @@ from ebmkit.attacks import (
     Norm,
     gradient_of,
     minimal_epsilons,
-    noise_of_size,
+    noise_of_norm,
     projected_gradient_descent,
     random_start,
 )
@@ -247,7 +247,7 @@ class Attack:
     """step size of PGD, relative to the strength; None: the larger of `STEPSIZE` and 2.5 / steps,
     which crosses the ball in few steps"""
 
-    def breaks(
+    def succeeds(
         self,
         target: DefendedClassifier,
         x: Tensor,
@@ -293,7 +293,7 @@ class Attack:
         """Attacked images (B, C, H, W) in [0, 1], from one start of the attack."""
         generators = image_generators(x, seed)
         if self.kind == "noise":
-            return noise_of_size(x, epsilon, self.norm, generators)
+            return noise_of_norm(x, epsilon, self.norm, generators)
 
         def loss(y: Tensor) -> Tensor:
             return torch.nn.functional.cross_entropy(target(y), labels, reduction="none")
@@ -324,11 +324,11 @@ class Attack:
         seed: str = "",
         done: Callable[[], None] = lambda: None,
     ) -> Tensor:
-        """`ebmkit.attacks.minimal_epsilons` of each image, (B,) float64, by `breaks`."""
+        """`ebmkit.attacks.minimal_epsilons` of each image, (B,) float64, by `succeeds`."""
 
         def succeeds(rows: Tensor, epsilon: float) -> Tensor:
             own = None if noise is None else noise[rows]
-            return self.breaks(target, x[rows], labels[rows], epsilon, own, seed)
+            return self.succeeds(target, x[rows], labels[rows], epsilon, own, seed)
 
         wrong = predicted_labels(target, x, noise) != labels
         return minimal_epsilons(succeeds, wrong, epsilons, done)
@@ -352,7 +352,7 @@ def autoattack(
     noise: Tensor | None = None,
     seed: int = 0,
 ) -> Tensor:
-    """Whether each image is misclassified after AutoAttack, (B,) bool; see `Attack.breaks`.
+    """Whether each image is misclassified after AutoAttack, (B,) bool; see `Attack.succeeds`.
 
     Images that are misclassified without an attack are not attacked. Attacks with a margin loss are
     skipped below three classes, four if targeted, and Square in l2 below five pixels per side.

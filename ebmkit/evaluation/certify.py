@@ -44,8 +44,8 @@ from ebmkit.evaluation import statistics
 from ebmkit.evaluation.suite import (
     Batch,
     EvaluationContext,
+    NonEmptyUnique,
     Positive,
-    Several,
     Suite,
     SuiteConfig,
     check_classifies,
@@ -67,7 +67,7 @@ BLOCK = 16
 class CertifyConfig(SuiteConfig):
     """Settings of the suite ``certify``."""
 
-    sigmas: Several[Sigma] = (20 / 255, 0.12, 0.25)
+    sigmas: NonEmptyUnique[Sigma] = (20 / 255, 0.12, 0.25)
     """noise levels of the smoothing"""
     samples: Positive = 1000
     """number of votes for the certificate of an image"""
@@ -77,9 +77,9 @@ class CertifyConfig(SuiteConfig):
     """maximum probability that the certificate of an image is wrong"""
     images: Positive = 100
     """number of images, evenly spaced in the data set"""
-    radii: Several[float] = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6)
+    radii: NonEmptyUnique[float] = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6)
     """l2 radii at which certified accuracy is reported, image units"""
-    classifiers: Several[Literal["direct", "denoised"]] = ("direct", "denoised")
+    classifiers: NonEmptyUnique[Literal["direct", "denoised"]] = ("direct", "denoised")
     """smoothed classifiers: direct, denoised (denoise first)"""
 
     @model_validator(mode="after")

@@ -47,7 +47,7 @@ from ebmkit.evaluation.suite import (
     Batch,
     EvaluationContext,
     Images,
-    Several,
+    NonEmptyUnique,
     Suite,
     SuiteConfig,
     new_table,
@@ -181,9 +181,9 @@ def _known(name: str) -> str:
 class CorruptionsConfig(SuiteConfig):
     """Settings of the suite ``corruptions``."""
 
-    corruptions: Several[Annotated[str, AfterValidator(_known)]] = tuple(CORRUPTIONS)
+    corruptions: NonEmptyUnique[Annotated[str, AfterValidator(_known)]] = tuple(CORRUPTIONS)
     """poisson, speckle, salt-and-pepper, blur, contrast, jpeg"""
-    strengths: Several[Annotated[int, Field(ge=1, le=5)]] = (1, 2, 3, 4, 5)
+    strengths: NonEmptyUnique[Annotated[int, Field(ge=1, le=5)]] = (1, 2, 3, 4, 5)
     """severities: any of 1, 2, 3, 4, 5"""
     constants: Literal["auto", "cifar", "imagenet"] = "auto"
     """published constants: cifar (for 32x32), imagenet (for 224x224), or auto (by image size)"""

@@ -63,7 +63,7 @@ from ebmkit.evaluation.suite import (
     add_note,
     check_classifies,
     check_one_size,
-    load_beside,
+    load_comparison_models,
     new_table,
     noisy_batches,
     number,
@@ -300,7 +300,7 @@ def _models(context: EvaluationContext) -> dict[str, EnergyModel]:
     assert isinstance(context.model, EnergyModel)
     config = context.option(DiffusionPathConfig)
     found = {config.name: context.model}
-    for name, model in load_beside(context, config.beside, "diffusion-path.beside"):
+    for name, model in load_comparison_models(context, config.beside, "diffusion-path.beside"):
         found[unique_name(name, found)] = optimize(model, context.inference.precision)
     return {
         name: LogitEnergy(model) if energy_source(model, config.energies) == "logits" else model

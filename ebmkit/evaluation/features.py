@@ -79,26 +79,26 @@ from ebmkit.storage.tensors import read_torch_file
 
 KINDS = ("frechet", "kernel", "score", "precision", "recall")
 
-WEIGHTS = (
+INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
     "weights-inception-2015-12-05-6726825d.pth"
 )
-INSTEAD = "or use your own classifier, --set generation.extractor=RUN"
+ALTERNATIVE_HINT = "or use your own classifier, --set generation.extractor=RUN"
 
 BLOCK = 1000
 """Maximum number of features per set in a block."""
 
-WHOLE = 2000
+MAX_UNBLOCKED = 2000
 """Size of the smaller set up to which the kernel distance is computed without blocks."""
 
 NEIGHBOURS = 3
-MOST = 10_000
+MAX_PRECISION_RECALL = 10_000
 """Maximum number of images per set for precision and recall."""
 
-PAIRED = 1000
+MAX_PAIRWISE = 1000
 """Maximum number of real images per label for mean distances."""
 
-MOST_FEATURES = 512
+MAX_INTERVAL_FEATURES = 512
 """Maximum feature dimension for an interval of the Frechet distance (20 evaluations)."""
 
 Columns = dict[str, Tensor]
@@ -150,16 +150,16 @@ def inception(weights: Path | None, device: torch.device) -> Extractor:
     if find_spec("torch_fidelity") is None:
         raise UserError(
             "the Inception network needs the package torch-fidelity, which is not installed: pip "
-            f"install 'ebmkit-vision[generation]', {INSTEAD}"
+            f"install 'ebmkit-vision[generation]', {ALTERNATIVE_HINT}"
         )
     wrong = UserError(
         f"generation.weights: {str(weights)!r} does not hold the weights of torch-fidelity's "
-        f"Inception; they are {WEIGHTS}"
+        f"Inception; they are {INCEPTION_URL}"
     )
     if weights is not None:
         if not weights.is_file():
             raise UserError(
-                f"generation.weights: there is no file {str(weights)!r}; it is {WEIGHTS}"
+                f"generation.weights: there is no file {str(weights)!r}; it is {INCEPTION_URL}"
             )
         state: Any = None
         with contextlib.suppress(UserError):
@@ -182,8 +182,9 @@ def inception(weights: Path | None, device: torch.device) -> Extractor:
             raise wrong from None
         reason = str(getattr(error, "reason", error)).splitlines()[0]
         raise UserError(
-            f"the weights of the Inception network cannot be fetched ({reason}): get {WEIGHTS} and "
-            f"name the file by --set generation.weights=PATH, {INSTEAD}"
+            f"the weights of the Inception network cannot be fetched ({reason}): get "
+            f"{INCEPTION_URL} and name the file by --set generation.weights=PATH, "
+            f"{ALTERNATIVE_HINT}"
         ) from None
     finally:
         socket.setdefaulttimeout(before)
@@ -271,8 +272,8 @@ def _moments(a: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def frechet(a: Tensor, b: Tensor) -> Estimate:
-    """`frechet_distance`, with an interval if d <= `MOST_FEATURES` or the sets are small."""
-    if a.shape[1] <= MOST_FEATURES or len(a) * len(b) < a.shape[1] ** 2 / 10:
+    """`frechet_distance`; with an interval if d <= `MAX_INTERVAL_FEATURES` or if sets are small."""
+    if a.shape[1] <= MAX_INTERVAL_FEATURES or len(a) * len(b) < a.shape[1] ** 2 / 10:
         return statistics.jackknife(frechet_distance, a, b)
     return statistics.without_interval(frechet_distance(a, b), len(a))
 
@@ -284,7 +285,7 @@ def kernel_distance(a: Tensor, b: Tensor) -> Estimate:
     The interval is Student's over blocks or, without blocks, the jackknife's.
     """
     least = min(len(a), len(b))
-    if least <= WHOLE:
+    if least <= MAX_UNBLOCKED:
         return statistics.jackknife(_mmd, a.double(), b.double())
     count = max(math.ceil(least / BLOCK), 10)
     size = least // count
@@ -313,7 +314,7 @@ def precision_recall(a: Tensor, b: Tensor) -> tuple[Estimate, Estimate]:
     Raises:
         UserError: if there are too few images for a third nearest neighbour.
     """
-    count = min(len(a), len(b), MOST)
+    count = min(len(a), len(b), MAX_PRECISION_RECALL)
     if count <= NEIGHBOURS:
         raise UserError(
             f"precision and recall need more than {NEIGHBOURS} samples and real images, and there "
@@ -492,7 +493,7 @@ def by_class(
         own = torch.tensor(label)
         made, known = samples.among(own), real.among(own)
         spare = None if others is None else others.among(own)
-        spread = mean_distance(known.columns["features"][:PAIRED])
+        spread = mean_distance(known.columns["features"][:MAX_PAIRWISE])
 
         def ratio(features: Tensor, spread: float = spread) -> float:
             return mean_distance(features) / spread if spread else math.nan
@@ -538,11 +539,11 @@ def _compared(
     return {
         "accuracy": accuracy,
         "frechet": frechet(made, known),
-        "kernel": kernel_distance(made[:WHOLE], known[:WHOLE]),
+        "kernel": kernel_distance(made[:MAX_UNBLOCKED], known[:MAX_UNBLOCKED]),
         "floor": {
             "count": len(spare),
             "frechet": frechet_distance(spare, against),
-            "kernel": kernel_distance(spare[:WHOLE], against[:WHOLE]).value,
+            "kernel": kernel_distance(spare[:MAX_UNBLOCKED], against[:MAX_UNBLOCKED]).value,
         },
         "saturation": saturation(samples.columns, real.columns),
         "energy_gap": energy_gap(samples, real),
@@ -632,8 +633,10 @@ def _stratified(made: Tensor, asked: Tensor, known: Tensor, labels: Tensor) -> E
     value = float(rest.mean())
     if total < 2:
         return statistics.without_interval(value, total)
-    spread, freedom = float(rest.var()) / total, float(total - 1)
+    spread, degrees_of_freedom = float(rest.var()) / total, float(total - 1)
     if len(groups) == 1 and spread + inner > 0:  # Welch's
         count = int((labels == groups[0]).sum())
-        freedom = (spread + inner) ** 2 / (spread**2 / (total - 1) + inner**2 / max(1, count - 1))
-    return statistics.student(value, math.sqrt(spread + error), freedom, total)
+        degrees_of_freedom = (spread + inner) ** 2 / (
+            spread**2 / (total - 1) + inner**2 / max(1, count - 1)
+        )
+    return statistics.student(value, math.sqrt(spread + error), degrees_of_freedom, total)

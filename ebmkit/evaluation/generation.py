@@ -62,7 +62,7 @@ from ebmkit.evaluation.suite import (
 )
 from ebmkit.storage.hdf5 import find_array, open_hdf5, read_array, read_attribute
 
-ENOUGH = 10
+MIN_SAMPLES_PER_FEATURE = 10
 """Number of samples per feature below which the suite warns that the Frechet distance is biased."""
 
 SHOWN = 24
@@ -275,30 +275,35 @@ def _warnings(
         min(len(generated.images), len(context.images)),
         document["extractor"]["features"],
     )
-    left_out = generated.description["left_out"]
-    (high, wide), same = context.images.image_size, False
+    skipped = generated.description["left_out"]
+    high, wide = context.images.image_size
+    found = []
+    if least < MIN_SAMPLES_PER_FEATURE * width:
+        found.append(
+            f"{least} images are few for {width} features: {extractor.names['frechet']} is biased "
+            "upwards; compare it with the floor, and only for equal numbers of images"
+        )
+    if skipped:
+        total = skipped + len(generated.images)
+        found.append(f"{skipped} of {total} samples have NaN or Inf and are skipped")
     if extractor.model is not None:
         own, other = extractor.model.state_dict(), unwrapped(context.model).state_dict()
-        same = own.keys() == other.keys() and all(torch.equal(own[k], other[k]) for k in own)
-    cases = {
-        f"{least} images are few for {width} features: {extractor.names['frechet']} is biased "
-        "upwards; compare it with the floor, and only for equal numbers of images": (
-            least < ENOUGH * width
-        ),
-        f"{left_out} of {left_out + len(generated.images)} samples have NaN or Inf and are "
-        "skipped": left_out > 0,
-        "the classifier is the evaluated model, so the metrics are not independent of it: train "
-        "another by ce alone": same,
-        f"Inception was trained on photographs, and these images have {high}x{wide} pixels: use a "
-        "classifier trained on such images": (
-            extractor.kind == "inception" and min(high, wide) < 32
-        ),
-        "the samples have labels; to measure the label accuracy, name a classifier of the same "
-        "classes by generation.extractor": (
-            generated.labels is not None and document["labels"] is None
-        ),
-    }
-    return [sentence for sentence, holds in cases.items() if holds]
+        if own.keys() == other.keys() and all(torch.equal(own[k], other[k]) for k in own):
+            found.append(
+                "the classifier is the evaluated model, so the metrics are not independent of it: "
+                "train another by ce alone"
+            )
+    if extractor.kind == "inception" and min(high, wide) < 32:
+        found.append(
+            f"Inception was trained on photographs, and these images have {high}x{wide} pixels: "
+            "use a classifier trained on such images"
+        )
+    if generated.labels is not None and document["labels"] is None:
+        found.append(
+            "the samples have labels; to measure the label accuracy, name a classifier of the same "
+            "classes by generation.extractor"
+        )
+    return found
 
 
 FORMS = {"kernel": "{:.4g}", "precision": "{:.1%}", "recall": "{:.1%}"}

@@ -45,7 +45,7 @@ from ebmkit.evaluation.suite import (
     SIGMAS,
     Batch,
     EvaluationContext,
-    Several,
+    NonEmptyUnique,
     Suite,
     SuiteConfig,
     interval,
@@ -75,7 +75,7 @@ MAX_BATCH = 64
 class LinearityConfig(SuiteConfig):
     """Settings of the suite ``linearity``."""
 
-    sigmas: Several[Sigma] = SIGMAS
+    sigmas: NonEmptyUnique[Sigma] = SIGMAS
     """noise levels, image units"""
     images: Annotated[int, Field(ge=2)] = 64
     """number of images, from the first"""

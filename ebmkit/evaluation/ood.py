@@ -66,13 +66,13 @@ from ebmkit.evaluation import statistics
 from ebmkit.evaluation.statistics import LEVEL, Estimate
 from ebmkit.evaluation.suite import (
     Batch,
-    Distinct,
     EvaluationContext,
     Images,
+    NonEmptyUnique,
     Positive,
-    Several,
     Suite,
     SuiteConfig,
+    Unique,
     check_one_size,
     interval,
     new_table,
@@ -91,16 +91,16 @@ SHOWN = 8
 class OodConfig(SuiteConfig):
     """Settings of the suite ``ood``."""
 
-    sets: Several[str] = ("auto",)
+    sets: NonEmptyUnique[str] = ("auto",)
     """OOD sets: auto; interpolations, constant, uniform, gaussian, inverted, shuffled; cifar10,
     cifar100, digits, patches; image folders and HDF5 files"""
-    sigmas: Distinct[Sigma] = (10 / 255, 25 / 255)
+    sigmas: Unique[Sigma] = (10 / 255, 25 / 255)
     """noise levels of the scores on noisy images, image units"""
     draws: Positive = 4
     """number of noise draws per image and level"""
 
 
-class OutSet(NamedTuple):
+class OODSet(NamedTuple):
     """A set of OOD images of the model's size and channels, with its name and description."""
 
     name: str
@@ -133,7 +133,7 @@ GENERATORS: dict[str, tuple[Callable[[Tensor, torch.Generator], Tensor], str]] =
 }
 """Functions from an evaluated image (C, H, W) and a generator to an OOD image, and descriptions."""
 
-MADE = ("interpolations", *GENERATORS)
+GENERATED = ("interpolations", *GENERATORS)
 """Names of generated sets."""
 
 NAMED = ("cifar10", "cifar100", "digits", "patches")
@@ -150,7 +150,7 @@ class _Reader:
         return self.images(rows)
 
 
-class _MadeSet(StreamedSet):
+class _GeneratedSet(StreamedSet):
     """A set whose reader returns float32 in [0, 1]."""
 
     def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -158,7 +158,7 @@ class _MadeSet(StreamedSet):
             yield self.reader.read(self.rows[start : start + size].tolist()), None
 
 
-def _made(name: str, source: Images, seed: int) -> Images:
+def _generated(name: str, source: Images, seed: int) -> Images:
     """The generated set ``name``, one image per image of ``source``."""
 
     def originals(numbers: Sequence[int]) -> Tensor:
@@ -174,7 +174,7 @@ def _made(name: str, source: Images, seed: int) -> Images:
 
     other = partners(source.labels, len(source)) if name == "interpolations" else []
     shape = source.channels, source.image_size
-    return _MadeSet(_Reader(read), torch.arange(len(source)), *shape, name=name, split="test")
+    return _GeneratedSet(_Reader(read), torch.arange(len(source)), *shape, name=name, split="test")
 
 
 def partners(labels: Tensor | None, count: int) -> list[int]:
@@ -199,18 +199,18 @@ def partners(labels: Tensor | None, count: int) -> list[int]:
 def standard_sets(images: Images, data_dir: Path | None) -> list[str]:
     """Names of the sets of ``auto``: generated sets and, for CIFAR-10, CIFAR-100 if available."""
     if images.name != "cifar10":
-        return list(MADE)
+        return list(GENERATED)
     where = data_dir or Path("data")
     there = (where / "cifar-100-python").is_dir() or (where / "cifar100-test.h5").is_file()
-    return [*(["cifar100"] if there else []), *MADE[:4]]
+    return [*(["cifar100"] if there else []), *GENERATED[:4]]
 
 
-def find_set(name: str, images: Images, data_dir: Path | None, seed: int) -> OutSet:
+def find_set(name: str, images: Images, data_dir: Path | None, seed: int) -> OODSet:
     """Find or generate the OOD set ``name``.
 
     Args:
-        name: one of `MADE` or `NAMED`, an image folder, or an HDF5 file with images (N, H, W, C)
-            uint8 at its root or in the group ``test``.
+        name: one of `GENERATED` or `NAMED`, an image folder, or an HDF5 file with images
+            (N, H, W, C) uint8 at its root or in the group ``test``.
         images: in-distribution images; the set has at most as many, of the same shape.
         data_dir: folder of the data sets.
         seed: random seed of generated sets.
@@ -218,23 +218,23 @@ def find_set(name: str, images: Images, data_dir: Path | None, seed: int) -> Out
     Raises:
         UserError: if there is no such set, or its files cannot be read.
     """
-    if name in MADE:
+    if name in GENERATED:
         classes = "" if images.labels is None else " of different classes"
         description = GENERATORS.get(name, (None, f"means of two images{classes}"))[1]
-        return OutSet(name, description, _made(name, images, seed))
+        return OODSet(name, description, _generated(name, images, seed))
     if name in NAMED:
         if name == images.name:
             raise UserError(f"ood.sets: {name!r} is the evaluated data set: name another")
         own = load_dataset(name, data_dir, "test", download=False, progress=False)
-        return OutSet(name, f"{name} test images", _reshaped(own, images))
+        return OODSet(name, f"{name} test images", _reshaped(own, images))
     path = Path(name).expanduser()
     if path.is_dir():
-        return OutSet(path.name, f"images in the folder {path.name}", _folder(path, images))
+        return OODSet(path.name, f"images in the folder {path.name}", _folder(path, images))
     if path.is_file():
-        return OutSet(path.name, f"images in the file {path.name}", _file(path, images))
+        return OODSet(path.name, f"images in the file {path.name}", _file(path, images))
     if os.sep in name or path.suffix:
         raise UserError(f"ood.sets: there is no folder or HDF5 file {name!r}")
-    raise unknown_name("OOD set", name, ["auto", *MADE, *NAMED])
+    raise unknown_name("OOD set", name, ["auto", *GENERATED, *NAMED])
 
 
 def _reshaped(other: AnyImages, like: Images) -> Images:
@@ -415,9 +415,9 @@ def _of_counts(inside: Counts, outside: Counts) -> list[float]:
     ]
 
 
-def find_sets(context: EvaluationContext) -> list[OutSet]:
+def find_sets(context: EvaluationContext) -> list[OODSet]:
     """The configured sets; raise `UserError` if one is missing or cannot be generated."""
-    found: dict[str, OutSet] = {}
+    found: dict[str, OODSet] = {}
     for name in _names(context):
         own = find_set(name, context.images, context.data_dir, context.seed)
         label = unique_name(own.name, {"in", *found})  # two folders may have the same name

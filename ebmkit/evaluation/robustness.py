@@ -52,8 +52,8 @@ from ebmkit.evaluation.statistics import accuracy
 from ebmkit.evaluation.suite import (
     Batch,
     EvaluationContext,
+    NonEmptyUnique,
     Positive,
-    Several,
     Suite,
     SuiteConfig,
     add_note,
@@ -98,13 +98,13 @@ class RobustnessConfig(SuiteConfig):
 
     images: Positive = 200
     """number of attacked images, from the first"""
-    norms: Several[Norm] = ("linf", "l2")
+    norms: NonEmptyUnique[Norm] = ("linf", "l2")
     """norms of the attacks: linf, l2"""
     linf: Strengths = tuple(e / 255 for e in (0, 0.5, 1, 2, 4, 8, 16))
     """attack strengths in l_inf, image units, for example 8/255; 0 is always included"""
     l2: Radii = (0.0, 0.1, 0.25, 0.5, 1.0, 1.5, 2.0)
     """attack strengths in l2, image units; 0 is always included"""
-    defences: Several[DefenceName] = ("direct", "noise")
+    defences: NonEmptyUnique[DefenceName] = ("direct", "noise")
     """defences, one curve each: direct, noise, denoise, denoise+noise, refine"""
     sigma: Sigma = 20 / 255
     """noise level that the defences noise and denoise+noise add, image units"""
@@ -120,7 +120,7 @@ class RobustnessConfig(SuiteConfig):
     """number of noise draws averaged in each gradient of the attack (EOT)"""
     draws: Positive = 16
     """number of noise draws averaged by a defence"""
-    refine_steps: Several[NonNegativeInt] = (0, 1, 10)
+    refine_steps: NonEmptyUnique[NonNegativeInt] = (0, 1, 10)
     """numbers of Langevin steps of the defence refine, one curve each"""
     refine_chains: Positive = 4
     """number of chains that refine averages over"""
@@ -267,7 +267,7 @@ class _Attacks:
     ) -> tuple[dict[str, Any], list[str]]:
         """Check the attack that found ``smallest`` (N,); return JSON entry and warnings."""
         document, doubts = dict[str, Any](epsilon=None), list[str]()
-        epsilon = telling_strength(smallest, self.config.strengths(norm))
+        epsilon = most_informative_epsilon(smallest, self.config.strengths(norm))
         if epsilon is not None:
             broken = self._broken_at(norm, defence, epsilon)
             document, doubts = compare_attacks(norm, epsilon, smallest, broken)
@@ -298,7 +298,7 @@ class _Attacks:
             assert batch.labels is not None
             at = (batch.x, batch.labels, epsilon, self._noise(batch.x, defence))
             seed = f"check {self.context.seed}"
-            found = {name: a.breaks(target, *at, seed) for name, a in attacks.items()}
+            found = {name: a.succeeds(target, *at, seed) for name, a in attacks.items()}
             if self.config.autoattack:
                 found["autoattack"] = autoattack(target, norm, *at, self.context.seed)
             return found
@@ -336,7 +336,7 @@ class _Attacks:
         return image_noise(x, draws * defence.noises, seed)
 
 
-def telling_strength(smallest: Tensor, grid: Sequence[float]) -> float | None:
+def most_informative_epsilon(smallest: Tensor, grid: Sequence[float]) -> float | None:
     """Strength at which about half of the correctly classified images are broken, where attacks
     differ most. The largest of equally good ones; None if no image is classified correctly.
 

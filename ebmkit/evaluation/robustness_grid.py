@@ -38,14 +38,14 @@ from ebmkit.evaluation.robustness import (
 from ebmkit.evaluation.statistics import accuracy
 from ebmkit.evaluation.suite import (
     Batch,
-    Distinct,
     EvaluationContext,
     Images,
     Positive,
     Suite,
     SuiteConfig,
+    Unique,
     check_classifies,
-    load_beside,
+    load_comparison_models,
     new_table,
 )
 
@@ -68,7 +68,7 @@ class RobustnessGridConfig(SuiteConfig):
 
     name: str = ""
     """name of the evaluated run in tables and plots"""
-    beside: Distinct[str] = ()
+    beside: Unique[str] = ()
     """run folders of further classifiers, one column each"""
     images: Positive = 1000
     """number of attacked images, from the first"""
@@ -108,7 +108,7 @@ def load_columns(context: EvaluationContext) -> list[_Column]:
     config, model = context.option(RobustnessGridConfig), context.exact_model
     assert isinstance(model, EnergyModel)
     found = [_Column(config.name, model, trained(context.model.card))]
-    for name, other in load_beside(context, config.beside, "robustness-grid.beside"):
+    for name, other in load_comparison_models(context, config.beside, "robustness-grid.beside"):
         found.append(_Column(name, other, trained(other.card)))
     return sorted(found, key=lambda c: (c.trained is None, (c.trained or ("", 0.0))[::-1]))
 
@@ -153,7 +153,7 @@ def _minimal_epsilons(
             left = torch.nonzero(smallest.isinf()).squeeze(1).to(x.device)
             if len(left):
                 seed = f"grid {context.seed}"
-                broken = attack.breaks(target, x[left], labels[left], epsilon, seed=seed)
+                broken = attack.succeeds(target, x[left], labels[left], epsilon, seed=seed)
                 smallest[left[broken].cpu()] = epsilon
         return {"smallest": smallest}
 

@@ -94,7 +94,7 @@ VALUES_PER_BATCH = 1_500_000
 SHOWN = 5
 """Maximum number of unreadable images whose errors a document lists."""
 
-SHARES = 8
+BATCH_COUNT_MULTIPLE = 8
 """The default number of batches is a multiple of this, so 2, 4 or 8 processes get equal shares."""
 
 
@@ -251,7 +251,7 @@ def evaluate(
             )
     if batch_size is None:
         largest = min(500, max(1, VALUES_PER_BATCH // (used.channels * math.prod(used.image_size))))
-        batches = SHARES * math.ceil(len(used) / (SHARES * largest))
+        batches = BATCH_COUNT_MULTIPLE * math.ceil(len(used) / (BATCH_COUNT_MULTIPLE * largest))
         batch_size = math.ceil(len(used) / batches)
     device = device_of(model)
     results = {}
@@ -271,7 +271,7 @@ def evaluate(
         model = inference.wrap(unwrapped(model.eval()))
         protocol = seed, batch_size, tuple(sigmas), tuple(noise_levels), world, own, data_dir
         context = EvaluationContext(model, used, *protocol, inference=inference)
-        circumstances = _circumstances(context, images, weights)
+        circumstances = _common_fields(context, images, weights)
         _check_finite(model, used)
         for suite in chosen.values():
             suite.prepare(context)
@@ -338,7 +338,7 @@ def evaluation_folder(
     name = re.sub(r"[^\w.-]+", "_", "-".join(words)).lstrip(".")
     trained_on = model.card.dataset if model.card else None
     folder = home if words == [trained_on, "test"] else home / name
-    if changed := _changed(options or {}):
+    if changed := _settings_suffix(options or {}):
         name = f"{name}-{changed}"
         folder = home / name
     mark = fingerprint(images)
@@ -354,7 +354,7 @@ def evaluation_folder(
     return folder
 
 
-def _changed(options: Mapping[type[BaseModel], BaseModel]) -> str:
+def _settings_suffix(options: Mapping[type[BaseModel], BaseModel]) -> str:
     """Settings that differ from the defaults, as in ``images=5-steps=2``; hashed if long."""
     fields = {
         name: value
@@ -412,7 +412,7 @@ def _plot(
     return new
 
 
-def _circumstances(context: EvaluationContext, split: Images, weights: str) -> dict[str, Any]:
+def _common_fields(context: EvaluationContext, split: Images, weights: str) -> dict[str, Any]:
     """The fields common to all JSON files: data, seed, model, environment and device."""
     card = context.model.card
     trained = card and {"objective": card.objective, "steps": card.steps, "dataset": card.dataset}

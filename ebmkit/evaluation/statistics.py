@@ -87,12 +87,13 @@ def mean(values: Tensor) -> Estimate:
     return student(float(numbers.mean()), float(numbers.std()), count - 1, count, math.sqrt(count))
 
 
-def student(value: float, spread: float, freedom: float, count: int, root: float = 1.0) -> Estimate:
-    """``value`` with Student's t interval, of standard error ``spread / root`` and ``freedom``
-    degrees of freedom."""
+def student(
+    value: float, spread: float, degrees_of_freedom: float, count: int, root: float = 1.0
+) -> Estimate:
+    """``value`` with Student's t interval, of standard error ``spread / root``."""
     from scipy.stats import t
 
-    half = float(t.ppf((1 + LEVEL) / 2, freedom)) * spread / root
+    half = float(t.ppf((1 + LEVEL) / 2, degrees_of_freedom)) * spread / root
     return Estimate(value, value - half, value + half, count)
 
 

@@ -49,13 +49,13 @@ Precision = Literal["single", "double"]
 Positive = Annotated[int, Field(ge=1)]
 
 
-def distinct(values: tuple[T, ...]) -> tuple[T, ...]:
+def without_repeats(values: tuple[T, ...]) -> tuple[T, ...]:
     """Remove repeated ``values``, keeping the order; a validator of settings."""
     return tuple(dict.fromkeys(values))
 
 
-Distinct = Annotated[tuple[T, ...], AfterValidator(distinct)]
-Several = Annotated[tuple[T, ...], Field(min_length=1), AfterValidator(distinct)]
+Unique = Annotated[tuple[T, ...], AfterValidator(without_repeats)]
+NonEmptyUnique = Annotated[tuple[T, ...], Field(min_length=1), AfterValidator(without_repeats)]
 """At least one value; repeats are removed."""
 
 SIGMAS = (15 / 255, 25 / 255, 50 / 255)
@@ -373,7 +373,7 @@ def noise_warnings(model: ScoreModel, sigmas: Sequence[float]) -> list[str]:
     return [sentence] if outside else []
 
 
-def load_beside(
+def load_comparison_models(
     context: EvaluationContext, runs: Iterable[Path | str], option: str
 ) -> Iterator[tuple[str, EnergyModel]]:
     """Yield names and models of ``runs``, given in the setting ``option``, for comparison.

@@ -15,7 +15,7 @@ architecture, which guides no method.
 
 The methods have the schedules and eta of the thesis where it states them; guides and their inputs
 are compared in one common setting (``common``). Guidance scales are the thesis's times
-`Amount.strength`, because other image sizes and classifiers trained for minutes need other scales.
+`StudySize.strength`, because other image sizes and briefly trained classifiers need other scales.
 
 Chain n of every method has the same starting noise and the same random numbers at each step, keyed
 by (seed, batch, step), so methods differ only in their guidance.
@@ -100,7 +100,7 @@ class GuidanceMethod:
     eta: float = 0.8  # eta of DDIM
     base: str = "diffusion"  # name of the guided network
     group: str = "thesis"  # section of the report
-    fixed: bool = False  # whether `Amount.strength` does not apply to the scale
+    fixed: bool = False  # whether `StudySize.strength` does not apply to the scale
 
     def times(self, strength: float) -> GuidanceMethod:
         """The method with its scale multiplied by ``strength``, unless the scale is fixed."""
@@ -113,7 +113,7 @@ METHODS = tuple(GuidanceMethod(**fields) for fields in _DATA["methods"])
 
 
 @dataclass(frozen=True)
-class Amount:
+class StudySize:
     """What one scale of reproduction trains, draws and measures."""
 
     per_class: int  # images per class and method
@@ -129,7 +129,7 @@ class Amount:
     methods: Sequence[str] = ()  # names of methods to draw; empty: all
 
 
-AMOUNTS = {name: Amount(**fields) for name, fields in _DATA["amounts"].items()}
+AMOUNTS = {name: StudySize(**fields) for name, fields in _DATA["amounts"].items()}
 """Amounts by name of the scale."""
 
 CLASSIFY = Protocol("guidance", ("classify",), images={"classify": 1000})
@@ -139,7 +139,7 @@ BATCH = 100
 
 
 def run_guidance(
-    runs: ExperimentRuns, only: Sequence[str] = (), amount: Amount | None = None
+    runs: ExperimentRuns, only: Sequence[str] = (), amount: StudySize | None = None
 ) -> Report:
     """Train the networks named in ``only`` (empty: all); evaluate with all trained networks.
 
@@ -174,7 +174,7 @@ def run_guidance(
 # --- drawing -------------------------------------------------------------------------------------
 
 
-class Drawn(NamedTuple):
+class DrawnImages(NamedTuple):
     """Images drawn by a method."""
 
     images: Tensor  # (N, C, H, W) uint8
@@ -182,7 +182,7 @@ class Drawn(NamedTuple):
 
 
 @dataclass
-class Drawing:
+class ImageDrawer:
     """Draws images by DDIM and stores them."""
 
     folder: Path  # folder of the image files
@@ -199,7 +199,7 @@ class Drawing:
         """Cyclic labels (N,): 0, 1, ..., C - 1, 0, ..."""
         return torch.arange(self.classes * self.per_class) % self.classes
 
-    def stored(self, method: GuidanceMethod, steps: int) -> Drawn:
+    def stored(self, method: GuidanceMethod, steps: int) -> DrawnImages:
         """Load the images of ``method`` with ``steps`` of DDIM, or draw and store them.
 
         Raises:
@@ -237,7 +237,7 @@ class Drawing:
             file.attrs.update(facts)
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(path, content.getvalue())
-        return Drawn(pixels, seconds)
+        return DrawnImages(pixels, seconds)
 
     def draw(self, method: GuidanceMethod, steps: int) -> Tensor:
         """Draw images (N, C, H, W) in [0, 1] of `labels` with ``steps`` of DDIM.
@@ -287,7 +287,7 @@ def _all_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     return make_guidance(**settings).model_dump()
 
 
-def _read(path: Path, settings: Mapping[str, Any]) -> Drawn | None:
+def _read(path: Path, settings: Mapping[str, Any]) -> DrawnImages | None:
     """Read the images in ``path``; None if there are none with these settings."""
     what = repr(str(path))
     damaged = (UserError, ValueError, TypeError, AttributeError)
@@ -298,7 +298,7 @@ def _read(path: Path, settings: Mapping[str, Any]) -> Drawn | None:
         if own == json.loads(json.dumps(settings)):
             pixels = rearrange(read_contents(path).read_all(), "n h w c -> n c h w").contiguous()
             if len(pixels) == own["count"]:
-                return Drawn(pixels, float(read_attribute(file, "seconds", what)))
+                return DrawnImages(pixels, float(read_attribute(file, "seconds", what)))
     return None
 
 
@@ -308,7 +308,7 @@ def _read(path: Path, settings: Mapping[str, Any]) -> Drawn | None:
 class _Study:
     """Measurements of trained networks."""
 
-    def __init__(self, runs: ExperimentRuns, amount: Amount, trained: Sequence[Variant]) -> None:
+    def __init__(self, runs: ExperimentRuns, amount: StudySize, trained: Sequence[Variant]) -> None:
         self.runs, self.amount, self.trained = runs, amount, list(trained)
         self.names = {network.name for network in trained}
         self.shown: dict[str, Tensor] = {}  # images for the plot, by method
@@ -319,8 +319,9 @@ class _Study:
         self.test = runs.images(EVALUATION_CLASSIFIER, "test").spread(amount.real)
         train, classes = runs.images(EVALUATION_CLASSIFIER, "train"), self.test.num_classes
         self.others = train.spread(2 * classes * amount.per_class)
-        self.drawing = Drawing(self.folder, self._model, self._digest, classes, amount.per_class,
-                               runs.seed, train)  # fmt: skip
+        self.drawing = ImageDrawer(
+            self.folder, self._model, self._digest, classes, amount.per_class, runs.seed, train
+        )
         energies = [v.name for v in (*reversed(ROBUST), PLAIN) if v in self.trained]
         self.energy = next(iter(energies), None)  # E(x) of the most robust classifier
 
@@ -408,11 +409,13 @@ class _Study:
             found.append(about | self._measured(method, drawn, True))
         return found
 
-    def _drawn(self, method: GuidanceMethod, steps: int) -> Drawn:
+    def _drawn(self, method: GuidanceMethod, steps: int) -> DrawnImages:
         self.runs.log(f"drawing: {method.name}")
         return self.drawing.stored(method, steps)
 
-    def _measured(self, method: GuidanceMethod, drawn: Drawn, labelled: bool) -> dict[str, Any]:
+    def _measured(
+        self, method: GuidanceMethod, drawn: DrawnImages, labelled: bool
+    ) -> dict[str, Any]:
         """Metrics of the images of ``method``, stored next to the images."""
         key = {
             "images": hashlib.sha256(drawn.images.numpy().tobytes()).hexdigest(),

@@ -75,7 +75,7 @@ def _result(runs: ExperimentRuns, variant: Variant, protocol: Protocol | None) -
     own = variant.run or variant
     documents = runs.measured(own, protocol)
     if documents is None:
-        reason = runs.why_stopped(own)
+        reason = runs.stop_reason(own)
         return Result(variant, status=f"stopped: {reason}" if reason else "not run yet")
     return Result(variant, documents, runs.facts(own) | measured_facts(documents.values()))
 

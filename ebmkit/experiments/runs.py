@@ -50,7 +50,7 @@ from ebmkit.data import AnyImages
 from ebmkit.errors import UserError
 from ebmkit.evaluation import SIGMAS, SUITES, evaluate, parse_options
 from ebmkit.models import load
-from ebmkit.storage import Busy, held, write_atomically
+from ebmkit.storage import FolderLocked, held, write_atomically
 from ebmkit.storage.reading import MIB, read_document, read_json, read_text
 from ebmkit.training import RECIPES, RunFolder, TrainConfig, Trainer, resolve
 from ebmkit.training.config import difference
@@ -162,7 +162,7 @@ class Protocol:
     images: Mapping[str, int] = field(default_factory=dict)  # by suite, max. test images
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # by suite
 
-    def document_in(self, folder: Path, suite: str, of: int) -> dict[str, Any] | None:
+    def load_document(self, folder: Path, suite: str, of: int) -> dict[str, Any] | None:
         """The document of ``suite`` on ``of`` images, if complete and with these settings."""
         expected: dict[str, Any] = {"suite": suite, "of": of, "seed": 0}
         sigmas = {"denoise": list(self.sigmas), "classify": [0.0]}
@@ -259,10 +259,10 @@ class ExperimentRuns:
         except UserError as error:
             self.log(f"{variant.name}: stopped: {error}")
             self.stopped[variant.name] = str(error)
-            if note.parent.is_dir() and not isinstance(error, Busy):
+            if note.parent.is_dir() and not isinstance(error, FolderLocked):
                 write_atomically(note, f"{error}\n".encode())
 
-    def why_stopped(self, variant: Variant) -> str | None:
+    def stop_reason(self, variant: Variant) -> str | None:
         """Why the last attempt to finish ``variant`` failed; None if it did not fail."""
         try:
             return read_text(self._note(variant), MIB).strip()
@@ -363,7 +363,7 @@ class ExperimentRuns:
         """The complete documents by suite; None for incomplete ones."""
         folder = self.folder(variant) / "evaluation" / protocol.name
         count = len(self.images(variant, "test"))
-        return {suite: protocol.document_in(folder, suite, count) for suite in protocol.suites}
+        return {suite: protocol.load_document(folder, suite, count) for suite in protocol.suites}
 
     def facts(self, variant: Variant) -> dict[str, Any]:
         """Facts about training: seconds, steps, parameters, precision, machine, commit."""

@@ -55,7 +55,7 @@ PREDICTIONS: dict[str, Callable[[float], tuple[float, float]]] = {
 }
 """By prediction type, abar to (p, q) of noise = p * prediction + q * u_t."""
 
-NOISE_ALONE = 1e-7
+MIN_ABAR = 1e-7
 """Smallest abar at which a guide is applied; below it u_t is pure noise."""
 
 P = TypeVar("P")
@@ -164,7 +164,7 @@ class GuidedUNet(nn.Module):
         clip: bool | None = None,
     ) -> None:
         super().__init__()
-        self.unet, self.config_of_guidance, self.means = unet, config or GuidanceConfig(), means
+        self.unet, self.guidance_config, self.means = unet, config or GuidanceConfig(), means
         self.schedule = schedule_of(scheduler, image_range)
         self.prediction = str(getattr(scheduler.config, "prediction_type", None) or "epsilon")
         if self.prediction not in PREDICTIONS:
@@ -209,7 +209,7 @@ class GuidedUNet(nn.Module):
 
     def guidance(self, labels: int | Tensor) -> Guidance:
         """The guidance to ``labels``."""
-        found = self.config_of_guidance.build(self.guide, labels, self.means, self.schedule)
+        found = self.guidance_config.build(self.guide, labels, self.means, self.schedule)
         if self.guide is None or found.guide is None:
             return found
         return replace(found, guide=_in_precision_of(self.guide, found.guide))
@@ -279,7 +279,7 @@ class GuidedUNet(nn.Module):
             first, other = out[:, :channels], plain[:, :channels]
             return torch.cat([other + weight * (first - other), out[:, channels:]], dim=1)
 
-        if self.guide is None or abar < NOISE_ALONE:
+        if self.guide is None or abar < MIN_ABAR:
             return predict(u)
         outs: list[Tensor] = []
         noises: list[Tensor] = []
@@ -355,7 +355,7 @@ def schedule_of(scheduler: Any, image_range: tuple[float, float] = (-1.0, 1.0)) 
             f"{type(scheduler).__name__} has no alphas_cumprod: only schedulers of "
             "variance-preserving diffusion can be guided, such as DDPM, DDIM and DPM-Solver"
         )
-    known = abar.detach().double().cpu().clamp_min(NOISE_ALONE / 2)
+    known = abar.detach().double().cpu().clamp_min(MIN_ABAR / 2)
     before = torch.cat([known.new_ones(1), known[:-1]])
     return _Levels((1 - known / before).clamp(1e-12, 1 - 1e-12), image_range)
 
@@ -406,7 +406,7 @@ def _check_guide(model: nn.Module, unet: Any, channels: int) -> EnergyModel:
         )
     size = getattr(unet.config, "sample_size", None)
     known = (size, size) if isinstance(size, int) else tuple(size) if size else None
-    guide = model if isinstance(model, EnergyModel) else _of_logits(model, channels, known)
+    guide = model if isinstance(model, EnergyModel) else _wrap_network(model, channels, known)
     check_guide(guide)
     taken = guide.in_channels or (guide.card.channels if guide.card else None)
     if taken is not None and taken != channels:
@@ -426,7 +426,7 @@ def _check_size(size: tuple[int, ...], guide: EnergyModel) -> None:
         )
 
 
-def _of_logits(model: nn.Module, channels: int, size: tuple[int, ...] | None) -> LogitModel:
+def _wrap_network(model: nn.Module, channels: int, size: tuple[int, ...] | None) -> LogitModel:
     """Wrap a custom network; its logits for a black image give the number of labels."""
     if size is None:
         raise UserError("the UNet's config has no sample_size: wrap the network in LogitModel")

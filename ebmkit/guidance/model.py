@@ -26,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from ebmkit.card import ModelCard
-from ebmkit.compile import HasParts, device_of
+from ebmkit.compile import CompositeModel, device_of
 from ebmkit.energy import Energies, EnergyModel, Noise, ScoreModel, upcast_energies
 from ebmkit.errors import UserError
 from ebmkit.guidance.guides import CLASSIFIER_FREE, check_guide
@@ -71,7 +71,7 @@ def guided_model(
     return (GuidedDensityModel if dense else GuidedModel)(base, guide, config, means)
 
 
-class GuidedModel(HasParts, ScoreModel):
+class GuidedModel(CompositeModel, ScoreModel):
     """A model whose samples are guided to labels; `guided_model` creates it.
 
     Attributes:
@@ -108,7 +108,7 @@ class GuidedModel(HasParts, ScoreModel):
         """The guidance to labels ``c``, an integer or (B,)."""
         return self.config.build(self.guide, c, self.means, self._diffusion)
 
-    def with_parts(self, wrap: Callable[[Any], Any]) -> GuidedModel:
+    def map_submodels(self, wrap: Callable[[Any], Any]) -> GuidedModel:
         guide = None if self.guide is None else wrap(self.guide)
         return type(self)(wrap(self.base), guide, self.config, self.means)
 
@@ -315,7 +315,7 @@ class LogitModel(EnergyModel):
             )
         return Energies(logits, logits.logsumexp(1))
 
-    def warn_if_rough(self) -> None:
+    def warn_about_layers(self) -> None:
         """Do nothing: the model is not a denoiser."""
 
 

@@ -95,14 +95,14 @@ def find_backbone(name: str, others: Iterable[str] = ()) -> Preset[BackboneConfi
     return BACKBONES[name]
 
 
-def _of_its_kind(given: Any) -> Any:
+def _validate_by_kind(given: Any) -> Any:
     """Validate ``given`` as the configuration class of its ``kind``."""
     if not isinstance(given, Mapping):
         return given
     return NetworkConfig.class_for(given).model_validate(given)
 
 
-AnyNetworkConfig = Annotated[SerializeAsAny[NetworkConfig], BeforeValidator(_of_its_kind)]
+AnyNetworkConfig = Annotated[SerializeAsAny[NetworkConfig], BeforeValidator(_validate_by_kind)]
 """Configuration of any network, as the class of its ``kind``."""
 
 
@@ -231,7 +231,7 @@ def create_model(
         )
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     config = {
-        "backbone": _changed(find_backbone(backbone).config, options, f"backbone {backbone}"),
+        "backbone": _with_options(find_backbone(backbone).config, options, f"backbone {backbone}"),
         "head": find_head(head),
         "in_channels": in_channels,
         "num_classes": num_classes,
@@ -256,11 +256,11 @@ def create_denoiser(name: str, in_channels: int = 3, **options: Any) -> ScoreMod
 
     >>> denoiser = create_denoiser("drunet", in_channels=3, width=16)
     """
-    shape = _changed(find("denoiser", DENOISERS, name).config, options, f"denoiser {name}")
+    shape = _with_options(find("denoiser", DENOISERS, name).config, options, f"denoiser {name}")
     config = {"backbone": shape, "in_channels": in_channels}
     return validated(ModelConfig, config, "model").build()
 
 
-def _changed(preset: NetworkConfig, options: dict[str, Any], what: str) -> NetworkConfig:
+def _with_options(preset: NetworkConfig, options: dict[str, Any], what: str) -> NetworkConfig:
     """``preset`` with ``options`` replaced and validated."""
     return validated(type(preset), {**preset.model_dump(), **options}, what)

@@ -40,7 +40,7 @@ from ebmkit.models.denoisers import DirectDenoiser, GradientStep, check_publishe
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "elu": nn.ELU, "softplus": nn.Softplus}
 
 
-class DRUNetShape(DenoiserConfig):
+class DRUNetBaseConfig(DenoiserConfig):
     """Fields of all DRUNet configurations."""
 
     width: int = Field(
@@ -61,7 +61,7 @@ class DRUNetShape(DenoiserConfig):
         return DRUNet(in_channels, self)
 
 
-class DRUNetConfig(DRUNetShape):
+class DRUNetConfig(DRUNetBaseConfig):
     """Configuration of a DRUNet as a plain denoiser."""
 
     kind: Literal["drunet"] = "drunet"
@@ -75,7 +75,7 @@ class DRUNetConfig(DRUNetShape):
         return DirectDenoiser(network, in_channels, noise_conditional=self.noise_map)
 
 
-class GSDRUNetConfig(DRUNetShape):
+class GSDRUNetConfig(DRUNetBaseConfig):
     """Configuration of a GS-DRUNet."""
 
     kind: Literal["gs-drunet"] = "gs-drunet"
@@ -133,7 +133,7 @@ class DRUNet(nn.Module):
     Parameter names are those of the released code (cszn/DPIR), so its weights fit.
     """
 
-    def __init__(self, in_channels: int, config: DRUNetShape | None = None) -> None:
+    def __init__(self, in_channels: int, config: DRUNetBaseConfig | None = None) -> None:
         super().__init__()
         config = config or DRUNetConfig()
         self.noise_map = config.noise_map

@@ -41,7 +41,7 @@ from ebmkit.registry import Table, find
 
 EnergySource = Literal["auto", "model", "logits"]
 
-LABELS_ALONE = {"ce", "adv", "trades"}
+LABEL_OBJECTIVES = {"ce", "adv", "trades"}
 """Objectives that train no density; they determine the source if the model card has none."""
 
 
@@ -201,4 +201,4 @@ def energy_source(model: EnergyModel, source: EnergySource = "auto") -> Literal[
     if model.card.energies is not None:
         return model.card.energies
     names = {term.rpartition("*")[2].strip() for term in model.card.objective.split("+")}
-    return "logits" if names <= LABELS_ALONE else "model"
+    return "logits" if names <= LABEL_OBJECTIVES else "model"

@@ -260,7 +260,7 @@ def _convert_robustness(state: State, mean: Numbers | None, std: Numbers | None)
         "input_std": statistics[1],
     }
     size = 32 if shape["stem"] == "cifar" else 224
-    return _fitted("a ResNet of the robustness package", config, ours, size)
+    return _check_fit("a ResNet of the robustness package", config, ours, size)
 
 
 def _resnet(ours: State) -> dict[str, Any]:
@@ -317,7 +317,7 @@ def _convert_jem(state: State, mean: Numbers | None, std: Numbers | None) -> Con
         "input_mean": 0.5 if mean is None else mean,
         "input_std": 0.5 if std is None else std,
     }
-    return _fitted("JEM's WideResNet", config, ours, 32)
+    return _check_fit("JEM's WideResNet", config, ours, 32)
 
 
 def _convert_denoiser(state: State, *_: Numbers | None) -> Converted:
@@ -368,7 +368,7 @@ def _convert_state(
     }
     if not config["num_classes"] and head["kind"] == "logit":
         raise UserError("the weights contain no classifier to count the labels: give --classes")
-    return _fitted(f"backbone {backbone!r}", config, ours, None)
+    return _check_fit(f"backbone {backbone!r}", config, ours, None)
 
 
 def _classifier(ours: State) -> dict[str, Any]:
@@ -379,7 +379,7 @@ def _classifier(ours: State) -> dict[str, Any]:
     return {"head": {"kind": "logit", "bias": True}, "num_classes": len(rows)}
 
 
-def _fitted(what: str, values: dict[str, Any], ours: State, size: int | None) -> Converted:
+def _check_fit(what: str, values: dict[str, Any], ours: State, size: int | None) -> Converted:
     """Check the names and shapes of the state against the configuration."""
     config = validated(ModelConfig, values, what)
     with torch.device("meta"):
@@ -391,7 +391,7 @@ def _fitted(what: str, values: dict[str, Any], ours: State, size: int | None) ->
     unknown = [name for name in state if name not in expected]
     missing = [name for name in expected if name not in state]
     if unknown or missing:
-        raise UserError(_misfit(what, unknown, missing, state, expected))
+        raise UserError(_mismatch_message(what, unknown, missing, state, expected))
     for name, value in expected.items():
         if state[name].shape != value.shape:
             raise UserError(
@@ -403,7 +403,7 @@ def _fitted(what: str, values: dict[str, Any], ours: State, size: int | None) ->
     return config, state, size
 
 
-def _misfit(
+def _mismatch_message(
     what: str, unknown: list[str], missing: list[str], state: State, expected: State
 ) -> str:
     parts = [f"the weights are not those of {what}"]
@@ -412,12 +412,12 @@ def _misfit(
             shown = ", ".join(name.removeprefix("backbone.") for name in names[:SHOWN])
             more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
             parts.append(f"{kind}: {shown}{more}")
-    example = _example(unknown, missing, state, expected)
+    example = _suggest_rename(unknown, missing, state, expected)
     parts.append(f"rename prefixes by --map OLD=NEW, for example --map '{example}'")
     return "; ".join(parts)
 
 
-def _example(unknown: list[str], missing: list[str], state: State, expected: State) -> str:
+def _suggest_rename(unknown: list[str], missing: list[str], state: State, expected: State) -> str:
     """A rule for --map that turns an unknown name into a missing one."""
     for name in unknown:
         alike = [m for m in missing if expected[m].shape == state[name].shape]

@@ -124,7 +124,7 @@ def make_norm(name: NormName, num_channels: int, channels_per_group: int, bias: 
     return GroupNorm(num_channels, channels_per_group, keep_scale=name == "scale", bias=bias)
 
 
-def _differentiates_itself(x: Tensor) -> bool:
+def _use_custom_derivatives(x: Tensor) -> bool:
     """Whether to use the derivatives of this module for ``x`` instead of PyTorch's own."""
     return (
         not torch.compiler.is_compiling()
@@ -151,7 +151,7 @@ def group_norm(
         eps: added to the variances.
     """
     frozen = isinstance(weight, nn.Parameter) and not weight.requires_grad
-    if not _differentiates_itself(x) or frozen or not x.is_contiguous():
+    if not _use_custom_derivatives(x) or frozen or not x.is_contiguous():
         return nn.functional.group_norm(x, groups, weight, bias, eps)
     # one weight per image: autograd computes the sum over images, if it is needed
     weights = weight.expand(x.shape[0], -1)
@@ -165,7 +165,7 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(1, -1, *x.shape[2:])
 
 
-def _pull_back(
+def _group_norm_backward(
     g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, mask: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """PyTorch's kernel: P(w g) / s, and per image and channel the sums of g * xhat and of g.
@@ -204,7 +204,7 @@ class _GroupNorm(torch.autograd.Function):
         if torch.is_grad_enabled():
             found = _Gradient.apply(g, *ctx.saved_tensors, ctx.groups, ctx.eps)
         else:
-            found = _first(g, *ctx.saved_tensors)
+            found = _group_norm_vjp(g, *ctx.saved_tensors)
         of_x, of_weights, of_biases = found
         return of_x, of_weights, (of_biases if ctx.needs_input_grad[2] else None), None, None
 
@@ -219,7 +219,7 @@ class _Gradient(torch.autograd.Function):
     def forward(
         g: Tensor, x: Tensor, weights: Tensor, mean: Tensor, rstd: Tensor, groups: int, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return _first(g, x, weights, mean, rstd)
+        return _group_norm_vjp(g, x, weights, mean, rstd)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -235,39 +235,39 @@ class _Gradient(torch.autograd.Function):
         rest = (None, None, None, None)
         of_sums = by_weights is not None or by_biases is not None
         if v is not None and not of_sums and not torch.is_grad_enabled():
-            return *_second(v, *ctx.saved_tensors), *rest
-        at = _Normalised(x, ctx.groups, ctx.eps)
+            return *_group_norm_vjp_backward(v, *ctx.saved_tensors), *rest
+        at = _DifferentiableGroupNorm(x, ctx.groups, ctx.eps)
         of_g, of_x, of_weights = torch.zeros_like(x), torch.zeros_like(x), None
         if v is not None:
             projected = at.project(v)
-            of_g = of_g + _each(weights) * projected
-            of_x = of_x + at.second(_each(weights) * g, v)
+            of_g = of_g + _to_channels(weights) * projected
+            of_x = of_x + at.second(_to_channels(weights) * g, v)
             of_weights = (g * projected).sum((2, 3))
         if by_weights is not None:
-            of_g = of_g + _each(by_weights) * at.xhat
-            of_x = of_x + at.project(_each(by_weights) * g)
+            of_g = of_g + _to_channels(by_weights) * at.xhat
+            of_x = of_x + at.project(_to_channels(by_weights) * g)
         if by_biases is not None:
-            of_g = of_g + _each(by_biases)
+            of_g = of_g + _to_channels(by_biases)
         return of_g, of_x, of_weights, *rest
 
 
-def _first(
+def _group_norm_vjp(
     g: Tensor, x: Tensor, weights: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The outputs of `_Gradient`, without a graph."""
     weight = weights.reshape(-1)
-    of_x, *sums = _pull_back(_rows(g), _rows(x), mean, rstd, weight, [True, True, True])
+    of_x, *sums = _group_norm_backward(_rows(g), _rows(x), mean, rstd, weight, [True, True, True])
     sum_gx, sum_g = (each.reshape(weights.shape) for each in sums)
     return of_x.reshape(x.shape), sum_gx, sum_g
 
 
-def _second(v: Tensor, *saved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _group_norm_vjp_backward(v: Tensor, *saved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """VJP of P(w g) / s with ``v``, by g, x and w, without a graph and in few passes."""
     g, x, weights, mean, rstd, sum_gx, sum_g = saved
     x_rows, g_rows = _rows(x), _rows(g)
-    q, sum_vx, _ = _pull_back(_rows(v), x_rows, mean, rstd, None, [True, True, False])
+    q, sum_vx, _ = _group_norm_backward(_rows(v), x_rows, mean, rstd, None, [True, True, False])
     zero, one = torch.zeros_like(mean), torch.ones_like(rstd)
-    sum_gq = _pull_back(g_rows, q, zero, one, None, [False, True, False])[1]
+    sum_gq = _group_norm_backward(g_rows, q, zero, one, None, [False, True, False])[1]
 
     by_group, by_channel = (mean.shape[1], -1), (weights.numel(), -1)
     n = x.numel() // mean.shape[1]
@@ -288,7 +288,7 @@ def _second(v: Tensor, *saved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return of_g.reshape(x.shape), out.reshape(x.shape), sum_gq.reshape(weights.shape)
 
 
-class _Normalised:
+class _DifferentiableGroupNorm:
     """Derivatives at x (B, C, H, W) in differentiable operations, for third derivatives."""
 
     def __init__(self, x: Tensor, groups: int, eps: float) -> None:
@@ -300,7 +300,7 @@ class _Normalised:
     def mean(self, z: Tensor) -> Tensor:
         """Mean over each group, (B, C, 1, 1)."""
         mean = z.reshape(z.shape[0], self.groups, -1).mean(2)
-        return _each(mean.repeat_interleave(z.shape[1] // self.groups, dim=1))
+        return _to_channels(mean.repeat_interleave(z.shape[1] // self.groups, dim=1))
 
     def project(self, z: Tensor) -> Tensor:
         """P z / s."""
@@ -313,7 +313,7 @@ class _Normalised:
         return -(self.xhat * self.mean(a * q) * self.rstd + along_v * p + along_a * q)
 
 
-def _each(values: Tensor) -> Tensor:
+def _to_channels(values: Tensor) -> Tensor:
     """Reshape (B, C) to (B, C, 1, 1)."""
     return values[:, :, None, None]
 
@@ -329,7 +329,7 @@ class GELU(nn.GELU):
 def gelu(x: Tensor) -> Tensor:
     """`torch.nn.functional.gelu` with a fast second derivative; PyTorch's own function for small
     inputs, on devices other than a CPU, in compiled code, forward mode and no-grad mode."""
-    if not _differentiates_itself(x) or x.dtype not in (torch.float32, torch.float64):
+    if not _use_custom_derivatives(x) or x.dtype not in (torch.float32, torch.float64):
         return nn.functional.gelu(x)
     out: Tensor = _Gelu.apply(x, None)
     return out

@@ -39,7 +39,7 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
     "gelu": nn.GELU,
     "softplus": nn.Softplus,
 }
-SMALLEST, MIDDLE = 1e-3, 0.1  # sigma_0 and sigma_1, image units
+SIGMA_0, SIGMA_1 = 1e-3, 0.1  # sigma_0 and sigma_1, image units
 
 
 class MLPConfig(BackboneConfig):
@@ -138,7 +138,7 @@ class MLP(MeanPooled):
         """phi of noise levels (B,): (B, 2 + 2 F)."""
         with without_autocast(sigma):
             level = upcast(sigma)
-            u = 0.5 * (level.square() + SMALLEST**2).log() - math.log(MIDDLE)
+            u = 0.5 * (level.square() + SIGMA_0**2).log() - math.log(SIGMA_1)
             waves = u[:, None] * torch.arange(1, self.frequencies + 1, device=u.device).to(u)
             plain = torch.stack([torch.ones_like(u), u], dim=1)
             return torch.cat([plain, waves.cos(), waves.sin()], dim=1)

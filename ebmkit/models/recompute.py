@@ -117,7 +117,7 @@ def _vjp(
     return partial(vjp, retain_graph=False)  # frees the graph
 
 
-def _spread(
+def _fill_none(
     gradients: Sequence[Tensor | None], needed: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
     """``gradients`` of the ``needed`` inputs, and None for the other inputs."""
@@ -144,7 +144,7 @@ class _Forward(torch.autograd.Function):
         needed = tuple(ctx.needs_input_grad[1:])
         autocast = _autocast(gradient.device.type)
         gradients = _BlockVjp.apply(ctx.run, autocast, needed, gradient, *ctx.saved_tensors)
-        return (None, *_spread(gradients, needed))
+        return (None, *_fill_none(gradients, needed))
 
 
 class _BlockVjp(torch.autograd.Function):
@@ -169,7 +169,7 @@ class _BlockVjp(torch.autograd.Function):
         arrived = tuple(g for g in gradients if g is not None)
         if not arrived:
             return (None,) * len(ctx.needs_input_grad)
-        used = tuple(g is not None for g in _spread(gradients, ctx.needed))
+        used = tuple(g is not None for g in _fill_none(gradients, ctx.needed))
 
         def vjp(gradient: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
             vjp_block = _vjp(ctx.run, inputs, used)
@@ -179,4 +179,4 @@ class _BlockVjp(torch.autograd.Function):
         needed = ctx.needs_input_grad[3:]
         again = _vjp(vjp, ctx.saved_tensors, needed)
         found = again(arrived)
-        return (None, None, None, *_spread(found, needed))
+        return (None, None, None, *_fill_none(found, needed))

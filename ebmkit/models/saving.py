@@ -146,7 +146,7 @@ def load(
         with LimitedSize.of(state):
             model = document.model.without_pretrained().build()
     load_weights(model, state, folder, "the model")
-    _warn_of_numbers(model, path)
+    _warn_non_finite(model, path)
     model.card = document.card
     model.weights_sha256 = hashlib.sha256(content[FILES[weights]]).hexdigest()
     return model.eval().requires_grad_(False).to(device)
@@ -165,7 +165,7 @@ def load_weights(network: nn.Module, state: dict[str, Tensor], path: Path, what:
         raise UserError(f"the weights in {str(path)!r} do not fit {what}: {reason}") from None
 
 
-def _warn_of_numbers(model: ScoreModel, path: Path) -> None:
+def _warn_non_finite(model: ScoreModel, path: Path) -> None:
     """Warn of weights that are NaN or Inf; buffers may be Inf, as masks are."""
     bad = [name for name, p in model.named_parameters() if not bool(p.isfinite().all())]
     bad += [name for name, b in model.named_buffers() if bool(b.isnan().any())]

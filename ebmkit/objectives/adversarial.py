@@ -26,9 +26,10 @@ the projection onto the ball of radius :math:`\epsilon` about y, and for images 
 :math:`[0, 1]^d` (`ebmkit.attacks`).
 
 The starting point is uniform in the ball. TRADES starts at y plus Gaussian noise of standard
-deviation `NUDGE`, since the gradient of the divergence is 0 at y. During the attack the network is
-in evaluation mode, as in the `robustness` package: BatchNorm uses its running statistics without
-updating them, and images do not influence each other. The loss is computed in training mode.
+deviation `TRADES_START_STD`, since the gradient of the divergence is 0 at y. During the attack
+the network is in evaluation mode, as in the `robustness` package: BatchNorm uses its running
+statistics without updating them, and images do not influence each other. The loss is computed in
+training mode.
 
 The input of a diffusion model is :math:`u = \sqrt{\bar\alpha}\, y` with
 :math:`\bar\alpha = 1 / (1 + (2\sigma)^2)`. With ``variance_preserving``, :math:`\epsilon` and the
@@ -61,9 +62,17 @@ from ebmkit.objectives.classification import cross_entropy
 from ebmkit.randomness import keyed_generator
 from ebmkit.sampling.base import per_chain
 
-__all__ = ["ADV", "NUDGE", "TRADES", "AdversarialConfig", "Attack", "TradesConfig", "divergence"]
+__all__ = [
+    "ADV",
+    "TRADES",
+    "TRADES_START_STD",
+    "AdversarialConfig",
+    "Attack",
+    "TradesConfig",
+    "divergence",
+]
 
-NUDGE = 0.001
+TRADES_START_STD = 0.001
 """Standard deviation of the noise that TRADES adds to its starting point, image units."""
 
 
@@ -180,7 +189,7 @@ class Attack:
                 rows = slice(first, first + size)
                 own = batch.rows(rows)
                 target = None if other is None else other[rows]
-                found.append(self._climb(own, start[rows], target, config))
+                found.append(self._pgd(own, start[rows], target, config))
         return torch.cat(found)
 
     def _drawn(
@@ -200,12 +209,12 @@ class Attack:
         shape = (total, *y.shape[1:])
         if self.on_divergence:
             nudge = torch.randn(shape, generator=generator, device=y.device, dtype=y.dtype)
-            return _kept(y + NUDGE * nudge[own], batch), other
+            return _kept(y + TRADES_START_STD * nudge[own], batch), other
         radius = per_chain(config.eps * _scale(batch, config), y)
         offset = unit_ball(config.norm, shape, generator, y.dtype)
         return _kept(y + radius * offset[own], batch), other
 
-    def _climb(
+    def _pgd(
         self,
         batch: Batch,
         start: Tensor,

@@ -149,7 +149,7 @@ class Negatives:
             self._gaussians = ClassGaussians(x.to(self.device), c)
         labels = torch.arange(config.buffer_size) * self._classes // config.buffer_size
         generator = keyed_generator(self.device, self.seed, "negatives", "start")
-        start = self._fresh(config.buffer_size, generator, labels.to(self.device))
+        start = self._draw_starts(config.buffer_size, generator, labels.to(self.device))
         self.buffer = ReplayBuffer(start, self._classes)
         self.spread = torch.zeros((), device=self.device)
 
@@ -169,7 +169,7 @@ class Negatives:
         generator = keyed_generator(self.device, self.seed, "negatives", step, self.attempt)
         slots = self.buffer.choose(total, generator, labels)
         anew = torch.rand(total, generator=generator, device=self.device) < config.restart
-        fresh = self._fresh(total, generator, labels)
+        fresh = self._draw_starts(total, generator, labels)
         start = torch.where(anew[:, None, None, None], fresh, self.buffer.images[slots])[own]
         moved = self._moved(start, None if labels is None else labels[own], generator, own, total)
         self.buffer.put(slots, self._everyone(moved))
@@ -215,7 +215,7 @@ class Negatives:
             self.model.train(training)
         return state.x
 
-    def _fresh(self, count: int, generator: torch.Generator, labels: Tensor | None) -> Tensor:
+    def _draw_starts(self, count: int, generator: torch.Generator, labels: Tensor | None) -> Tensor:
         if self._gaussians is not None:
             return self._gaussians.sample(count, generator, labels if self._classes else None)
         return torch.rand((count, *self.shape), generator=generator, device=self.device)

@@ -319,7 +319,7 @@ class TrainingLoss(nn.Module):
         logs = sum(float(means[name].log()) for name in matching)
         return plain + self.balance * logs / max(1, len(matching))
 
-    def remember(self, parts: Mapping[str, Tensor]) -> None:
+    def update_running(self, parts: Mapping[str, Tensor]) -> None:
         """Update the running means of balanced terms; call once after each optimiser step."""
         if self.balanced:
             means = torch.stack([parts[name] for name in self.balanced])
@@ -337,7 +337,7 @@ class TrainingLoss(nn.Module):
         labels = [o.score_labels and o.score_labels(batch) for o in matching.values()]
         products = [o.hessian_vectors for o in matching.values() if o.hessian_vectors]
         vectors = products[0](batch) if products else []
-        y = self._laid_out(batch.y, differentiate=True)
+        y = self._to_memory_format(batch.y, differentiate=True)
         energies, scores, found = self._scores(y, batch.sigma, labels, vectors)
         by_name = dict(zip(matching, scores, strict=True))
         return {
@@ -352,7 +352,7 @@ class TrainingLoss(nn.Module):
         if not isinstance(model, EnergyModel):
             with autocast(y.device, self.precision):
                 return None, [model._score(y, sigma, c) for c in labels], []
-        model.warn_if_rough()
+        model.warn_about_layers()
         targets = [LogDensity(c) for c in labels if c is not None]
         marginal: list[Tensor] = []
         products: list[Tensor] = []
@@ -375,7 +375,7 @@ class TrainingLoss(nn.Module):
 
     def _energies(self, y: Tensor, sigma: Tensor | None) -> Energies:
         """Energies without a score."""
-        return self._forward(self._laid_out(y, differentiate=False), sigma)
+        return self._forward(self._to_memory_format(y, differentiate=False), sigma)
 
     def _forward(self, y: Tensor, sigma: Noise | None) -> Energies:
         """Forward pass of the model at the training precision."""
@@ -383,7 +383,7 @@ class TrainingLoss(nn.Module):
             energies: Energies = self.model(y, sigma)
         return energies
 
-    def _laid_out(self, y: Tensor, differentiate: bool) -> Tensor:
+    def _to_memory_format(self, y: Tensor, differentiate: bool) -> Tensor:
         layout = memory_format(y.device, differentiate)
         if y.ndim == 4 and layout != memory_format(y.device, self.differentiates):
             return y.contiguous(memory_format=layout)  # else the parameters' layout decides

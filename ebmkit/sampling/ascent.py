@@ -211,7 +211,7 @@ class StochasticAscentConfig(SamplerConfig):
         1.0, gt=0, le=1, description="bound on the step size h_t; 1 in the paper"
     )
 
-    def at_levels_of(self, model: ScoreModel) -> Self:
+    def resolve_levels(self, model: ScoreModel) -> Self:
         last = lowest_level(model, self.last_sigma)
         first = highest_level(model, self.first_sigma)
         return self.model_copy(update={"first_sigma": first, "last_sigma": last})
@@ -281,7 +281,7 @@ KADKHODAIE_SIMONCELLI_ENTRY = SamplerEntry(
     config=StochasticAscentConfig,
     needs=("levels", "blind"),
     make=lambda model, c, config: StochasticAscent(blind_denoiser_of(model, c), config),
-    no_law=DOWN_LEVELS,
+    no_stationary_distribution=DOWN_LEVELS,
     priority=3,
     starts_from_data=False,
 )
@@ -294,7 +294,7 @@ ENTRIES = (
         config=AscentConfig,
         needs=("density", "labels"),
         make=_ascent,
-        no_law="maximises a function",
+        no_stationary_distribution="maximises a function",
     ),
 )
 
@@ -315,5 +315,5 @@ def make_restorer(
         UserError: if the sampler does not support the model, or a noise level is out of its range.
     """
     KADKHODAIE_SIMONCELLI_ENTRY.check(model, c)
-    config = (config or StochasticAscentConfig()).at_levels_of(model)
+    config = (config or StochasticAscentConfig()).resolve_levels(model)
     return StochasticAscent(blind_denoiser_of(model, c), config, measurement, measured)

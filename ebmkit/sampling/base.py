@@ -100,7 +100,7 @@ class PositionSampler:
         return Chain(x, 0)
 
 
-def moved_to(state: Chain, x: Tensor, sigma: float | None = None) -> tuple[Chain, Info]:
+def next_state(state: Chain, x: Tensor, sigma: float | None = None) -> tuple[Chain, Info]:
     """State after a step to ``x`` at noise level ``sigma``, and report."""
     level = None if sigma is None else torch.full_like(x.flatten(1)[:, 0], sigma)
     return Chain(x, state.step + 1), Info(root_mean_square(x - state.x), level)

@@ -203,9 +203,10 @@ def chain_diagnostics(
     ``entry`` is None if no step was taken. ``draws`` are the log-densities (N, B) of each batch,
     one of ``every`` steps; ``finite`` (all chains,) bool marks the chains that are included.
     """
-    if no_law := "took no step" if entry is None else entry.no_law:
+    reason = "took no step" if entry is None else entry.no_stationary_distribution
+    if reason:
         what = "effective size and R-hat need draws of one distribution, but this sampler"
-        return {"meaning": f"{what} {no_law}: they are undefined"}
+        return {"meaning": f"{what} {reason}: they are undefined"}
     known = [d for d in draws if d is not None]
     if len(known) < len(draws):
         return {"meaning": "this model has no log-density, or no step was recorded"}
@@ -252,7 +253,7 @@ def energy_diagnostics(
     return found
 
 
-def far_from_images(x: Tensor) -> Tensor:
+def is_out_of_range(x: Tensor) -> Tensor:
     """Mask (N,) bool of samples (N, C, H, W) with pixels farther than `FAR` from 0.5."""
     return (x - 0.5).abs().flatten(1).amax(1) > FAR
 

@@ -54,7 +54,7 @@ from ebmkit.sampling.base import (
     PositionSampler,
     check_positive,
     denoiser_of,
-    moved_to,
+    next_state,
     normal_like,
     trained_range,
 )
@@ -161,7 +161,7 @@ class DDIM(PositionSampler):
         moved = clean + a * noise if a else clean
         if b:
             moved = moved + b * normal_like(y, generator)
-        return moved_to(state, moved, sigma)
+        return next_state(state, moved, sigma)
 
 
 TIMESTEPS = "number of timesteps out of 1000; levels outside the model's range are skipped"
@@ -217,7 +217,7 @@ DDIM_ENTRY = SamplerEntry(
     config=DDIMConfig,
     needs=("levels",),
     make=_make,
-    no_law=DOWN_LEVELS,
+    no_stationary_distribution=DOWN_LEVELS,
     priority=2,
 )
 

@@ -47,7 +47,7 @@ from ebmkit.sampling.base import (
 )
 from ebmkit.storage.hdf5 import find_array, open_hdf5, read_array
 
-FITTED = 1000
+MAX_FIT_IMAGES = 1000
 """Maximum number of images per Gaussian, evenly spaced in the set."""
 
 
@@ -69,7 +69,7 @@ class ClassGaussians:
                     "chains from uniform noise"
                 )
             shares.append(len(own))
-            rows = torch.arange(min(len(own), FITTED), device=own.device)
+            rows = torch.arange(min(len(own), MAX_FIT_IMAGES), device=own.device)
             fitted = own[rows * len(own) // len(rows)]
             self.means.append(fitted.mean(0))
             self.spreads.append((fitted - fitted.mean(0)).flatten(1) / (len(fitted) - 1) ** 0.5)
@@ -207,7 +207,7 @@ class SamplerConfig(BaseModel):
     steps: int = Field(1000, ge=1, description="number of steps per chain")
     start: Start = Field("auto", description=START)
 
-    def at_levels_of(self, model: ScoreModel) -> Self:
+    def resolve_levels(self, model: ScoreModel) -> Self:
         """Return the settings with unset noise levels replaced by those of ``model``.
 
         Raises:
@@ -225,7 +225,7 @@ class LevelConfig(SamplerConfig):
         "example 10/255; null: the model's lowest, or 0 for closed forms",
     )
 
-    def at_levels_of(self, model: ScoreModel) -> Self:
+    def resolve_levels(self, model: ScoreModel) -> Self:
         sigma = clean_level(model) if self.sigma is None else self.sigma
         if sigma is not None:
             check_trained(sigma, trained_range(model))
@@ -265,13 +265,13 @@ class SamplerEntry(Generic[C]):
     needs: tuple[Need, ...]
     make: Callable[[ScoreModel, Labels, C], Sampler[Any]]
     noisy_end: bool = False
-    no_law: str = ""
+    no_stationary_distribution: str = ""
     caveat: str = ""
     priority: int = 0
     starts_from_data: bool = True
-    fresh_steps: int = 0
+    min_fresh_steps: int = 0
 
-    def drives(self, model: ScoreModel) -> bool:
+    def supports(self, model: ScoreModel) -> bool:
         """Whether the sampler supports ``model``."""
         return missing(model, self.needs) is None
 
@@ -281,7 +281,7 @@ class SamplerEntry(Generic[C]):
         The error states the reason and the samplers that support the model.
         """
         if (reason := missing(model, self.needs)) is not None:
-            able = ", ".join(name for name, entry in SAMPLERS.items() if entry.drives(model))
+            able = ", ".join(name for name, entry in SAMPLERS.items() if entry.supports(model))
             raise UserError(
                 f"sampler {self.name} does not support this model: {reason}; take {able}"
             )
@@ -299,7 +299,7 @@ class SamplerEntry(Generic[C]):
         """
         self.check(model, c)
         config = self.config() if config is None else config
-        return self.make(model, c, config.at_levels_of(model))
+        return self.make(model, c, config.resolve_levels(model))
 
     def length(self, sampler: Sampler[Any], config: C) -> int:
         """Number of steps: the length of the schedule of ``sampler``, or ``config.steps``."""
@@ -405,7 +405,7 @@ def default_sampler(model: ScoreModel) -> SamplerEntry[Any]:
     ``kadkhodaie_simoncelli`` for blind denoisers, ``ddim`` for those that take the noise level, and
     ``sgld``, as in JEM, for densities that were not trained to denoise.
     """
-    able = (entry for entry in SAMPLERS.values() if entry.priority and entry.drives(model))
+    able = (entry for entry in SAMPLERS.values() if entry.priority and entry.supports(model))
     return max(able, key=lambda entry: entry.priority)
 
 

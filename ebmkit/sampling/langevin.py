@@ -74,7 +74,7 @@ from ebmkit.sampling.base import (
     density_of,
     highest_level,
     lowest_level,
-    moved_to,
+    next_state,
     normal_like,
     per_chain,
     root_mean_square,
@@ -149,7 +149,7 @@ class Langevin(PositionSampler):
         moved = langevin_move(x, score, step_size, self.noise_std, self.normal(x, generator))
         if self.bounds is not None:
             moved = moved.clamp(*self.bounds)
-        return moved_to(state, moved)
+        return next_state(state, moved)
 
 
 class LangevinConfig(LevelConfig):
@@ -245,7 +245,9 @@ class MALA(MetropolisSampler):
         back = (x - langevin_move(proposed, score, self.step_size, 0.0, xi)) / noise_std
         log_ratio = (log_density - state.log_density) / self.temperature
         log_ratio = log_ratio + 0.5 * (xi.square() - back.square()).flatten(1).sum(1)
-        return adjusted(state, DensityChain(proposed, 0, log_density, score), log_ratio, generator)
+        return metropolis_step(
+            state, DensityChain(proposed, 0, log_density, score), log_ratio, generator
+        )
 
 
 class HMC(MetropolisSampler):
@@ -270,10 +272,10 @@ class HMC(MetropolisSampler):
             momentum = momentum + size / (2 * self.temperature) * score
         kinetic = 0.5 * (start.square() - momentum.square()).flatten(1).sum(1)
         log_ratio = (log_density - state.log_density) / self.temperature + kinetic
-        return adjusted(state, DensityChain(x, 0, log_density, score), log_ratio, generator)
+        return metropolis_step(state, DensityChain(x, 0, log_density, score), log_ratio, generator)
 
 
-def adjusted(
+def metropolis_step(
     state: DensityChain, proposed: DensityChain, log_ratio: Tensor, generator: torch.Generator
 ) -> tuple[DensityChain, Info]:
     """Accept ``proposed`` with probability min(1, exp(``log_ratio``)), (B,), or keep ``state``."""
@@ -292,7 +294,7 @@ def adjusted(
 
 
 DOWN_LEVELS = "runs over decreasing noise levels"
-"""`SamplerEntry.no_law` of samplers over decreasing noise levels."""
+"""`SamplerEntry.no_stationary_distribution` of samplers over decreasing noise levels."""
 
 
 def geometric_sigmas(high: float, low: float, count: int) -> tuple[float, ...]:
@@ -320,7 +322,7 @@ class RangeConfig(SamplerConfig):
         None, description="last noise level; null: 0.01, or the model's lowest if that is higher"
     )
 
-    def at_levels_of(self, model: ScoreModel) -> Self:
+    def resolve_levels(self, model: ScoreModel) -> Self:
         ends = {"high": highest_level(model, self.high), "low": lowest_level(model, self.low)}
         return self.model_copy(update=ends)
 
@@ -379,7 +381,7 @@ class AnnealedLangevin(PositionSampler):
         noise_std = math.sqrt(2 * step_size * self.config.temperature)
         xi = normal_like(x, generator)
         moved = langevin_move(x, self.score(x, sigma), step_size, noise_std, xi)
-        return moved_to(state, moved, sigma)
+        return next_state(state, moved, sigma)
 
 
 class PredictorCorrector(PositionSampler):
@@ -407,7 +409,7 @@ class PredictorCorrector(PositionSampler):
             score, step_size = self.score(moved, then), 2 * (self.config.snr * then) ** 2
             xi = normal_like(x, generator)
             moved = langevin_move(moved, score, step_size, math.sqrt(2 * step_size), xi)
-        return moved_to(state, moved, then)
+        return next_state(state, moved, then)
 
 
 def _check_descending(sigmas: tuple[float, ...], least: int = 1) -> tuple[float, ...]:
@@ -445,7 +447,7 @@ ENTRIES = (
         ),
         caveat="its noise does not match its step size, so it does not sample the model's density",
         priority=1,
-        fresh_steps=100,
+        min_fresh_steps=100,
     ),
     SamplerEntry(
         name="mala",
@@ -472,7 +474,7 @@ ENTRIES = (
             score_of(model, c), config.sigmas(config.steps // config.inner), config
         ),
         noisy_end=True,
-        no_law=DOWN_LEVELS,
+        no_stationary_distribution=DOWN_LEVELS,
     ),
     SamplerEntry(
         name="pc",
@@ -483,6 +485,6 @@ ENTRIES = (
             score_of(model, c), config.sigmas(config.steps + 1), config
         ),
         noisy_end=True,
-        no_law=DOWN_LEVELS,
+        no_stationary_distribution=DOWN_LEVELS,
     ),
 )

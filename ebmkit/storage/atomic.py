@@ -173,7 +173,7 @@ PATIENCE = 15.0
 """Seconds to wait for child processes of a dead holder."""
 
 
-class Busy(UserError):
+class FolderLocked(UserError):
     """Another process holds the lock of the folder."""
 
 
@@ -217,7 +217,9 @@ def _acquire(lock: FileLock, path: Path, place: Path, advice: str) -> None:
         except Timeout:
             holder = _read(path)
             if time.monotonic() >= until or not (holder is None or _is_dead(holder)):
-                raise Busy(f"{_sentence(place, holder)}: wait for it, or {advice}") from None
+                raise FolderLocked(
+                    f"{_sentence(place, holder)}: wait for it, or {advice}"
+                ) from None
             time.sleep(0.1 if holder else 0.02)
 
 

@@ -51,7 +51,7 @@ WHOLE = 2**64
 DIGITS = 100
 """Maximum characters of a number, date or similar in YAML; parsing some takes O(n**2) time."""
 
-EXPANDED = 20_000
+MAX_VALUES = 20_000
 """Maximum number of values of a YAML document with its aliases expanded."""
 
 
@@ -180,8 +180,8 @@ def _expanded(node: yaml.Node, what: str, known: dict[int, int], depth: int) -> 
     total = 1
     for part in parts:
         total += _expanded(part, what, known, depth + 1)
-        if total > EXPANDED:
-            raise UserError(f"{what} holds more than {EXPANDED} values, with aliases expanded")
+        if total > MAX_VALUES:
+            raise UserError(f"{what} holds more than {MAX_VALUES} values, with aliases expanded")
     known[id(node)] = total
     return total
 

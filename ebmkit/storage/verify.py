@@ -94,7 +94,7 @@ def accept_files(root: Path, names: Iterable[str]) -> None:
     commit_files(root, contents)
 
 
-def put_in_order(root: Path, growing: Iterable[str] = ()) -> None:
+def repair_run(root: Path, growing: Iterable[str] = ()) -> None:
     """Complete an interrupted change in ``root`` and remove stale temporary files.
 
     The caller must hold the lock of the folder. If the manifest is damaged, or missing although

@@ -31,10 +31,10 @@ from ebmkit.objectives.likelihood import NegativesConfig
 from ebmkit.registry import Plugin, check_plugins, find, loaded_plugins
 from ebmkit.storage.reading import YAML_BYTES, parse_yaml, read_text
 
-MOST_KEYS = 20
+MAX_KEY_DEPTH = 20
 """Maximum number of names in a key; ``optimizer.lr`` has two."""
 
-SPECIAL = {
+RECIPES_BY_OBJECTIVE = {
     "likelihood": {"digits": "digits-jem", "cifar10": "jem", "cifar100": "jem"},
     "ddpm": {"digits": "digits-ddpm", "cifar10": "cifar10-ddpm", "cifar100": "cifar10-ddpm"},
     "adversarial": dict.fromkeys(("cifar10", "cifar100"), "cifar10-robust")
@@ -50,7 +50,7 @@ DEFAULTS: dict[tuple[str, str], dict[str, Any]] = {
 }
 """Optimiser setting and its value -> defaults of other optimiser settings."""
 
-OF_A_RUN = {"dataset", "backbone", "head", "model", "objective", "streams", "optimizer", "steps"}
+RUN_FIELDS = {"dataset", "backbone", "head", "model", "objective", "streams", "optimizer", "steps"}
 """A layer with all of these fields is the complete configuration of a run."""
 
 USED_BY: dict[str, tuple[str, tuple[str, ...] | str]] = {
@@ -259,19 +259,19 @@ RECIPES = {
 def recipe_for(dataset: str, objective: str = "") -> dict[str, Any]:
     """Default recipe of ``dataset`` for ``objective``; that of ``folder`` for an unknown data set.
 
-    Maximum likelihood, ``ddpm`` alone and adversarial training have separate recipes (`SPECIAL`).
-    For other data sets, the first two use the short CIFAR-10 recipe, and adversarial training uses
-    the recipe of the data set with a logit head.
+    Maximum likelihood, ``ddpm`` alone and adversarial training have separate recipes
+    (`RECIPES_BY_OBJECTIVE`). For other data sets, the first two use the short CIFAR-10 recipe, and
+    adversarial training uses the recipe of the data set with a logit head.
     """
     terms = parse_objective(objective) if objective else ()
     families = {term.objective.family for term in terms}
     name, head = dataset, {}
     if "likelihood" in families:
-        name = SPECIAL["likelihood"].get(dataset, "cifar10-jem-short")
+        name = RECIPES_BY_OBJECTIVE["likelihood"].get(dataset, "cifar10-jem-short")
     elif [term.name for term in terms] == ["ddpm"]:
-        name = SPECIAL["ddpm"].get(dataset, "cifar10-ddpm-short")
+        name = RECIPES_BY_OBJECTIVE["ddpm"].get(dataset, "cifar10-ddpm-short")
     elif "adversarial" in families:
-        name, head = SPECIAL["adversarial"].get(dataset, dataset), {"head": "logit"}
+        name, head = RECIPES_BY_OBJECTIVE["adversarial"].get(dataset, dataset), {"head": "logit"}
     config = RECIPES.get(name, RECIPES["folder"]).config | head
     return config | {"dataset": config["dataset"] | {"name": dataset}}
 
@@ -299,12 +299,12 @@ def resolve(*layers: Mapping[str, Any], recipe: str | None = None) -> TrainConfi
     Raises:
         UserError: on an unknown name, an unknown field or an illegal value.
     """
-    layers = tuple(_terms_apart(layer) for layer in layers)
+    layers = tuple(_move_terms(layer) for layer in layers)
     for layer in layers:
         check_plugins(layer.get("plugins", ()), "this run")
     base = find("recipe", RECIPES, recipe).config if recipe else {}
     dataset = str(mapping_at(merge(base, *layers), "dataset").get("name", "digits"))
-    if not base and not any(layer.keys() >= OF_A_RUN for layer in layers):
+    if not base and not any(layer.keys() >= RUN_FIELDS for layer in layers):
         base = recipe_for(dataset, str(merge(*layers).get("objective", "")))
     named = [layer["backbone"] for layer in layers if "backbone" in layer]
     if named:  # drop the recipe's preset, and fields that the new network does not have
@@ -312,14 +312,14 @@ def resolve(*layers: Mapping[str, Any], recipe: str | None = None) -> TrainConfi
     start = _expand(base)
     expanded = [start, *(_expand(layer) for layer in layers)]
     start, *expanded = (
-        _fitting(own, merge(*expanded[i:]), whole=i == 1 or own.keys() >= OF_A_RUN)
+        _drop_unused(own, merge(*expanded[i:]), whole=i == 1 or own.keys() >= RUN_FIELDS)
         for i, own in enumerate(expanded, 1)
     )
     raw = merge(start, *expanded)
     raw = merge(raw, _implied(raw, merge(*expanded)))
     raw["plugins"] = [plugin.model_dump() for plugin in loaded_plugins()]
     config = validated(TrainConfig, raw, "configuration")
-    _check_used(config, merge(*(own for own in (start, *expanded) if not own.keys() >= OF_A_RUN)))
+    _check_used(config, merge(*(own for own in (start, *expanded) if not own.keys() >= RUN_FIELDS)))
     terms = {term.name: term for term in parse_objective(config.objective)}
     for name in config.draw_from:
         find("objective in draw_from", terms, name)
@@ -332,7 +332,9 @@ def resolve(*layers: Mapping[str, Any], recipe: str | None = None) -> TrainConfi
     return config
 
 
-def _fitting(layer: Mapping[str, Any], over: Mapping[str, Any], whole: bool) -> Mapping[str, Any]:
+def _drop_unused(
+    layer: Mapping[str, Any], over: Mapping[str, Any], whole: bool
+) -> Mapping[str, Any]:
     """``layer`` without optimiser settings that the kind or schedule in ``over`` does not use.
 
     A ``whole`` layer (a recipe or a run) without kind or schedule has the default one.
@@ -387,7 +389,7 @@ def _implied(raw: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]
     )
 
 
-def _terms_apart(layer: Mapping[str, Any]) -> Mapping[str, Any]:
+def _move_terms(layer: Mapping[str, Any]) -> Mapping[str, Any]:
     """Move the settings under ``objective`` of ``layer`` to ``terms``."""
     if not isinstance(layer.get("objective"), Mapping):
         return layer
@@ -422,14 +424,14 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
     for text in assignments:
         key, equals, value = text.partition("=")
         keys = key.strip().split(".")
-        if not equals or not all(keys) or len(keys) > MOST_KEYS:
+        if not equals or not all(keys) or len(keys) > MAX_KEY_DEPTH:
             raise UserError(
                 f"--set {shown(text)} is not of the form key=value, as in optimizer.lr=1e-3"
             )
         nested: Any = parse_yaml(value, f"the value of --set {shown(text)}")
         for part in reversed(keys):
             nested = {part: nested}
-        result = merge(result, _terms_apart(nested))
+        result = merge(result, _move_terms(nested))
     return result
 
 

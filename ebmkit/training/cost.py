@@ -59,7 +59,7 @@ Shapes = Mapping[str, tuple[int, int, int, int]]
 """Stream -> shape (B, C, H, W) of the images that this process draws from it per step."""
 
 ADAMW_STATES = 2  # state values of AdamW per parameter
-MOST_STRETCHES = 1000  # maximum number that a stopwatch keeps before it merges neighbours
+MAX_TIMED_INTERVALS = 1000  # maximum number that a stopwatch keeps before it merges neighbours
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -433,7 +433,7 @@ class Budget:
         return self.too_large(shapes, (available_memory(self.device) or 0) + held, stage.fields)
 
 
-class Stretch(NamedTuple):
+class TimedInterval(NamedTuple):
     """Interval of timed steps: number of steps, seconds, seconds of waiting for data, stage."""
 
     steps: int
@@ -441,16 +441,16 @@ class Stretch(NamedTuple):
     data: float
     stage: int
 
-    def __add__(self, other: Stretch) -> Stretch:  # type: ignore[override]
+    def __add__(self, other: TimedInterval) -> TimedInterval:  # type: ignore[override]
         sums = self.steps + other.steps, self.seconds + other.seconds, self.data + other.data
-        return Stretch(*sums, self.stage)
+        return TimedInterval(*sums, self.stage)
 
 
 class Stopwatch:
     """Times intervals of steps, and the waiting for data within them."""
 
     def __init__(self) -> None:
-        self.stretches: list[Stretch] = []
+        self.stretches: list[TimedInterval] = []
         self.lengths: Mapping[int, int] | None = None
         """Stage of the run -> its weight in `seconds`; None: the number of timed steps."""
         self.restart()
@@ -467,8 +467,8 @@ class Stopwatch:
     def stop(self, stage: int = 0) -> float:
         """End the interval, which lies in ``stage``, and start another; return seconds per step."""
         seconds, steps = time.perf_counter() - self._begun, max(1, self._steps)
-        self.stretches.append(Stretch(steps, seconds, self._data, stage))
-        if len(self.stretches) > MOST_STRETCHES:  # merge neighbours, except the first
+        self.stretches.append(TimedInterval(steps, seconds, self._data, stage))
+        if len(self.stretches) > MAX_TIMED_INTERVALS:  # merge neighbours, except the first
             self.stretches = [
                 own
                 for first, *rest in self._by_stage()
@@ -493,7 +493,7 @@ class Stopwatch:
         settled = [s for own in self._by_stage() for s in own[1:] or own]
         return sum(s.data for s in settled) / sum(s.seconds for s in settled)
 
-    def _by_stage(self) -> list[list[Stretch]]:
+    def _by_stage(self) -> list[list[TimedInterval]]:
         stages = dict.fromkeys(s.stage for s in self.stretches)
         return [[s for s in self.stretches if s.stage == stage] for stage in stages]
 

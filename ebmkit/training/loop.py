@@ -23,7 +23,7 @@ from ebmkit.compile import make_inference
 from ebmkit.compute import describe, peak_memory, pick_device
 from ebmkit.data import AnyImages, Batch, ImageSet, Stream
 from ebmkit.data.schedule import images_between, stage_at, stages
-from ebmkit.data.streams import prefetched
+from ebmkit.data.streams import prefetch
 from ebmkit.data.workers import translate_worker_errors
 from ebmkit.distributed import DistributedContext, device_of_rank
 from ebmkit.energy import ScoreModel
@@ -44,20 +44,20 @@ from ebmkit.training.optim import (
     learning_rate,
     make_optimizer,
     optimizer_flops,
-    states_of,
+    state_values_per_parameter,
 )
 from ebmkit.training.rollback import Rollback
 from ebmkit.training.run_folder import RunFolder
 from ebmkit.training.setup import (
     build_model,
     check_compiled,
-    check_learnt,
     check_terms,
     images_of,
     make_card,
     make_loss,
     model_config,
     shapes,
+    warn_if_at_chance,
 )
 from ebmkit.training.state import SkippedSamples, TrainingState
 from ebmkit.training.step import OutOfMemory, StepStats, TrainingStep, translate_out_of_memory
@@ -102,8 +102,8 @@ def stop_requested() -> Iterator[Stop]:
         stop.signal = stop.signal or signum
 
     ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    heard = [s for s in SIGNALS if not (ignored and s == signal.SIGHUP)]
-    before = {s: signal.signal(s, handle) for s in heard}
+    handled_signals = [s for s in SIGNALS if not (ignored and s == signal.SIGHUP)]
+    before = {s: signal.signal(s, handle) for s in handled_signals}
     try:
         yield stop
     finally:
@@ -184,7 +184,7 @@ class Trainer:
         self.budget = Budget(
             self.loss,
             [(stage, shapes(stage, self.train, world.size)) for stage in self.stages],
-            states_of(model, config.optimizer),
+            state_values_per_parameter(model, config.optimizer),
             config.compute.accumulate,
             world.size,
             1 if rho is None else 2,
@@ -313,7 +313,7 @@ class Trainer:
         if self.rollback is not None:
             self.rollback.load_state_dict(state.get("watch"), state.get("buffer"))
         if self.run is not None:
-            self.run.forget_after(self.step)
+            self.run.truncate_metrics(self.step)
             self.state.best.restore(self.run)
 
     def save(self, rolled_back: tuple[int, dict[str, Any]] | None = None) -> None:
@@ -337,7 +337,7 @@ class Trainer:
     def batches(self, start: int, stop: int) -> Iterator[dict[str, Batch]]:
         """Yield a batch of each stream for each of the steps ``start`` .. ``stop`` - 1."""
         streams = {name: stream.batches(start, stop) for name, stream in self.streams.items()}
-        return prefetched(streams, self.device)
+        return prefetch(streams, self.device)
 
     def rate_at(self, step: int) -> float:
         """Learning rate of ``step``, counted from 0."""
@@ -460,13 +460,13 @@ class Trainer:
             detail = nonfinite.describe(found)
             if path is not None:
                 detail.append(nonfinite.write_report(path, found))
-        divergence = rollback.go_back(reason)
+        divergence = rollback.restore_snapshot(reason)
         self.first_step = self.step
         row = rollback.row(divergence, detail)
         self.save((len(rollback.monitor.history), row))
         self.report(row, written=True)
         if divergence.change is None:
-            raise rollback.given_up(path, detail)
+            raise rollback.too_many_rollbacks(path, detail)
         return True
 
     def _log_step(self, stats: StepStats) -> None:
@@ -492,7 +492,7 @@ class Trainer:
         self.model.train()
         self.report({"kind": "validation", "step": self.step, **means})
         if self.step == self.config.steps and self.world.first:
-            check_learnt(means, loss, model.num_classes, self.config)
+            warn_if_at_chance(means, loss, model.num_classes, self.config)
         summary = loss.summary({term.name: means[term.name] for term in loss.terms})
         every = self.config.validate_every
         if 0 < stage.start >= (self.step - 1) // every * every:
@@ -534,5 +534,5 @@ def assemble(
         if checkpoint is not None:
             trainer.load_state_dict(checkpoint)
         elif run is not None:
-            run.forget_after(0)
+            run.truncate_metrics(0)
     return trainer

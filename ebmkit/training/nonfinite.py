@@ -76,10 +76,10 @@ def diagnose(
     try:
         loss.use_autograd = True
         with _first_bad_layer(model) as layer:
-            again, finite = _taken_again(loss, batches, parts, named)
+            again, finite = _repeat_step(loss, batches, parts, named)
             if sam is not None and finite:
                 with sam.perturbed(loss):
-                    again, finite = _taken_again(loss, batches, parts, named)
+                    again, finite = _repeat_step(loss, batches, parts, named)
         model.eval()
         streams = {name: _images(loss, name, batch, named) for name, batch in batches.items()}
     finally:
@@ -106,7 +106,7 @@ def _plain(value: float | Tensor) -> float | str:
     return float(f"{value:.6g}") if math.isfinite(value) else str(value)
 
 
-def _taken_again(
+def _repeat_step(
     loss: TrainingLoss, batches: Mapping[str, Batch], parts: int, named: Named
 ) -> tuple[dict[str, Tensor], bool]:
     """Gradient of the whole step by parameter, and whether it and all losses are finite."""
@@ -134,14 +134,14 @@ def _largest(tensors: Mapping[str, Tensor], count: int) -> list[dict[str, Any]]:
     bad = {name: int((~tensor.isfinite()).sum()) for name, tensor in tensors.items()}
 
     def order(name: str) -> tuple[int, float]:
-        largest = _most(tensors[name])
+        largest = _max_abs(tensors[name])
         return -bad[name], -math.inf if math.isnan(largest) else -largest
 
     return [
         {
             "parameter": name,
-            "largest": _plain(_most(tensor := tensors[name])),
-            "largest_finite": _plain(_most(tensor[tensor.isfinite()])),
+            "largest": _plain(_max_abs(tensor := tensors[name])),
+            "largest_finite": _plain(_max_abs(tensor[tensor.isfinite()])),
             "norm": _plain(tensor.norm()),
             "not_finite": bad[name],
             "entries": tensor.numel(),
@@ -150,7 +150,7 @@ def _largest(tensors: Mapping[str, Tensor], count: int) -> list[dict[str, Any]]:
     ]
 
 
-def _most(tensor: Tensor) -> float:
+def _max_abs(tensor: Tensor) -> float:
     """The largest absolute value of an entry; 0 without entries."""
     return float(tensor.abs().max()) if tensor.numel() else 0.0
 
@@ -159,7 +159,7 @@ def _images(loss: TrainingLoss, stream: str, batch: Batch, named: Named) -> dict
     """Check the images of a batch one by one, those whose data has NaN or Inf first."""
     size = len(batch.x)
     single = [part[stream] for part in split_batches({stream: batch}, size, True)]
-    order = sorted(range(size), key=lambda i: all(_finite(single[i]).values()))
+    order = sorted(range(size), key=lambda i: all(_finite_by_name(single[i]).values()))
     at_fault, others, begun = [], [], time.perf_counter()
     for position in order:
         if time.perf_counter() - begun > SECONDS:
@@ -177,7 +177,7 @@ def _images(loss: TrainingLoss, stream: str, batch: Batch, named: Named) -> dict
             "range": [_plain(float(own.x.min())), _plain(float(own.x.max()))],
         }
         if bad or not math.isfinite(norm):
-            at_fault.append({**row, "terms": bad, "finite": _finite(own)})
+            at_fault.append({**row, "terms": bad, "finite": _finite_by_name(own)})
         else:
             others.append((norm, row))
     others.sort(key=lambda pair: -pair[0])
@@ -189,7 +189,7 @@ def _images(loss: TrainingLoss, stream: str, batch: Batch, named: Named) -> dict
     }
 
 
-def _finite(own: Batch) -> dict[str, bool]:
+def _finite_by_name(own: Batch) -> dict[str, bool]:
     """Whether an image, its noisy version, its noise and added columns are finite, by name."""
     given = {"image": own.x, "noisy": own.y, "sigma": own.sigma, "noise": own.eps}
     given |= {name.split(".")[-1]: column for name, column in own.extra.items()}

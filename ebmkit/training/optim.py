@@ -126,15 +126,15 @@ def optimizer_flops(model: nn.Module, config: OptimizerConfig) -> int:
     """FLOPs of the matrix products of an update: Muon orthogonalises each matrix once."""
     total = 0
     for matrix in _matrices(model, config):
-        small, large = sorted(as_matrix(matrix))
-        if by_products(matrix, small, large):
+        small, large = sorted(to_matrix(matrix))
+        if uses_factor_product(matrix, small, large):
             total += 4 * small**2 * large + (8 * NS_STEPS - 6) * small**3
         else:
             total += NS_STEPS * (4 * small**2 * large + 2 * small**3)
     return total
 
 
-def states_of(model: nn.Module, config: OptimizerConfig) -> Fraction:
+def state_values_per_parameter(model: nn.Module, config: OptimizerConfig) -> Fraction:
     """Mean number of optimiser state values per parameter, including averaged weights."""
     average, momentum = int(config.ema is not None), int(config.momentum > 0)
     if config.kind != "muon":
@@ -216,7 +216,7 @@ class Muon(torch.optim.Optimizer):
             self.adamw.step()
 
     def _move(self, group: dict[str, Any]) -> None:
-        weights = sorted((p for p in group["params"] if p.grad is not None), key=as_matrix)
+        weights = sorted((p for p in group["params"] if p.grad is not None), key=to_matrix)
         for p in (p for p in weights if "momentum_buffer" not in self.state[p]):
             self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         if not weights:
@@ -228,7 +228,7 @@ class Muon(torch.optim.Optimizer):
         momentum = m.lerp(g, 1 - mu)
         update = g.lerp_(momentum, mu) if group["nesterov"] else momentum.clone()
         left = update
-        for (rows, columns), same in itertools.groupby(weights, as_matrix):
+        for (rows, columns), same in itertools.groupby(weights, to_matrix):
             count = len(list(same)) * rows * columns
             part, left = left[:count].view(-1, rows, columns), left[count:]
             part.copy_(orthogonalize(part)).mul_(0.2 * max(rows, columns) ** 0.5)
@@ -250,7 +250,7 @@ def orthogonalize(x: Tensor) -> Tensor:
         return orthogonalize(x.mT).mT
     a, b, c = COEFFICIENTS
     x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp_min(EPS)
-    if by_products(x, *x.shape[1:]):
+    if uses_factor_product(x, *x.shape[1:]):
         gram, product = x @ x.mT, torch.empty(0)
         for left in reversed(range(NS_STEPS)):
             factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
@@ -265,12 +265,12 @@ def orthogonalize(x: Tensor) -> Tensor:
     return x
 
 
-def by_products(x: Tensor, small: int, large: int) -> bool:
+def uses_factor_product(x: Tensor, small: int, large: int) -> bool:
     """Whether NS multiplies matrices like ``x`` once, by the product of the five factors."""
     return not x.is_cuda and large >= 2 * small
 
 
-def as_matrix(weight: Tensor) -> tuple[int, int]:
+def to_matrix(weight: Tensor) -> tuple[int, int]:
     """Rows and columns of ``weight`` as a matrix."""
     return weight.shape[0], weight[0].numel()
 

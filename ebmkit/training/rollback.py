@@ -181,7 +181,7 @@ class Rollback:
         state, chains = tree_map_only(Tensor, _on_host, own)
         self.monitor.keep(Snapshot(self.state.step, state, chains, self.state.best.weights))
 
-    def go_back(self, reason: str) -> Divergence:
+    def restore_snapshot(self, reason: str) -> Divergence:
         """Roll back to the last good snapshot and apply one more mitigation.
 
         Raises:
@@ -209,7 +209,7 @@ class Rollback:
             **self.monitor.mitigations._asdict(),
         } | ({} if detail is None else {"detail": detail})
 
-    def given_up(self, run: Path | None, detail: list[str] | None) -> UserError:
+    def too_many_rollbacks(self, run: Path | None, detail: list[str] | None) -> UserError:
         """Return the error that ends the run in folder ``run`` after too many rollbacks."""
         history = self.monitor.history
         saved = f"; the last good state is in {str(run)!r}" if run else ""

@@ -49,7 +49,7 @@ from ebmkit.storage.manifest import (
 )
 from ebmkit.storage.reading import YAML_BYTES, check_links, parse_yaml, read_bytes
 from ebmkit.storage.tensors import read_torch_content
-from ebmkit.storage.verify import put_in_order
+from ebmkit.storage.verify import repair_run
 from ebmkit.training.config import difference
 from ebmkit.training.metrics import MetricsLog, as_lines
 
@@ -75,7 +75,7 @@ class RunFolder:
         Raises:
             UserError: if ``path`` exists and is not empty, or it cannot be written.
         """
-        if path.exists() and not cls.is_unborn(path):
+        if path.exists() and not cls.is_empty_or_aborted(path):
             raise UserError(
                 f"run folder {str(path)!r} exists: resume it by --resume {path}, or choose "
                 "another --out"
@@ -108,7 +108,7 @@ class RunFolder:
         return cls(path)
 
     @staticmethod
-    def is_unborn(path: Path) -> bool:
+    def is_empty_or_aborted(path: Path) -> bool:
         """Whether ``path`` is an empty folder, or one whose creation was interrupted early."""
         if not path.is_dir():
             return False
@@ -130,7 +130,7 @@ class RunFolder:
         with held(self.path, "training", "take another run folder"):
             self._holds = True
             try:
-                put_in_order(self.path, [METRICS])
+                repair_run(self.path, [METRICS])
                 yield
             finally:
                 self._holds = False
@@ -154,7 +154,7 @@ class RunFolder:
             raise DamagedFile(f"{str(path)!r} is damaged: it does not parse")
         return values
 
-    def check_same(self, config: BaseModel) -> None:
+    def check_config(self, config: BaseModel) -> None:
         """Check that resuming with ``config`` continues the same run.
 
         Raises:
@@ -179,7 +179,7 @@ class RunFolder:
         """The rows of ``metrics.jsonl``, without an incomplete last line."""
         return self.log_file.rows()
 
-    def forget_after(self, step: int) -> None:
+    def truncate_metrics(self, step: int) -> None:
         """Truncate ``metrics.jsonl`` after ``step``; a resumed run writes the later rows again."""
         content = self.log_file.content()
         manifest = manifest_or_none(self.path)

@@ -12,7 +12,7 @@ from torch import nn
 
 from ebmkit.card import ModelCard
 from ebmkit.data import AnyImages, load_dataset
-from ebmkit.data.imagesets import Faults
+from ebmkit.data.imagesets import FaultPolicy
 from ebmkit.data.schedule import Stage
 from ebmkit.energy import EnergyModel, ScoreModel
 from ebmkit.errors import UserError
@@ -24,9 +24,9 @@ from ebmkit.training.config import DataConfig, TrainConfig
 
 Split = Literal["train", "validation", "test"]
 
-NOT_LEARNT, LEAST_STEPS = {"ce": 0.98, "score": 0.97}, 100
+CHANCE_THRESHOLDS, MIN_STEPS = {"ce": 0.98, "score": 0.97}, 100
 """A loss above this share of that of guessing, or of a zero score, counts as not learnt. Shorter
-runs than `LEAST_STEPS` are not checked."""
+runs than `MIN_STEPS` are not checked."""
 
 
 def images_of(
@@ -37,7 +37,7 @@ def images_of(
     Raises:
         UserError: if the data set is unknown, missing or incomplete.
     """
-    faults = Faults(config.unreadable == "skip", config.links == "follow")
+    faults = FaultPolicy(config.unreadable == "skip", config.links == "follow")
     place, size = (config.name, config.data_dir, split), config.image_size
     return load_dataset(
         *place, image_size=size, download=download, progress=progress, faults=faults
@@ -56,7 +56,7 @@ def model_config(config: TrainConfig, images: AnyImages) -> ModelConfig:
     facts = {
         "in_channels": images.channels,
         "num_classes": images.num_classes,
-        "reference_size": config.model.reference_size or trained_size(config, images),
+        "reference_size": config.model.reference_size or training_image_size(config, images),
     }
     return ModelConfig.model_validate(config.model.model_dump() | facts)
 
@@ -76,7 +76,7 @@ def make_card(loss: TrainingLoss, config: TrainConfig, images: AnyImages) -> Mod
     return ModelCard(
         dataset=images.name,
         objective=config.objective,
-        image_size=trained_size(config, images),
+        image_size=training_image_size(config, images),
         channels=images.channels,
         class_names=list(images.class_names),
         sigma_range=denoise.noise.range if denoise else None,
@@ -142,7 +142,7 @@ def check_compiled(stages: Sequence[Stage]) -> None:
         )
 
 
-def check_learnt(
+def warn_if_at_chance(
     means: Mapping[str, float], loss: TrainingLoss, classes: int, config: TrainConfig
 ) -> None:
     """Warn at the end of a run if cross-entropy and score matching are at chance.
@@ -151,11 +151,11 @@ def check_learnt(
     """
     matching = [t.name for t in loss.terms if t.objective.scale is not Scale.PLAIN]
     told = dict.fromkeys(matching, "that of a score of zero (1)")
-    idle = {name: means[name] >= NOT_LEARNT["score"] for name in matching}
+    idle = {name: means[name] >= CHANCE_THRESHOLDS["score"] for name in matching}
     if "ce" in means and classes > 1:
         told["ce"] = f"that of guessing (log {classes} = {math.log(classes):.2f})"
-        idle["ce"] = means["ce"] >= NOT_LEARNT["ce"] * math.log(classes)
-    if config.steps < LEAST_STEPS or not idle or not all(idle.values()):
+        idle["ce"] = means["ce"] >= CHANCE_THRESHOLDS["ce"] * math.log(classes)
+    if config.steps < MIN_STEPS or not idle or not all(idle.values()):
         return
     found = " and ".join(f"{name} = {means[name]:.2f} is {told[name]}" for name in sorted(idle))
     warnings.warn(
@@ -175,7 +175,7 @@ def shapes(
     }
 
 
-def trained_size(config: TrainConfig, images: AnyImages) -> tuple[int, int]:
+def training_image_size(config: TrainConfig, images: AnyImages) -> tuple[int, int]:
     """Height and width of the images (or crops) that the network sees in training.
 
     They are those of the first objective that needs the score, or else of the first objective. If

@@ -125,7 +125,7 @@ class TrainingStep:
         flush_denormals(self.device)
         keep_freed_memory(self.device)
         self._parallel: nn.Module | None = None  # created with the first batch
-        self._settled = self.compiled = False
+        self._compiled_once = self.compiled = False
         # memory budget of the compiler for the backward pass; created once, since each patch leaks
         # a context variable
         keep = {"activation_memory_budget": 0.3} if self.compute.recompute else {}
@@ -135,7 +135,10 @@ class TrainingStep:
         self._values = torch.zeros(len(self.names) + 2, device=self.device)  # parts, stop, norm
         self._failed = torch.zeros((), device=self.device)
         self._done = torch.zeros_like(self._failed)
-        self._taken, self._fresh = 0, True  # steps so far; whether the optimiser was new
+        self._taken, self._optimizer_was_empty = (
+            0,
+            True,
+        )  # steps so far; whether the optimiser was new
         optimizer.found_inf = self._failed  # type: ignore[attr-defined]  # optimisers read it
 
     def __call__(self, batches: Mapping[str, Batch], rate: float, stop: bool = False) -> None:
@@ -151,7 +154,7 @@ class TrainingStep:
         values = torch.zeros(len(self.names) + 1, device=self.device)
         values[-1] = float(stop)
         if self._taken == 0:
-            self._fresh = not self.optimizer.state
+            self._optimizer_was_empty = not self.optimizer.state
         self._taken += 1
         buffers = self.loss.model.buffers() if self.loss.model.has_batch_norm else ()
         moving = [self.loss.running, *buffers]  # to restore if the step fails
@@ -164,11 +167,11 @@ class TrainingStep:
             self.world.mean_(values)
             gradients = [p.grad for p in self.parameters if p.grad is not None]
             norm = nn.utils.get_total_norm(gradients)
-            self._note(values, norm)
+            self._record(values, norm)
             if self.clip_norm is not None:
                 nn.utils.clip_grads_with_norm_(self.parameters, self.clip_norm, norm)
             self.optimizer.step()
-        self.loss.remember(dict(zip(self.names, values[:-1], strict=True)))
+        self.loss.update_running(dict(zip(self.names, values[:-1], strict=True)))
         for now, old in zip(moving, before, strict=True):
             now.copy_(torch.where(self._failed > 0, old, now))
         if self.average is not None:
@@ -187,7 +190,7 @@ class TrainingStep:
         stats = self.read()
         if self.average is not None:
             self.average.n_averaged -= stats.skipped
-        if self._fresh and stats.done == 0:
+        if self._optimizer_was_empty and stats.done == 0:
             self.optimizer.state.clear()  # created by the failing step, for SGD uninitialised
         set_rate(self.optimizer, rate)
         self.reset()
@@ -198,7 +201,7 @@ class TrainingStep:
             counter.zero_()
         self._taken = 0
 
-    def _note(self, values: Tensor, norm: Tensor) -> None:
+    def _record(self, values: Tensor, norm: Tensor) -> None:
         """Store the step's values, unless an earlier step failed, and update the failure flag."""
         now = torch.cat([values, norm.reshape(1)])
         self._values.copy_(torch.where(self._failed > 0, self._values, now))
@@ -209,11 +212,11 @@ class TrainingStep:
         """Compute the parameters' gradients; return each term's mean, (number of terms,)."""
         try:
             values = self._forward_and_backward(batches)
-            self._settled = True
+            self._compiled_once = True
             return values
         except Exception as error:  # compilers raise errors of many types, forward or backward
             known = isinstance(error, (torch.OutOfMemoryError, UserError))
-            if not self.compiled or self._settled or known:
+            if not self.compiled or self._compiled_once or known:
                 raise
             reason = first_line(error)
         if self.compute.compile == "on":
@@ -231,7 +234,7 @@ class TrainingStep:
         for i, part in enumerate(parts):
             if self.compiled:
                 torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-            with self._apart(part, last=i == len(parts) - 1), self._saving:
+            with self._no_sync_context(part, last=i == len(parts) - 1), self._saving:
                 losses = (self._parallel or self.loss)(part)
                 (losses.total / count).backward()  # type: ignore[no-untyped-call]
             for name, value in losses.parts.items():
@@ -279,7 +282,9 @@ class TrainingStep:
             )
         self.loss.model.set_recompute(not compiled)
 
-    def _apart(self, batches: dict[str, Batch], last: bool) -> AbstractContextManager[Any]:
+    def _no_sync_context(
+        self, batches: dict[str, Batch], last: bool
+    ) -> AbstractContextManager[Any]:
         """Context without gradient synchronisation between processes, except for the last part."""
         if self.world.size == 1:
             return nullcontext()

@@ -18,7 +18,7 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
-from ebmkit.terminal import CleanConsole, clean, for_bar, one_line, progress_bar, shown_name
+from ebmkit.terminal import CleanConsole, clean, escape_markup, one_line, progress_bar, shown_name
 
 pytestmark = pytest.mark.usefixtures("counted_once", "few_resamples")
 
@@ -114,7 +114,7 @@ def test_a_bar_takes_any_name():
         out = io.StringIO()
         console = CleanConsole(file=out, force_terminal=True, color_system=None, width=200)
         with Progress(console=console) as bar:
-            bar.add_task(for_bar(name))
+            bar.add_task(escape_markup(name))
         assert "\x1b]0;" not in out.getvalue()
     assert list(progress_bar([1, 2], "[/]", True)) == [1, 2]
 

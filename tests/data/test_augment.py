@@ -10,7 +10,7 @@ from ebmkit_tests.support.toy_sets import as_streamed, make_set
 
 from ebmkit.data import Stream, StreamConfig
 from ebmkit.data.augment import (
-    DRAWS,
+    RANDOM_NUMBERS_PER_CROP,
     Augmentation,
     Cut,
     Rows,
@@ -18,7 +18,7 @@ from ebmkit.data.augment import (
     cutout,
     flip,
     mix,
-    padded,
+    pad_images,
     random_crop,
     resize_boxes,
 )
@@ -57,7 +57,7 @@ def test_flips_mirror_half_of_the_images():
 def test_padded_crops_are_torchvisions_at_uniform_offsets():
     count, padding = 2500, 2
     images = torch.rand(count, 1, 4, 6)
-    cropped = random_crop(padded(images, padding), (4, 6), generator())
+    cropped = random_crop(pad_images(images, padding), (4, 6), generator())
     found = torch.zeros(2 * padding + 1, 2 * padding + 1)
     wide = functional.pad(images, [padding] * 4)
     for top in range(2 * padding + 1):
@@ -84,9 +84,11 @@ def test_random_crops_are_torchvisions_per_image():
 def test_reflected_padding_is_torchs():
     images = torch.rand(3, 2, 5, 7)
     expected = torch.nn.functional.pad(images, (4,) * 4, mode="reflect")
-    assert torch.equal(padded(images, 4, "reflect"), expected)
+    assert torch.equal(pad_images(images, 4, "reflect"), expected)
     whole = (images * 255).to(torch.uint8)  # which torch's does not take
-    assert torch.equal(padded(whole, 4, "reflect").float(), padded(whole.float(), 4, "reflect"))
+    assert torch.equal(
+        pad_images(whole, 4, "reflect").float(), pad_images(whole.float(), 4, "reflect")
+    )
 
 
 def test_cutout_paints_one_square_around_each_centre():
@@ -161,7 +163,7 @@ def test_soft_labels_stay_probabilities_and_follow_the_pixels(kind):
     "operation",
     [
         flip,
-        lambda x, g, rows=None: random_crop(padded(x, 2), 6, g, rows),
+        lambda x, g, rows=None: random_crop(pad_images(x, 2), 6, g, rows),
         lambda x, g, rows=None: random_crop(x, 4, g, rows),
     ],
 )
@@ -175,7 +177,7 @@ def test_a_part_of_a_batch_gets_what_the_whole_would_give_it(operation):
 
 def drawn(count: int, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.rand(count, DRAWS, generator=generator, dtype=torch.float64)
+    return torch.rand(count, RANDOM_NUMBERS_PER_CROP, generator=generator, dtype=torch.float64)
 
 
 class GivenNumbers:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from ebmkit.data import Stream, StreamConfig, load_dataset
-from ebmkit.data.imagesets import Faults
+from ebmkit.data.imagesets import FaultPolicy
 from ebmkit.errors import UserError
 from ebmkit.training import RunFolder, resolve
 from ebmkit.training.loop import assemble
@@ -75,7 +75,7 @@ def left_out(folder, split):
             split,
             image_size=16,
             progress=False,
-            faults=Faults(skip=True),
+            faults=FaultPolicy(skip=True),
         )
     return found, [str(w.message) for w in caught]
 
@@ -186,7 +186,7 @@ def test_a_run_that_met_one_goes_on_with_skip(folder, tmp_path):
     run = RunFolder.create(tmp_path / "run", small(folder))
     with pytest.raises(UserError, match="unreadable=skip"):
         assemble(small(folder), run).fit()
-    run.check_same(small(folder, unreadable="skip"))
+    run.check_config(small(folder, unreadable="skip"))
     assemble(small(folder, unreadable="skip"), run).fit()
 
 
@@ -243,7 +243,7 @@ def test_links_stay_inside_or_are_followed_when_asked(folder, tmp_path):
     with pytest.raises(UserError, match=r"00\.png' is a link out of the folder, .*links=follow"):
         load_dataset("folder", folder, "test", image_size=16, progress=False)
     ask = {"image_size": 16, "progress": False}
-    followed = load_dataset("folder", folder, "test", faults=Faults(follow=True), **ask)
+    followed = load_dataset("folder", folder, "test", faults=FaultPolicy(follow=True), **ask)
     link.unlink()
     link.symlink_to("01.png")
     inside = load_dataset("folder", folder, "test", **ask)

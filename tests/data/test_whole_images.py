@@ -9,7 +9,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 from ebmkit.data import Augmentation, ImageSet, NoiseLaw, Stream, StreamConfig, load_dataset
-from ebmkit.data.augment import DRAWS, Cut, crop_boxes
+from ebmkit.data.augment import RANDOM_NUMBERS_PER_CROP, Cut, crop_boxes
 from ebmkit.errors import UserError
 
 SIZE, SIDE = 28, 32  # 224 and 256, an eighth
@@ -60,7 +60,11 @@ def originals(source):
 
 def test_resized_crops_are_of_the_file_s_own_pixels(folder):
     source = load(folder)
-    cut = Cut(torch.rand(len(source), DRAWS, dtype=torch.float64), (SIZE, SIZE), (0.08, 1.0))
+    cut = Cut(
+        torch.rand(len(source), RANDOM_NUMBERS_PER_CROP, dtype=torch.float64),
+        (SIZE, SIZE),
+        (0.08, 1.0),
+    )
     found, _ = source.read(range(len(source)), cut)
     for i, (image, picture) in enumerate(zip(found, originals(source), strict=True)):
         own = cut.of(i)
@@ -71,7 +75,7 @@ def test_resized_crops_are_of_the_file_s_own_pixels(folder):
 
 def test_windows_are_of_the_picture_at_the_scale_of_evaluation(folder):
     source = load(folder)
-    cut = Cut(torch.rand(len(source), DRAWS, dtype=torch.float64), (20, 20))
+    cut = Cut(torch.rand(len(source), RANDOM_NUMBERS_PER_CROP, dtype=torch.float64), (20, 20))
     found, _ = source.read(range(len(source)), cut)
     for image, picture in zip(found, originals(source), strict=True):
         resized = v2.functional.resize(picture, [SIDE])

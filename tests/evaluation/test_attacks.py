@@ -9,7 +9,7 @@ import torch
 from ebmkit_tests.support.mixture_world import SIDE, near_the_plane, two_gaussians
 
 from ebmkit import EnergyModel, GaussianMixture, UserError, create_model
-from ebmkit.attacks import NORMS, noise_of_size, random_start, search_steps
+from ebmkit.attacks import NORMS, noise_of_norm, random_start, search_steps
 from ebmkit.energy import Energies
 from ebmkit.evaluation import attacks
 from ebmkit.evaluation.attacks import (
@@ -57,7 +57,8 @@ def test_one_step_is_enough_where_the_classifier_is_linear_and_noise_is_not():
     for norm in NORMS:
         epsilon = float(distances[norm].median()) * 1.001
         step, noise = (
-            Attack(norm, kind).breaks(target, x, labels, epsilon) for kind in ("one-step", "noise")
+            Attack(norm, kind).succeeds(target, x, labels, epsilon)
+            for kind in ("one-step", "noise")
         )
         assert torch.equal(step, distances[norm] < epsilon)
         assert noise.sum() < 0.4 * step.sum()
@@ -102,10 +103,10 @@ def test_the_attack_is_foolbox_s_from_the_same_starts(norm, kind):
 @pytest.mark.parametrize("norm", NORMS)
 def test_noise_has_the_size_that_is_asked_for_after_clipping(norm):
     x = torch.rand(50, 1, SIDE, SIDE).mul(1.4).sub(0.2).clamp(0, 1)
-    change = (noise_of_size(x, 0.2, norm, image_generators(x, "")) - x).flatten(1)
+    change = (noise_of_norm(x, 0.2, norm, image_generators(x, "")) - x).flatten(1)
     if norm == "l2":
         torch.testing.assert_close(change.norm(dim=1), torch.full((50,), 0.2))
-        far = noise_of_size(x, 9.0, norm, image_generators(x, ""))
+        far = noise_of_norm(x, 9.0, norm, image_generators(x, ""))
         assert torch.minimum(far, 1 - far).max() < 1e-6  # none is so far: as far as noise goes
     else:
         assert change.abs().max() <= 0.2 + 1e-6
@@ -271,9 +272,9 @@ def test_bisection_asks_no_more_than_it_says():
     class Counting(Attack):
         asked = 0
 
-        def breaks(self, target, x, labels, epsilon, noise=None, seed=""):
+        def succeeds(self, target, x, labels, epsilon, noise=None, seed=""):
             Counting.asked += len(x)
-            return super().breaks(target, x, labels, epsilon, noise, seed)
+            return super().succeeds(target, x, labels, epsilon, noise, seed)
 
     model = two_gaussians()
     x, labels, _ = near_the_plane(model, 20)
@@ -292,7 +293,7 @@ def test_bisection_asks_no_more_than_it_says():
 def test_images_outside_the_range_are_refused():
     model = two_gaussians()
     with pytest.raises(UserError, match=r"-0\.5 to 0\.2 cannot be attacked"):
-        Attack("linf").breaks(
+        Attack("linf").succeeds(
             DefendedClassifier(model, Defence("direct")),
             torch.linspace(-0.5, 0.2, SIDE**2).reshape(1, 1, SIDE, SIDE),
             torch.zeros(1, dtype=torch.long),

@@ -18,7 +18,7 @@ from ebmkit import Gaussian, UserError, evaluation
 from ebmkit.data import load_dataset
 from ebmkit.evaluation import tables
 from ebmkit.evaluation.ood import (
-    MADE,
+    GENERATED,
     OOD,
     OodConfig,
     _of_counts,
@@ -146,7 +146,7 @@ def test_auroc_of_the_exact_log_density(tmp_path, monkeypatch):
     other = Drawn(images[1], None, name="wide")
     from ebmkit.evaluation import ood
 
-    monkeypatch.setattr(ood, "find_set", lambda *a: ood.OutSet("wide", "wide", other))
+    monkeypatch.setattr(ood, "find_set", lambda *a: ood.OODSet("wide", "wide", other))
     document = evaluate(model, Drawn(images[0], None), tmp_path).document
     found = document["sets"]["wide"]["scores"]["log-density"]["auroc"]
     exact = f.cdf((0.08 / 0.05) ** 2, 4, 4)  # P(a in < b out) of chi-squares scaled so
@@ -159,7 +159,7 @@ def test_auroc_of_the_exact_log_density(tmp_path, monkeypatch):
 
 
 def test_made_sets_are_what_they_say_and_depend_on_the_seed_alone(squares):
-    for name in MADE:
+    for name in GENERATED:
         found = find_set(name, squares, None, 0).images
         whole = all_of(found, 30)
         assert torch.equal(whole, all_of(found, 7))
@@ -240,7 +240,7 @@ def test_pictures_of_any_size_are_refused(network, tmp_path):
 
 def test_cifar100_stands_against_cifar10_where_it_is_found(squares, tmp_path):
     cifar = replace(squares, name="cifar10")
-    assert standard_sets(cifar, tmp_path) == list(MADE[:4])
+    assert standard_sets(cifar, tmp_path) == list(GENERATED[:4])
     with h5py.File(tmp_path / "cifar100-test.h5", "w") as file:
         file["images"] = np.full((50, 32, 32, 3), 7, np.uint8)
         file["labels"] = np.zeros(50, int)
@@ -248,7 +248,7 @@ def test_cifar100_stands_against_cifar10_where_it_is_found(squares, tmp_path):
     like = Drawn(torch.rand(20, 3, 32, 32), None, name="cifar10")
     found = find_set("cifar100", like, tmp_path, 0).images
     assert torch.allclose(all_of(found), torch.full((20, 3, 32, 32), 7 / 255))
-    assert standard_sets(squares, tmp_path) == list(MADE)
+    assert standard_sets(squares, tmp_path) == list(GENERATED)
 
 
 @pytest.mark.parametrize(
@@ -308,7 +308,7 @@ def test_files_table_and_bar(network, squares, tmp_path):
     setting.left = OOD.passes(setting) * 30
     with torch.no_grad():
         OOD.run(setting)
-    assert sum(told) == (1 + len(MADE)) * 30
+    assert sum(told) == (1 + len(GENERATED)) * 30
     assert setting.left == 0
 
 

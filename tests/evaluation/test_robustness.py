@@ -14,8 +14,8 @@ from ebmkit.evaluation import attacks, parse_options
 from ebmkit.evaluation.robustness import (
     ROBUSTNESS,
     compare_attacks,
+    most_informative_epsilon,
     plot_comparison,
-    telling_strength,
 )
 from ebmkit.evaluation.suite import EvaluationContext
 
@@ -243,9 +243,9 @@ def test_a_weaker_attack_that_breaks_more_is_told():
 
 def test_checks_are_made_where_half_of_the_images_are_left():
     smallest = torch.tensor([0, 0, 0.1, 0.2, 0.4, math.inf])
-    assert telling_strength(smallest, [0, 0.1, 0.2, 0.4]) == 0.2  # 3, 2, 1 of 4 are left
-    assert telling_strength(torch.tensor([math.inf] * 3), [0, 0.1, 0.2]) == 0.2
-    assert telling_strength(torch.zeros(3), [0, 0.1]) is None
+    assert most_informative_epsilon(smallest, [0, 0.1, 0.2, 0.4]) == 0.2  # 3, 2, 1 of 4 are left
+    assert most_informative_epsilon(torch.tensor([math.inf] * 3), [0, 0.1, 0.2]) == 0.2
+    assert most_informative_epsilon(torch.zeros(3), [0, 0.1]) is None
 
 
 def test_a_model_that_is_always_wrong_has_a_document(plane, tmp_path):

@@ -8,7 +8,7 @@ import torch
 
 from ebmkit.card import ModelCard
 from ebmkit.experiments import EXPERIMENTS, SCALES
-from ebmkit.experiments.guidance import AMOUNTS, METHODS, NETWORKS, Drawing, GuidanceMethod
+from ebmkit.experiments.guidance import AMOUNTS, METHODS, NETWORKS, GuidanceMethod, ImageDrawer
 from ebmkit.experiments.guidance_report import guidance_text
 from ebmkit.experiments.runs import exclusive
 from ebmkit.guidance import make_guidance
@@ -84,7 +84,7 @@ def drawing(tmp_path):
     models = {"diffusion": diffusion, "guide": guide}
     for model in models.values():
         model.eval().requires_grad_(False)
-    return Drawing(tmp_path, models.__getitem__, lambda name: f"{name} 1", 3, 2, 0, None)
+    return ImageDrawer(tmp_path, models.__getitem__, lambda name: f"{name} 1", 3, 2, 0, None)
 
 
 GUIDED = GuidanceMethod("guided", "", "guide", {"guidance": "energy", "scale": 4.0, "view": "x_t"})
@@ -100,13 +100,13 @@ def test_methods_start_alike_and_scale_0_is_unguided(drawing):
 
 def test_images_are_drawn_once_and_anew_for_other_weights(drawing, tmp_path, monkeypatch):
     first = drawing.stored(GUIDED, 2)
-    draw, calls = Drawing.draw, []
+    draw, calls = ImageDrawer.draw, []
 
     def counted(self, *arguments, **named):
         calls.append(arguments)
         return draw(self, *arguments, **named)
 
-    monkeypatch.setattr(Drawing, "draw", counted)
+    monkeypatch.setattr(ImageDrawer, "draw", counted)
     again = drawing.stored(GUIDED, 2)
     assert not calls
     assert torch.equal(first.images, again.images)
@@ -128,7 +128,7 @@ def test_images_drawn_under_earlier_names_of_settings_are_read(drawing, tmp_path
         own = settings["guidance"]
         own |= {"view": "shrunk", "through": own.pop("backpropagate"), "late": own.pop("start")}
         file.attrs["settings"] = json.dumps(settings)
-    monkeypatch.setattr(Drawing, "draw", None)
+    monkeypatch.setattr(ImageDrawer, "draw", None)
     assert torch.equal(drawing.stored(GUIDED, 2).images, first.images)
 
 

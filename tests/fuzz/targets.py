@@ -357,7 +357,7 @@ def _gone_on_with(content: bytes) -> object:
     trainer = _trainer()
     trainer.load_state_dict(state | {"buffer": buffer})
     trainer.fit()
-    trainer.rollback.go_back("made up")
+    trainer.rollback.restore_snapshot("made up")
     return trainer.step
 
 

@@ -15,7 +15,7 @@ from ebmkit_tests.hostile.making import GIGAPIXEL, Make, encoded, png
 from torchvision.transforms.v2 import functional  # noqa: F401
 
 from ebmkit.data import load_dataset
-from ebmkit.data.imagesets import Faults
+from ebmkit.data.imagesets import FaultPolicy
 from ebmkit.evaluation.ood import find_set
 
 
@@ -260,7 +260,7 @@ def pictures(path: Path) -> object:
 
 OPENERS = {
     "folder": opened("folder", image_size=8),
-    "folder, skip": opened("folder", image_size=8, faults=Faults(skip=True)),
+    "folder, skip": opened("folder", image_size=8, faults=FaultPolicy(skip=True)),
     "pictures": pictures,
     "ood": lambda path: list(find_set(str(path), OWN, None, 0).images.batches(50)),
     "cifar": opened("cifar10"),

@@ -20,7 +20,7 @@ def refuses(path):
     raise UserError(f"{path.name} is refused")
 
 
-def breaks(path):
+def succeeds(path):
     path.read_bytes()
     raise KeyError("name")
 
@@ -68,7 +68,7 @@ def never_ends(path):
 
 ENDS = {
     refuses: ("refused", "mine is refused", ""),
-    breaks: ("raised", "KeyError: 'name'", ""),
+    succeeds: ("raised", "KeyError: 'name'", ""),
     reads_beside: ("opened", "", "os.listdir /; open /etc/hostname"),
     runs: ("opened", "", "subprocess.Popen"),
     writes_in_the_library: ("opened", "", "new to write"),
@@ -106,4 +106,4 @@ def test_it_sees(world, call):
 
 def test_it_measures_memory(world):
     assert world(fills_memory).mib > 300
-    assert world(breaks).mib < 100
+    assert world(succeeds).mib < 100

@@ -116,7 +116,7 @@ def test_running_mean_starts_at_the_loss_of_a_zero_score_and_follows(model):
     assert loss.balanced == ("dsm", "cdsm")
     assert loss.running.tolist() == [1.0, 1.0]
     for _ in range(200):
-        loss.remember(
+        loss.update_running(
             {"ce": torch.tensor(5.0), "dsm": torch.tensor(0.2), "cdsm": torch.tensor(0.1)}
         )
     assert loss.running.tolist() == pytest.approx([0.2, 0.1], rel=1e-6)

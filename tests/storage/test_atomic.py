@@ -14,7 +14,7 @@ import time
 import pytest
 
 from ebmkit.errors import UserError
-from ebmkit.storage import Busy, atomic, held, write_atomically
+from ebmkit.storage import FolderLocked, atomic, held, write_atomically
 from ebmkit.storage.atomic import replacing
 
 
@@ -107,7 +107,7 @@ def test_the_second_is_told_the_holder_s_host_process_and_start(tmp_path):
             rf"process {process.pid} on '{re.escape(platform.node())}' has been training in "
             rf"'{re.escape(str(tmp_path))}' since 20\d\d-\d\d-\d\d \d\d:\d\d:\d\d UTC: wait for it"
         )
-        with pytest.raises(Busy, match=told), held(tmp_path, "training"):
+        with pytest.raises(FolderLocked, match=told), held(tmp_path, "training"):
             pass
     finally:
         process.kill()
@@ -130,7 +130,10 @@ def test_a_holder_on_another_machine_is_not_taken_for_dead(tmp_path):
         path = tmp_path / ".holder.json"
         values = json.loads(path.read_text())
         path.write_text(json.dumps(values | {"host": "elsewhere", "process": 999_999_999}))
-        with pytest.raises(Busy, match="process 999999999 on 'elsewhere'"), held(tmp_path, "x"):
+        with (
+            pytest.raises(FolderLocked, match="process 999999999 on 'elsewhere'"),
+            held(tmp_path, "x"),
+        ):
             pass
 
 
@@ -146,7 +149,10 @@ def test_whatever_the_holder_s_file_says_the_lock_counts(tmp_path, monkeypatch, 
     monkeypatch.setattr(atomic, "PATIENCE", 0.1)
     with held(tmp_path, "training"):
         (tmp_path / ".holder.json").write_bytes(content)
-        with pytest.raises(Busy, match="another process works in"), held(tmp_path, "training"):
+        with (
+            pytest.raises(FolderLocked, match="another process works in"),
+            held(tmp_path, "training"),
+        ):
             pass
 
 
@@ -154,7 +160,7 @@ def test_parts_of_a_folder_have_locks_of_their_own(tmp_path):
     with (
         held(tmp_path, "training", name="a"),
         held(tmp_path, "training", name="b"),
-        pytest.raises(Busy, match="/a' since"),
+        pytest.raises(FolderLocked, match="/a' since"),
         held(tmp_path, "training", name="a"),
     ):
         pass

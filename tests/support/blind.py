@@ -6,7 +6,7 @@ VARIANCE = 0.01
 """Variance of each component, image units squared."""
 
 
-class ReadsSigma:
+class BlindMixin:
     """Mix-in for a mixture; estimates the level from the rms distance to the nearest mean."""
 
     noise_conditional = False
@@ -23,5 +23,5 @@ class ReadsSigma:
         return (squares - VARIANCE).clamp_min(1e-8).sqrt()
 
 
-class BlindMixture(ReadsSigma, GaussianMixture):
+class BlindMixture(BlindMixin, GaussianMixture):
     """`GaussianMixture` as a blind denoiser."""

@@ -1,7 +1,7 @@
 """Small models for tests of generation: untrained networks, and a mixture with known density."""
 
 import torch
-from ebmkit_tests.support.blind import ReadsSigma
+from ebmkit_tests.support.blind import BlindMixin
 
 from ebmkit import GaussianMixture, ModelCard
 from ebmkit.models import ModelConfig, load, save_model
@@ -48,7 +48,7 @@ class Mixture(GaussianMixture):
         return energies._replace(log_density=energies.log_density * factor)
 
 
-class BlindMixture(ReadsSigma, Mixture):
+class BlindMixture(BlindMixin, Mixture):
     """`Mixture` as a blind denoiser."""
 
 

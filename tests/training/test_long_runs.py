@@ -10,7 +10,7 @@ import pytest
 
 from ebmkit.cli.console import Reporters, TensorBoard, TrainingBar
 from ebmkit.training import RunFolder, resolve
-from ebmkit.training.cost import MOST_STRETCHES, Stopwatch
+from ebmkit.training.cost import MAX_TIMED_INTERVALS, Stopwatch
 from ebmkit.training.loop import assemble
 
 SMALL = {
@@ -81,7 +81,7 @@ def test_a_stopwatch_keeps_few_stretches_and_still_tells_of_all_steps(monkeypatc
             watch.step(data_seconds=0.25)
         now[0] += 100.0 if number == 0 else 3 * (1 + stage)  # the first stretch: compilation
         watch.stop(stage)
-        assert len(watch.stretches) <= MOST_STRETCHES
+        assert len(watch.stretches) <= MAX_TIMED_INTERVALS
     assert sum(s.steps for s in watch.stretches) == 60_000
     assert watch.stretches[0].seconds == 100
     assert watch.seconds == pytest.approx(1.25)

@@ -17,7 +17,7 @@ from ebmkit.storage.verify import accept_files
 from ebmkit.training import Interrupted, RunFolder, resolve
 from ebmkit.training.loop import assemble
 from ebmkit.training.optim import learning_rate, make_optimizer
-from ebmkit.training.setup import check_learnt
+from ebmkit.training.setup import warn_if_at_chance
 
 pytestmark = pytest.mark.usefixtures("counted_once")
 
@@ -281,7 +281,7 @@ def test_a_run_that_learnt_a_little_or_was_short_is_not_judged(means, steps, war
     loss = TrainingLoss(ebmkit.create_model("mlp", 10, 1), parse_objective("ce+dsm"))
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        check_learnt(means, loss, 10, config)
+        warn_if_at_chance(means, loss, 10, config)
     assert bool(told) == warns
 
 
@@ -324,14 +324,14 @@ def test_resuming_with_another_configuration_is_refused_by_field(tmp_path):
         return training.resolve(*layers, recipe="digits-adamw")
 
     run = RunFolder.create(tmp_path / "run", resolve(SMALL))
-    run.check_same(resolve(SMALL, {"log_every": 5, "device": "auto"}))
+    run.check_config(resolve(SMALL, {"log_every": 5, "device": "auto"}))
     with pytest.raises(ebmkit.UserError, match=r"optimizer\.lr was 0\.003 and is now 0\.1"):
-        run.check_same(resolve(SMALL, {"optimizer": {"lr": 0.1}}))
+        run.check_config(resolve(SMALL, {"optimizer": {"lr": 0.1}}))
     with pytest.raises(ebmkit.UserError, match=r"dataset\.name was 'digits'"):
-        run.check_same(resolve(SMALL, {"dataset": {"name": "patches"}}))
+        run.check_config(resolve(SMALL, {"dataset": {"name": "patches"}}))
     with pytest.raises(ebmkit.UserError, match=r"dataset\.limit was None and is now 100"):
-        run.check_same(resolve(SMALL, {"dataset": {"limit": 100}}))
-    run.check_same(resolve(SMALL, {"dataset": {"data_dir": "moved", "workers": 2}}))
+        run.check_config(resolve(SMALL, {"dataset": {"limit": 100}}))
+    run.check_config(resolve(SMALL, {"dataset": {"data_dir": "moved", "workers": 2}}))
 
 
 def test_a_damaged_checkpoint_is_reported(tmp_path):
@@ -384,7 +384,7 @@ def test_a_run_of_an_earlier_version_resumes(tmp_path):
     path.write_text(yaml.safe_dump(values))
     (tmp_path / "cut" / "manifest.json").unlink()
     run = RunFolder.open(tmp_path / "cut")
-    run.check_same(resolve(run.config()))
+    run.check_config(resolve(run.config()))
     state = run.load_checkpoint()
     del state["watch"]
     torch.save(state, tmp_path / "cut" / "checkpoints" / "last.pt")

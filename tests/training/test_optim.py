@@ -20,7 +20,7 @@ from ebmkit.training.optim import (
     optimizer_flops,
     orthogonalize,
     set_rate,
-    states_of,
+    state_values_per_parameter,
 )
 
 pytestmark = pytest.mark.usefixtures("counted_once")
@@ -284,7 +284,7 @@ def test_cost_and_states_are_those_of_a_real_step(backbone):
     assert step_flops(loss, shapes, update_flops=flops)["optimiser"] == flops
     kept = [t for own in optimizer.state.values() for n, t in own.items() if n != "step"]
     average = sum(p.nbytes for p in loss.model.parameters())
-    memory = step_memory(loss, shapes, states_of(loss.model, config))
+    memory = step_memory(loss, shapes, state_values_per_parameter(loss.model, config))
     assert memory.optimizer == sum(t.nbytes for t in kept) + average
 
 

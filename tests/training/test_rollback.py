@@ -131,14 +131,14 @@ def test_rollback_is_exact(tmp_path):
     trainer, _ = spoilt(tmp_path, 1)
     kept = {}
     rollback = trainer.rollback
-    snapshot, go_back = rollback.snapshot, rollback.go_back
+    snapshot, restore_snapshot = rollback.snapshot, rollback.restore_snapshot
 
     def keeping():
         snapshot()
         kept[trainer.step] = rollback.monitor.snapshots[-1]
 
     def going(reason):
-        breach = go_back(reason)
+        breach = restore_snapshot(reason)
         old = kept[breach.back].state
         assert torch.equal(rollback.negatives.buffer.images, kept[breach.back].chains)
         for name, value in trainer.model.state_dict().items():
@@ -151,7 +151,7 @@ def test_rollback_is_exact(tmp_path):
         kept["done"] = True
         return breach
 
-    rollback.snapshot, rollback.go_back = keeping, going
+    rollback.snapshot, rollback.restore_snapshot = keeping, going
     trainer.fit()
     assert kept["done"]
 
@@ -204,12 +204,12 @@ def test_a_rate_a_hundred_times_too_high_is_recovered_from_or_ends_cleanly(tmp_p
     config = resolve({"objective": "jem", "steps": 60, "validation_images": 0})
     wild = resolve(config.model_dump(mode="json"), {"optimizer": {"lr": 100 * config.optimizer.lr}})
     trainer = assemble(wild, RunFolder.create(tmp_path / "run", wild))
-    given_up = ""
+    too_many_rollbacks = ""
     try:
         trainer.fit()
     except UserError as error:
-        given_up = str(error)
-    assert trainer.step == 60 or "diverged" in given_up
+        too_many_rollbacks = str(error)
+    assert trainer.step == 60 or "diverged" in too_many_rollbacks
     history = trainer.rollback.monitor.history
     assert history
     assert all(p.isfinite().all() for p in trainer.model.parameters())

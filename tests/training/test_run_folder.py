@@ -140,7 +140,7 @@ def test_damage_to_any_file_is_noticed(run, trained, name, how):
             ebmkit.load(run, weights="best")
     elif name == "metrics.jsonl":
         with pytest.warns(UserWarning, match=rf"{file}' is damaged: it is kept as"):
-            RunFolder.open(run).forget_after(6)
+            RunFolder.open(run).truncate_metrics(6)
     elif name == CHECKPOINTS[1]:
         with pytest.warns(UserWarning, match=rf"{file}' is damaged: .*; going back to step 4"):
             assert RunFolder.open(run).load_checkpoint()["step"] == 4
@@ -214,7 +214,7 @@ def test_metrics_cut_anywhere_are_read_and_continued(run, trained):
         folder = RunFolder.open(run)
         assert folder.metrics() == rows[: sum(end <= cut for end in ends)]
         with folder.held():
-            folder.forget_after(6)
+            folder.truncate_metrics(6)
             folder.log({"step": 7, "kind": "train"})
         assert folder.metrics()[-1] == {"step": 7, "kind": "train"}
         assert folder.metrics()[:-1] == rows[: sum(end <= cut for end in ends)]
@@ -247,14 +247,14 @@ def test_a_run_killed_before_its_first_file_can_start_again(tmp_path, remains):
     root.mkdir()
     for name in remains:
         (root / name).mkdir() if name.endswith("/") else (root / name).touch()
-    assert RunFolder.is_unborn(root)
+    assert RunFolder.is_empty_or_aborted(root)
     RunFolder.create(root, resolve(SMALL))
-    assert not RunFolder.is_unborn(root)
+    assert not RunFolder.is_empty_or_aborted(root)
 
 
 def test_a_folder_with_hidden_files_of_others_is_not_taken(tmp_path):
     (tmp_path / ".bashrc").touch()
-    assert not RunFolder.is_unborn(tmp_path)
+    assert not RunFolder.is_empty_or_aborted(tmp_path)
 
 
 def test_lost_best_weights_are_reported(run, trained):
@@ -302,7 +302,7 @@ def test_a_checkpoint_with_false_fields_is_passed_over(run, field, value):
 def test_a_folder_with_anything_else_in_it_is_not_taken(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "mine.pt").touch()
-    assert not RunFolder.is_unborn(tmp_path)
+    assert not RunFolder.is_empty_or_aborted(tmp_path)
     with pytest.raises(UserError, match="exists: resume it by --resume"):
         RunFolder.create(tmp_path, resolve(SMALL))
 

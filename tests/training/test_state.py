@@ -152,7 +152,7 @@ def test_a_snapshot_is_checked_when_it_is_used(saved):
     trainer.load_state_dict(state)
     try:
         with pytest.raises(UserError, match="is missing"):
-            trainer.rollback.go_back("made up")
+            trainer.rollback.restore_snapshot("made up")
     finally:
         own["model"] = old
 

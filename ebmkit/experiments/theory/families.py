@@ -46,6 +46,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -406,10 +407,13 @@ def _setting(
         torch.tensor(weights, dtype=torch.float64),
         torch.tensor(labels or range(count)),
     )
-    own: Family = globals()[family](truth.num_classes, dim)
+    own = FAMILIES[family](truth.num_classes, dim)
     return Setting(name=name, truth=truth, family=own, **fields)
 
 
+FAMILIES: dict[str, Callable[[int, int], Family]] = {
+    kind.__name__: kind for kind in (SharedCovariance, ClassCovariances, NaiveBayes, CentredMeans)
+}
 _DATA = read_data("theory/settings.yaml")
 PAPER: list[dict[str, Any]] = _DATA["paper"]
 """The assumed constants of the paper's figure 1, which plots b + v/n."""

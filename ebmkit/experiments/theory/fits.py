@@ -227,7 +227,7 @@ def softmax_regression(features: Tensor, shares: Tensor, start: Tensor | None = 
         damping = torch.where(done | (gain > 0.25 * slope), 1.0, torch.log1p(reach) / reach)
         weights[active, :, :-1] = now - (damping[:, None, None] * step).mT
         if done.any():
-            solved[active[done]] = _curved(hessian[done], rows[done], mass[done])
+            solved[active[done]] = _is_positive_definite(hessian[done], rows[done], mass[done])
         go = ~done & reach.isfinite()
         if not go.any():
             break
@@ -253,7 +253,7 @@ def _normaliser(logits: Tensor) -> Tensor:
     return ((logits - top[:, None]).exp().sum(1) + (-top).exp()).log() + top
 
 
-def _curved(hessian: Tensor, rows: Tensor, mass: Tensor) -> Tensor:
+def _is_positive_definite(hessian: Tensor, rows: Tensor, mass: Tensor) -> Tensor:
     """Whether the Hessian is positive definite up to tolerance, (b,)."""
     size = (rows.square() @ mass[..., None])[..., 0].sqrt()  # (b, P)
     size = size.repeat(1, hessian.shape[1] // size.shape[1])

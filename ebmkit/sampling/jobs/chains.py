@@ -116,7 +116,7 @@ class JobFolder:
                 yield from (p for p in entry.iterdir() if not p.name.startswith("."))
 
     def alone(self, doing: str = "sampling") -> contextlib.AbstractContextManager[None]:
-        """Lock the folder against other processes; raise ``Busy`` if another one holds the lock."""
+        """Lock the folder; raise ``FolderLocked`` if another process holds the lock."""
         return held(self.home, doing)
 
     def file(self, name: str) -> Path:

@@ -48,7 +48,7 @@ from ebmkit.sampling.diagnostics import (
     FAR,
     chain_diagnostics,
     energy_diagnostics,
-    far_from_images,
+    is_out_of_range,
 )
 from ebmkit.sampling.entry import SamplerEntry, find_sampler, noise_levels
 from ebmkit.sampling.jobs.chains import (
@@ -220,7 +220,11 @@ class SamplingJob:
     def _summary(self, sampler: Sampler[Any], c: Tensor | None) -> Callable[[State], Tensor] | None:
         """Function that returns the log-density of a state; None if chains sample no density."""
         model, level = self.model, noise_levels(sampler)[1]
-        if self.entry is None or self.entry.no_law or not isinstance(model, EnergyModel):
+        if (
+            self.entry is None
+            or self.entry.no_stationary_distribution
+            or not isinstance(model, EnergyModel)
+        ):
             return None
 
         def summary(state: State) -> Tensor:
@@ -319,7 +323,7 @@ def write_results(job: SamplingJob, run: str) -> dict[str, Any]:
 
 def _write_hdf5(job: SamplingJob, run: str, path: Path) -> tuple[list[dict[str, Tensor]], Tensor]:
     """Write ``samples.h5`` batch by batch; return the other tensors of each batch, with a mask
-    ``far`` (B,) of `far_from_images`, and the first samples."""
+    ``far`` (B,) of `is_out_of_range`, and the first samples."""
     import h5py
 
     settings = job.settings
@@ -338,7 +342,7 @@ def _write_hdf5(job: SamplingJob, run: str, path: Path) -> tuple[list[dict[str, 
             if sum(map(len, first)) < ROWS * COLUMNS:
                 first.append(x)
             batch.pop("frames", None)
-            batches.append(batch | {"far": far_from_images(x)})
+            batches.append(batch | {"far": is_out_of_range(x)})
         for key in ("finite", "labels", "log_density", "log_joint"):
             if key in batches[0]:
                 file[key] = torch.cat([batch[key] for batch in batches]).numpy()

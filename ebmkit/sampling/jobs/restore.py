@@ -35,7 +35,7 @@ from ebmkit.plots import image_rows
 from ebmkit.randomness import keyed_generator
 from ebmkit.sampling.ascent import StochasticAscentConfig, make_restorer
 from ebmkit.sampling.base import trained_range
-from ebmkit.sampling.diagnostics import far_from_images, finite_or_none
+from ebmkit.sampling.diagnostics import finite_or_none, is_out_of_range
 from ebmkit.sampling.inverse import Measurement, Task, TaskOptions
 from ebmkit.sampling.jobs.chains import STATE, Hook, JobFolder, Record, means_of, run_chains
 from ebmkit.storage import write_atomically
@@ -44,7 +44,7 @@ from ebmkit.storage.reading import read_json
 MAX_PIXELS = 1024 * 1024
 """Maximum number of pixels of an image: a restoration takes hundreds of forward passes."""
 
-AS_IT_IS = 2
+MAX_WHOLE_SCALE = 2
 """Maximum size of images that are processed whole, relative to the training size."""
 
 
@@ -92,7 +92,7 @@ def restore(
     numbers = measured.to(device).repeat_interleave(samples, 0)
     ascent = make_restorer(model, measurement, numbers, config, c)
     size = model.card.image_size if model.card else None
-    if max(measurement.shape[1:]) > (AS_IT_IS * max(size) if size else TILE):
+    if max(measurement.shape[1:]) > (MAX_WHOLE_SCALE * max(size) if size else TILE):
         ascent.denoiser = lambda y, sigma=None: torch.stack(
             [_denoise_in_crops(model, image, c) for image in y]
         )
@@ -284,7 +284,7 @@ class RestoreJob(NamedTuple):
                 f"an image of {shape[1]}x{shape[2]} by a model trained at {size[0]}x{size[1]}: "
                 "results are best at the training size"
             )
-        far = torch.nonzero(far_from_images(images)).flatten().tolist()
+        far = torch.nonzero(is_out_of_range(images)).flatten().tolist()
         if far:
             found.append(
                 f"restorations {[k + 1 for k in far]} have pixels far outside [0, 1], as happens "

@@ -143,7 +143,7 @@ def make_settings(
     steps: int | None = None,
     start: str | None = None,
     options: Mapping[str, Any] | None = None,
-    data_at_hand: bool = False,
+    data_available: bool = False,
     batch_size: int = 64,
     image_size: int | None = None,
     **others: Any,
@@ -151,7 +151,7 @@ def make_settings(
     """Make the settings of a job and check them against ``model``.
 
     The arguments are the options of `ebmkit sample`. ``sampler`` is a name in `SAMPLERS` or
-    ``buffer``, by default `default_sampler`; ``start`` is one of `STARTS`. ``data_at_hand`` tells
+    ``buffer``, by default `default_sampler`; ``start`` is one of `STARTS`. ``data_available`` tells
     ``auto`` whether training images are available; ``others`` are fields of `SamplingSettings`.
 
     Raises:
@@ -186,7 +186,7 @@ def make_settings(
             values["start"] = "noise"
         if start in (None, "auto"):
             given = values.get("start", entry.config.model_fields["start"].default)
-            values["start"] = start = entry.resolve_start(given, model, data_at_hand)
+            values["start"] = start = entry.resolve_start(given, model, data_available)
         config = validated(entry.config, values, f"settings of sampler {sampler!r}")
         resolved = config.model_dump(mode="json")
         entry.build(model, labels, config)  # raises if a noise level is out of range
@@ -262,7 +262,7 @@ def cautions(
                 "image, and samples vary less than real images: start from class_gaussian, or "
                 "train with higher noise"
             )
-    if settings.start != BUFFER and settings.options["steps"] < entry.fresh_steps:
+    if settings.start != BUFFER and settings.options["steps"] < entry.min_fresh_steps:
         found.append(
             f"{settings.options['steps']} steps from {settings.start} are too few, except for "
             "chains that continue a replay buffer: take --start buffer, or --steps 1000"

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ebmkit.compile import Inference, device_of, laid_out
+from ebmkit.compile import Inference, device_of, wrap_channels_last
 from ebmkit.data import AnyImages
 from ebmkit.data.imagesets import fingerprint
 from ebmkit.energy import EnergyModel, ScoreModel
@@ -216,7 +216,7 @@ def guide_by(
     check_guide(model)
     assert isinstance(model, EnergyModel)
     if inference is not None:
-        model = laid_out(model, inference)
+        model = wrap_channels_last(model, inference)
     means = None
     if config.needs_means:
         # check base and guide before computing energies

@@ -13,7 +13,7 @@ from PIL import Image
 import ebmkit
 from ebmkit import UserError
 from ebmkit.data import load_dataset
-from ebmkit.sampling.base import Chain, Info, PositionSampler, moved_to
+from ebmkit.sampling.base import Chain, Info, PositionSampler, next_state
 from ebmkit.sampling.diagnostics import chain_diagnostics
 from ebmkit.sampling.entry import (
     SAMPLERS,
@@ -161,7 +161,7 @@ def test_other_settings_finished_and_foreign_folders_are_refused(tmp_path):
 
 def test_a_job_begun_under_old_names_is_resumed(tmp_path):
     """In the folder that an earlier version would have named, of settings that it wrote."""
-    settings = make_settings(mixture(), "sgld", data_at_hand=True, start="class_gaussian")
+    settings = make_settings(mixture(), "sgld", data_available=True, start="class_gaussian")
     old = settings.model_dump(mode="json")
     old["start"] = old["options"]["start"] = "seeds"
     old["options"] = {
@@ -292,7 +292,7 @@ class TowardsGray(PositionSampler):
     steps = None
 
     def step(self, state, generator):
-        return moved_to(state, 0.5 + 0.9 * (state.x - 0.5))
+        return next_state(state, 0.5 + 0.9 * (state.x - 0.5))
 
 
 def test_an_entry_of_the_table_is_all_that_a_sampler_needs(tmp_path, monkeypatch):
@@ -303,7 +303,7 @@ def test_an_entry_of_the_table_is_all_that_a_sampler_needs(tmp_path, monkeypatch
         config=SamplerConfig,
         needs=("score",),
         make=lambda model, c, config: TowardsGray(),
-        no_law="shrinks contrast",
+        no_stationary_distribution="shrinks contrast",
         priority=9,
     )
     model = mixture()
@@ -385,8 +385,8 @@ def test_starts_within_the_noise_and_untrained_densities_are_cautioned(tmp_path)
 
 def test_where_chains_start_is_settled_before_they_do():
     """Gaussians of the data where these are at hand, but not for the ascent from gray."""
-    assert make_settings(mixture(), "mala", data_at_hand=True).start == "class_gaussian"
+    assert make_settings(mixture(), "mala", data_available=True).start == "class_gaussian"
     assert make_settings(mixture(), "mala").start == "noise"
-    ascent = make_settings(mixture(BlindMixture), "kadkhodaie_simoncelli", data_at_hand=True)
+    ascent = make_settings(mixture(BlindMixture), "kadkhodaie_simoncelli", data_available=True)
     assert ascent.start == "noise"
-    assert make_settings(mixture(), "sgld", data_at_hand=True).start == "uniform"
+    assert make_settings(mixture(), "sgld", data_available=True).start == "uniform"
