@@ -33,6 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--recipe", default="unknown", help="the recipe of RUN, for the file")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--time", choices=["flushed", "kept"], help=argparse.SUPPRESS)
@@ -50,9 +51,8 @@ def main() -> None:
                 told = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             times.append(float(told.stdout.split()[-1]))
             print(f"{name}: {times[-1]:.3f} s a step", flush=True)
-    config = RunFolder.open(options.run).config()
     found = {
-        "recipe": config["dataset"]["name"] + ", " + config["objective"],
+        "recipe": options.recipe,
         "step": RunFolder.open(options.run).load_checkpoint()["step"],
         "seconds_per_step": seconds,
         "ratio": statistics.median(seconds["kept"]) / statistics.median(seconds["flushed"]),

@@ -404,6 +404,19 @@ def time_to_quality_tables() -> str:
     return "\n".join(lines)
 
 
+def denormals_table() -> str:
+    """`benchmarks/results/denormals.json` as a table."""
+    found = json.loads((RESULTS / "denormals.json").read_text())
+    lines = ["| denormal numbers | seconds per step, one process each | median |", "|---|---|---:|"]
+    for name in ("kept", "flushed"):
+        times = sorted(found["seconds_per_step"][name])
+        each = ", ".join(f"{time:.3f}" for time in times)
+        lines.append(f"| {name} | {each} | {times[len(times) // 2]:.3f} |")
+    lines += ["", f"Recipe `{found['recipe']}` at step {found['step']:,}; ratio of medians "]
+    lines[-1] += f"{found['ratio']:.2f}. {circumstances(found['environment'])}"
+    return "\n".join(lines)
+
+
 def circumstances(environment: dict[str, Any]) -> str:
     """Hardware, versions and commit, in a sentence."""
     return (
@@ -424,6 +437,7 @@ MARKERS = {
     "<!-- precision -->": precision_table,
     "<!-- processes -->": processes_table,
     "<!-- layout -->": layout_table,
+    "<!-- denormals -->": denormals_table,
     "<!-- restore -->": restore_table,
     "<!-- time-to-quality -->": time_to_quality_tables,
     "<!-- jem digits -->": jem_digits,
