@@ -62,7 +62,7 @@ def small(folder, **data):
 
 
 def test_an_image_that_cannot_be_read_names_itself(folder):
-    with pytest.raises(UserError, match=r"(03|07)\.png' is .* \(dataset\.unreadable=skip leaves"):
+    with pytest.raises(UserError, match=r"(03|07)\.png' is .* \(dataset\.unreadable=skip skips"):
         assemble(small(folder)).fit()
 
 
