@@ -1,4 +1,4 @@
-"""Implicit score matching against closed forms: its value, what it learns, its directions."""
+"""Implicit score matching compared with closed forms: value, minimiser, probes and cost."""
 
 import math
 
@@ -27,7 +27,7 @@ SIGMA = 0.3
 
 
 def mixture(entries: int) -> ebmkit.GaussianMixture:
-    """Three full Gaussians, two labels, in float64."""
+    """Three Gaussians with full covariances and two labels, in float64."""
     g = torch.Generator().manual_seed(5)
     means = torch.randn(3, entries, generator=g, dtype=torch.float64)
     roots = torch.randn(3, entries, entries, generator=g, dtype=torch.float64) / entries**0.5
@@ -43,13 +43,13 @@ def draw(model: ebmkit.GaussianMixture, count: int) -> Batch:
 
 
 def within(values: torch.Tensor, expected: float, errors: float = 4) -> bool:
-    """Whether the mean of ``values`` is ``expected``, up to so many standard errors."""
+    """Whether the mean of ``values`` is within ``errors`` standard errors of ``expected``."""
     return abs(float(values.mean()) - expected) < errors * float(values.std()) / len(values) ** 0.5
 
 
 @pytest.mark.parametrize("use_autograd", [True, False])
-def test_the_value_is_hyvarinens_formula(use_autograd):
-    """Against differences of the log-density: at a step of 1e-3 second ones err by 1e-5 or so."""
+def test_value_equals_hyvarinens_formula(use_autograd):
+    """Reference: finite differences of the log-density, with errors of about 1e-5 at step 1e-3."""
     model, step = mixture(3), 1e-3
     y = torch.randn(5, 3, dtype=torch.float64)
     vectors = [e.expand_as(y) for e in torch.eye(3, dtype=y.dtype)]
@@ -62,8 +62,8 @@ def test_the_value_is_hyvarinens_formula(use_autograd):
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
-def test_beyond_a_few_entries_the_trace_is_estimated_without_bias():
-    """v' H v of the probes has H's trace for its mean."""
+def test_trace_estimate_of_many_entries_is_unbiased():
+    """E[v' H v] over the probes v is the trace of H."""
     entries = EXACT_TRACE + 4
     model = mixture(entries)
     batch = draw(model, 2000)
@@ -78,10 +78,10 @@ def test_beyond_a_few_entries_the_trace_is_estimated_without_bias():
     assert within(estimate - trace, 0)
 
 
-def test_an_images_own_noise_is_no_probe():
-    """E[eps' H(y) eps] is not E[tr H(y)], for eps is not independent of y.
+def test_noise_of_the_image_is_a_biased_probe():
+    """E[eps' H(y) eps] differs from E[tr H(y)], because eps and y are dependent.
 
-    On a line, between two peaks: H is largest where y is in the middle, and eps there is large.
+    In one dimension with two peaks: H is largest between them, where eps is large.
     """
     peaks = torch.tensor([[-0.6], [0.6]], dtype=torch.float64)
     model = ebmkit.GaussianMixture(peaks, 0.02)
@@ -91,11 +91,13 @@ def test_an_images_own_noise_is_no_probe():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_probes_are_signs_that_say_nothing_of_the_noise(dtype):
+def test_probes_are_signs_uncorrelated_with_the_noise(dtype):
     eps = torch.randn(4000, 50, dtype=dtype)
     signs = rademacher_probes(eps)
     assert set(signs.unique().tolist()) == {-1.0, 1.0}
-    assert torch.equal(signs[7:9], rademacher_probes(eps[7:9]))  # each image has its own
+    assert torch.equal(
+        signs[7:9], rademacher_probes(eps[7:9])
+    )  # the probe depends on the image only
     products = [
         signs,
         signs * eps,
@@ -107,10 +109,10 @@ def test_probes_are_signs_that_say_nothing_of_the_noise(dtype):
         assert within(product.flatten(), 0)
 
 
-def test_in_expectation_it_is_denoising_score_matching():
-    """E[ism] = E[dsm] for any score: of mixtures at wrong noise levels, of 2 and 20 entries.
+def test_expected_loss_equals_denoising_score_matching():
+    """E[ism] = E[dsm] for any score: here of mixtures at wrong noise levels, 2 and 20 entries.
 
-    So they have the same minimisers, and ism differs from the Fisher divergence by a constant.
+    So both have the same minimisers, and ism differs from the Fisher divergence by a constant.
     """
     for entries in (2, EXACT_TRACE + 4):
         model = mixture(entries)
@@ -159,12 +161,12 @@ class OneGaussian(ebmkit.EnergyModel):
         return self.mean.detach(), (self.root @ self.root.T).detach()
 
 
-def test_of_gaussians_the_samples_own_is_best():
-    """Among Gaussians score matching finds mean and covariance of the samples, exactly.
+def test_best_gaussian_has_mean_and_covariance_of_the_samples():
+    """Score matching with a Gaussian model finds mean and covariance of the samples exactly.
 
-    That is its estimate in closed form (Hyvarinen 2005, section 3.1), whatever the samples are.
-    Denoising score matching has the same minimiser in expectation; at 20,000 samples it is known
-    to some 2 %, a fifth of what is allowed.
+    This is the closed-form estimate for any samples (Hyvarinen 2005, section 3.1). Denoising score
+    matching has the same minimiser in expectation; with 20,000 samples its error is about 2 %, a
+    fifth of the tolerance.
     """
     batch = draw(mixture(2), 20_000)
     best = torch.linalg.inv(torch.cov(batch.y.T, correction=0))
@@ -179,7 +181,7 @@ def images(count: int, side: int) -> Batch:
     eps = torch.randn_like(eps)
     sigma = torch.full((count,), SIGMA, dtype=x.dtype)
     labels = torch.arange(count) % 3
-    soft = torch.nn.functional.one_hot(labels, 3).double()
+    soft = torch.nn.first.one_hot(labels, 3).double()
     return Batch(x, x + SIGMA * eps, sigma, eps, labels, soft)
 
 
@@ -190,21 +192,21 @@ def network(head: str = "linear-quadratic", name: str = "mlp-sigma") -> ebmkit.J
 
 @pytest.mark.parametrize("side", [2, 5])
 @pytest.mark.parametrize("head", sorted(HEADS))
-def test_both_ways_to_differentiate_agree(head, side):
+def test_repeated_losses_and_gradients_agree_with_and_without_grad_mode(head, side):
     model, batch = network(head), {"denoise": images(4, side)}
     loss = TrainingLoss(model, parse_objective("ce+ism"), streams={"ce": "denoise"})
-    functional = loss(batch)
-    recorded = loss(batch)
-    torch.testing.assert_close(functional.values, recorded.values)
+    first = loss(batch)
+    second = loss(batch)
+    torch.testing.assert_close(first.values, second.values)
     with torch.no_grad():
-        torch.testing.assert_close(loss(batch).values, recorded.values)
-    assert (recorded.values[1] - 1).abs() > 1e-6  # a score of 0 has 1
-    for a, b in zip(*(gradients(l.total, model) for l in (functional, recorded)), strict=True):
+        torch.testing.assert_close(loss(batch).values, second.values)
+    assert (second.values[1] - 1).abs() > 1e-6  # a zero score gives 1
+    for a, b in zip(*(gradients(l.total, model) for l in (first, second)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-12)
 
 
 @pytest.mark.slow
-def test_it_is_one_graph_to_a_compiler():
+def test_loss_compiles_to_one_graph():
     model, batch = network(), {"denoise": images(4, 5)}
     loss = TrainingLoss(model, parse_objective("ism"))
     compiled = torch.compile(lambda b: loss.forward(b), fullgraph=True, backend="aot_eager")
@@ -214,7 +216,7 @@ def test_it_is_one_graph_to_a_compiler():
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-12)
 
 
-def test_the_gradient_does_not_depend_on_how_a_batch_is_divided():
+def test_gradient_does_not_depend_on_how_the_batch_is_split():
     model, batch = network(), images(4, 5)
     loss = TrainingLoss(model, parse_objective("ism"))
     whole = gradients(loss({"denoise": batch}).total, model)
@@ -224,16 +226,16 @@ def test_the_gradient_does_not_depend_on_how_a_batch_is_divided():
         torch.testing.assert_close(w, sum(found) / 4)
 
 
-def test_validation_can_compare_values_below_zero():
+def test_summary_of_negative_losses_is_finite():
     loss = TrainingLoss(network(), parse_objective("ce+ism"))
     assert loss.summary({"ce": 0.5, "ism": -0.25}) == 0.25
     assert math.isfinite(loss.summary({"ce": 0.5, "ism": 0.0}))
 
 
-def test_a_step_costs_two_of_denoising_score_matching():
-    """Forward and score are 2 forward passes, differentiating both by the image 2, the gradient 8.
+def test_step_costs_twice_that_of_denoising_score_matching():
+    """In forward passes: energy and score 2, their derivative by the image 2, the gradient 8.
 
-    So 12 against 6 (`ebmkit.training.cost`), counted on numbers that are not there.
+    The sum is 12, compared with 6 for dsm (`ebmkit.training.cost`), counted on fake tensors.
     """
     costs = {}
     for name in ("dsm", "ism"):
@@ -243,7 +245,7 @@ def test_a_step_costs_two_of_denoising_score_matching():
 
 
 @pytest.mark.parametrize(
-    ("layer", "told"),
+    ("layer", "message"),
     [
         ({"backbone": "dncnn"}, "is a plain denoiser"),
         ({"backbone": "resnet18"}, "BatchNorm mixes"),
@@ -251,11 +253,11 @@ def test_a_step_costs_two_of_denoising_score_matching():
     ],
     ids=["denoiser", "batch-norm", "relu"],
 )
-def test_networks_without_a_second_derivative_are_refused(layer, told):
+def test_networks_without_a_second_derivative_are_refused(layer, message):
     small = {"objective": "ism", "model": {"backbone": {"width": 8}}}
     config = resolve(small, layer)
     pixels, labels = torch.zeros(4, 1, 8, 8, dtype=torch.uint8), torch.arange(4)
     images = ImageSet(pixels, labels, ("a", "b", "c", "d"))
     loss = TrainingLoss(build_model(config, images), parse_objective("ism"))
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         check_terms(loss, config, images)

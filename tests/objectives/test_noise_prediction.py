@@ -1,4 +1,4 @@
-"""Noise prediction: dsm under the law of a diffusion, and labels that are hidden at random."""
+"""Noise prediction: dsm with the noise law of a diffusion model, and random label dropout."""
 
 import pytest
 import torch
@@ -31,8 +31,8 @@ def model_of(**options):
     return create_model("gradresnet18", 3, in_channels=1, width=8, **options).eval()
 
 
-def test_it_is_score_matching_of_any_model():
-    """Our own joint model in the UNet's place: ddpm is dsm-mean, value and gradient."""
+def test_ddpm_is_bit_identical_to_dsm_mean_with_a_joint_model():
+    """Loss and gradient of a joint model in place of the UNet."""
     model, batch = model_of(), batch_of()
     gradients = []
     for objective in ("ddpm", "dsm-mean"):
@@ -50,7 +50,7 @@ def test_it_is_score_matching_of_any_model():
 
 
 @pytest.mark.parametrize(("share", "same_as"), [(0.0, "cdsm-mean"), (1.0, "dsm-mean")])
-def test_at_its_ends_class_dropout_is_one_score_or_the_other(share, same_as):
+def test_class_dropout_of_0_or_1_gives_the_conditional_or_unconditional_loss(share, same_as):
     model, batch = model_of(), batch_of()
     ours = loss_of(model, "ddpm", class_dropout=share)({"denoise": batch}).total
     theirs = loss_of(model, same_as)({"denoise": batch}).values[0]
@@ -58,35 +58,37 @@ def test_at_its_ends_class_dropout_is_one_score_or_the_other(share, same_as):
     assert ours.requires_grad
 
 
-def test_a_hidden_label_leaves_the_score_of_the_image_alone():
-    """Half of the labels: the loss is the mean of the two scores' losses over their images."""
+def test_dropped_label_gives_the_unconditional_score():
+    """Half of the labels: the loss is the mean of conditional and unconditional losses."""
     model, batch = model_of(), batch_of(40)
-    hidden = label_dropout(batch.eps, 0.5)
-    assert 0 < hidden.sum() < 40
+    dropped = label_dropout(batch.eps, 0.5)
+    assert 0 < dropped.sum() < 40
     wide = batch.sigma[:, None, None, None]
     plain = (wide * model.score(batch.y) + batch.eps).square().flatten(1).mean(1)
-    told = (wide * model.score(batch.y, c=batch.labels) + batch.eps).square().flatten(1).mean(1)
-    expected = torch.where(hidden, plain, told).mean().detach()
+    conditional = (
+        (wide * model.score(batch.y, c=batch.labels) + batch.eps).square().flatten(1).mean(1)
+    )
+    expected = torch.where(dropped, plain, conditional).mean().detach()
     found = loss_of(model, "ddpm", class_dropout=0.5)({"denoise": batch}).total.detach()
     torch.testing.assert_close(found, expected)
-    assert not torch.allclose(plain, told, rtol=1e-5)
+    assert not torch.allclose(plain, conditional, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("share", [0.1, 0.5])
-def test_labels_are_hidden_at_random(share, dtype):
-    """The share within 4 standard errors; nothing of the noise's size or sign is told by it."""
+def test_labels_are_dropped_at_random(share, dtype):
+    """The share is right to 4 standard errors, and independent of the noise's sum and size."""
     count = 20_000
     eps = torch.randn(count, 1, 2, 2, dtype=dtype)
-    hidden = label_dropout(eps, share)
+    dropped = label_dropout(eps, share)
     error = (share * (1 - share) / count) ** 0.5
-    assert float(hidden.double().mean()) == pytest.approx(share, abs=4 * error)
+    assert float(dropped.double().mean()) == pytest.approx(share, abs=4 * error)
     for statistic in (eps.flatten(1).sum(1), eps.square().flatten(1).sum(1)):
         z = (statistic - statistic.mean()) / statistic.std()
-        assert abs(float(z[hidden].mean())) < 4 / (share * count) ** 0.5
+        assert abs(float(z[dropped].mean())) < 4 / (share * count) ** 0.5
 
 
-def test_which_labels_are_hidden_does_not_depend_on_how_a_batch_is_divided():
+def test_label_dropout_does_not_depend_on_how_the_batch_is_split():
     eps = torch.randn(12, 3, 8, 8)
     whole = label_dropout(eps, 0.5)
     parts = torch.cat([label_dropout(part, 0.5) for part in eps.flip(0).split(5)])
@@ -94,18 +96,18 @@ def test_which_labels_are_hidden_does_not_depend_on_how_a_batch_is_divided():
     assert not torch.equal(whole, label_dropout(torch.randn_like(eps), 0.5))
 
 
-def test_labels_are_needed_only_where_the_network_is_told_them():
+def test_ddpm_needs_labels_only_with_class_dropout():
     (plain,) = loss_of(model_of(), "ddpm").terms
-    (told,) = loss_of(model_of(), "ddpm", class_dropout=0.1).terms
+    (conditional,) = loss_of(model_of(), "ddpm", class_dropout=0.1).terms
     assert not plain.objective.needs_labels
-    assert told.objective.needs_labels
-    assert told.objective.needs_hard_labels
+    assert conditional.objective.needs_labels
+    assert conditional.objective.needs_hard_labels
     (term,) = parse_objective("ddpm")
     assert term == parse_objective("ddpm")[0]
 
 
-def test_all_levels_of_the_schedule_are_drawn_alike():
-    """40 draws of each of the 1000 levels: chi-square within 5 of its standard deviations."""
+def test_noise_levels_of_the_schedule_are_drawn_uniformly():
+    """40 expected draws per level: chi-square of 1000 levels within 5 standard deviations."""
     law = NoiseLaw(kind="diffusion", schedule="cosine")
     levels = make_schedule("cosine").sigmas.float()
     drawn = law.sample(40_000, torch.Generator().manual_seed(0), "cpu")

@@ -1,4 +1,4 @@
-"""Objectives: their formulas, how they add up, how they share work, what they refuse."""
+"""Objectives: formulas, sums, balancing, shared forward passes and invalid objectives."""
 
 import math
 
@@ -71,7 +71,7 @@ def test_score_matching_is_the_scaled_error_of_the_denoiser(model, name):
     assert torch.allclose(parts[f"{name}-mean"], expected, rtol=1e-10)
 
 
-def test_the_sum_form_is_the_mean_form_times_the_entries(model):
+def test_sum_form_is_the_mean_form_times_the_number_of_entries(model):
     batch = {"denoise": draw()}
     mean = TrainingLoss(model, parse_objective("dsm-mean"))(batch).total
     total = TrainingLoss(model, parse_objective("dsm-sum"))(batch).total
@@ -79,7 +79,7 @@ def test_the_sum_form_is_the_mean_form_times_the_entries(model):
 
 
 def test_balanced_gradient_is_that_of_the_logarithm(model):
-    # The running mean in the denominator equals the batch's own once it has been told of it.
+    # The running mean in the denominator is set to the mean of this batch.
     batch = {"denoise": draw()}
     loss = TrainingLoss(model, parse_objective("dsm"), balance=3.0)
     loss.running = loss(batch).parts["dsm"].reshape(1)
@@ -90,7 +90,7 @@ def test_balanced_gradient_is_that_of_the_logarithm(model):
 
 
 def test_balanced_gradient_is_linear_in_the_batch(model):
-    # So that it does not matter how a batch is divided over devices or accumulated.
+    # So the gradient does not depend on how a batch is split over devices or accumulated.
     batch = draw(4)
     loss = TrainingLoss(model, parse_objective("ce+dsm"))
     loss.running.fill_(0.3)
@@ -111,7 +111,7 @@ def test_a_coefficient_switches_balancing_off(model):
     assert torch.allclose(explicit, ce + 0.5 * mean, rtol=1e-12)
 
 
-def test_running_mean_starts_at_the_loss_of_a_zero_score_and_follows(model):
+def test_running_mean_starts_at_the_loss_of_a_zero_score_and_converges(model):
     loss = TrainingLoss(model, parse_objective("ce+dsm+cdsm"))
     assert loss.balanced == ("dsm", "cdsm")
     assert loss.running.tolist() == [1.0, 1.0]
@@ -143,7 +143,7 @@ def test_objectives_of_one_stream_share_the_forward_pass(model):
         assert torch.allclose(both.parts[name], alone.parts[name], rtol=1e-12)
 
 
-def test_streams_can_be_shared_by_choice(model):
+def test_objectives_can_share_a_stream_by_setting(model):
     counting = Counting(model)
     loss = TrainingLoss(counting, parse_objective("ce+dsm"), streams={"ce": "denoise"})
     assert loss.streams == ("denoise",)
@@ -153,9 +153,9 @@ def test_streams_can_be_shared_by_choice(model):
     assert torch.allclose(shared.total, apart.total, rtol=1e-12)
 
 
-def test_the_exact_score_minimises_dsm_at_one_sigma():
-    # E||sigma s + eps||^2 is stationary at the exact score of the noisy mixture: perturbing it in
-    # any of several directions raises the loss, over common draws, by more than 5 standard errors.
+def test_exact_score_minimises_dsm_at_one_sigma():
+    # E||sigma s + eps||^2 is minimal at the exact score of the noisy mixture: each of several
+    # perturbations raises the loss on common draws by more than 5 standard errors.
     torch.manual_seed(0)
     mixture = ebmkit.GaussianMixture(
         torch.tensor([[0.2, 0.3], [0.8, 0.6]], dtype=torch.float64), 0.02
@@ -186,7 +186,7 @@ def test_objectives_parse(text, terms):
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("ce+dms", "did you mean 'dsm'"),
         ("", "does not parse"),
@@ -199,12 +199,12 @@ def test_objectives_parse(text, terms):
         ("dsm+dsm", "twice"),
     ],
 )
-def test_malformed_objectives_are_told_in_a_sentence(text, told):
-    with pytest.raises(ebmkit.UserError, match=told.replace("*", r"\*")):
+def test_malformed_objectives_are_refused(text, message):
+    with pytest.raises(ebmkit.UserError, match=message.replace("*", r"\*")):
         parse_objective(text)
 
 
-def test_labels_are_asked_for_where_they_are_needed():
+def test_missing_or_mixed_labels_are_refused_if_the_objective_needs_them():
     with pytest.raises(ebmkit.UserError, match="needs labels"):
         check_labels("ce", OBJECTIVES["ce"], num_classes=0, mixes=False, stream="classify")
     with pytest.raises(ebmkit.UserError, match="one label per image"):
@@ -212,7 +212,7 @@ def test_labels_are_asked_for_where_they_are_needed():
     check_labels("dsm", OBJECTIVES["dsm"], num_classes=0, mixes=True, stream="denoise")
 
 
-def test_a_loss_is_one_number_for_each_image(model, monkeypatch):
+def test_objective_that_returns_no_loss_per_image_is_refused(model, monkeypatch):
     mean = Objective("", "classify", lambda *of: OBJECTIVES["ce"].loss(*of).mean())
     monkeypatch.setitem(OBJECTIVES, "mean", mean)
     loss = TrainingLoss(model, (Term("mean"),))

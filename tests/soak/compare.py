@@ -1,4 +1,4 @@
-"""Whether two runs ended the same, to the bit; the clock on the wall apart."""
+"""Bit-exact comparison of two runs, except for measured times."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from ebmkit.training import RunFolder
 
 CLOCK = ("images_per_s", "seconds")
 
-ONLY_ONCE = ("environment.json", "cost.json")
-"""Files that tell of one process, or of its speed."""
+PER_PROCESS = ("environment.json", "cost.json")
+"""Files that describe one process or its speed."""
 
 
 def differences(one: Path, other: Path) -> list[str]:
-    """Where two finished runs differ, in words."""
+    """Descriptions of all differences between two finished runs."""
     found = []
-    names = [{f.name for f in verify_run(run)} - {*ONLY_ONCE} for run in (one, other)]
+    names = [{f.name for f in verify_run(run)} - {*PER_PROCESS} for run in (one, other)]
     if names[0] != names[1]:
         found.append(f"files: {sorted(names[0] ^ names[1])}")
     for run in (one, other):
@@ -40,13 +40,13 @@ def differences(one: Path, other: Path) -> list[str]:
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a log without what the clock says."""
+    """The rows of a log without measured times."""
     lines = path.read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k not in CLOCK} for line in lines]
 
 
 def unequal(one: Any, other: Any, where: str = "state") -> list[str]:
-    """Where nested states differ; bits of tensors count, so that nan equals nan."""
+    """Where nested states differ. Tensors are compared by their bits, so NaN equals NaN."""
     if type(one) is not type(other):
         return [where]
     if isinstance(one, torch.Tensor):
@@ -69,12 +69,12 @@ def unequal(one: Any, other: Any, where: str = "state") -> list[str]:
 
 
 def last_step(run: Path) -> int:
-    """The step of the newest checkpoint, by its name; 0 if there is none."""
+    """The step in the name of the newest checkpoint; 0 if there is none."""
     names = [p.stem for p in (run / "checkpoints").glob("step-*.pt")]
     return max((int(name.removeprefix("step-")) for name in names), default=0)
 
 
 def logged_step(run: Path) -> int:
-    """The step of the last row of the log."""
+    """The step of the last row of the log; 0 if there is none."""
     found = RunFolder(run).metrics()
     return found[-1]["step"] if found else 0

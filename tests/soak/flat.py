@@ -1,4 +1,4 @@
-"""A long run of a tiny network: memory, files and descriptors stay what they are."""
+"""Growth of memory, files, descriptors and threads in a long run of a tiny network."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ebmkit.training import RunFolder, resolve
 from ebmkit.training.loop import assemble
 
 BOUND = 1.0
-"""Megabytes of resident memory that 10,000 steps may add, by the slope after the first quarter."""
+"""Limit on the growth of resident memory after the first quarter, in MB per 10,000 steps."""
 
 CONFIG: dict[str, Any] = {
     "backbone": "mlp",
@@ -28,7 +28,7 @@ CONFIG: dict[str, Any] = {
 
 
 class Meter:
-    """Notes what the process holds, every few rows."""
+    """Records the resources that the process holds, every 100 steps."""
 
     def __init__(self, run: Path) -> None:
         self.run = run
@@ -49,8 +49,8 @@ def resident() -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-def stay_flat(place: Path, steps: int, **layer: Any) -> dict[str, Any]:
-    """Take so many steps; what grew, if anything."""
+def measure_growth(place: Path, steps: int, **layer: Any) -> dict[str, Any]:
+    """Train for ``steps`` steps; return the measurements and the names of resources that grew."""
     config = resolve(CONFIG, {"steps": steps}, layer)
     run = RunFolder.create(place / "run", config)
     meter = Meter(run.path)

@@ -1,4 +1,4 @@
-"""Training that is killed over and over, and must end as if it never was."""
+"""Training that is killed repeatedly and resumed, compared with an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ebmkit_tests.soak.compare import differences, last_step, logged_step
 from ebmkit_tests.soak.processes import Command, ebmkit
 
 START = 40.0
-"""Seconds in which a command must have begun to train."""
+"""Seconds within which a command must begin to train."""
 
 
 @dataclass(frozen=True)
@@ -22,12 +22,12 @@ class Training:
     """A training command to be killed.
 
     Attributes:
-        name: of the scenario.
-        about: what it covers.
-        options: of `ebmkit train`.
-        steps: of the whole run; of the quick form.
-        ranks: processes, by torchrun.
-        defect: put in as a control; the run must then come out different.
+        name: name of the scenario.
+        description: what it covers.
+        options: options of `ebmkit train`.
+        steps: number of steps of the long form and of the quick form.
+        ranks: number of processes, started by torchrun.
+        defect: a defect injected as a control; the resumed run must then differ.
     """
 
     name: str
@@ -46,16 +46,16 @@ class Training:
 
 @dataclass
 class Outcome:
-    """What became of a run.
+    """The outcome of a run that was killed and resumed.
 
     Attributes:
-        kills: processes killed.
-        in_a_save: of them, those that left a file half written.
-        one_rank: of them, those of one rank alone.
-        at_start: of them, those before the first step of that process.
-        steps_lost: steps that were taken again.
-        seconds: of it all, the uninterrupted run included.
-        differing: where the run differs from the uninterrupted one.
+        kills: number of kills.
+        in_a_save: kills during a save, shown by a partial file.
+        one_rank: kills of a single rank.
+        at_start: kills before the first step of the process.
+        steps_lost: steps that were repeated.
+        seconds: total time, including the uninterrupted run.
+        differing: differences between the run and the uninterrupted one.
     """
 
     kills: int = 0
@@ -70,29 +70,45 @@ class Outcome:
         return {**self.__dict__, "seconds": round(self.seconds, 1)}
 
 
-Tell = Callable[[str], None]
+Progress = Callable[[str], None]
 
 
 def reference(training: Training, place: Path, quick: bool) -> Path:
-    """The run that is never interrupted."""
+    """Train the uninterrupted run; return its folder."""
     run = place / "whole"
     finish(training.command("--out", run, quick=quick), place, place / "whole.log", training.defect)
     return run
 
 
-def killed(
-    training: Training, place: Path, kills: int, saves: int, seed: int, quick: bool, tell: Tell
+def kill_and_compare(
+    training: Training,
+    place: Path,
+    kills: int,
+    saves: int,
+    seed: int,
+    quick: bool,
+    progress: Progress,
 ) -> Outcome:
-    """Kill the run so often, of which so many in a save at least, and compare how it ends."""
+    """Kill and resume a run, and compare its end with an uninterrupted run.
+
+    Args:
+        training: the scenario.
+        place: folder of both runs.
+        kills: minimum number of kills.
+        saves: minimum number of kills during a save, unless 3 * ``kills`` kills do not reach it.
+        seed: seed of the kill times.
+        quick: use the quick form of the scenario.
+        progress: function that shows progress.
+    """
     begun, outcome = time.monotonic(), Outcome()
     drawn = random.Random(seed)
     whole, run = reference(training, place, quick), place / "killed"
     log = place / "killed.log"
-    went_on = False  # from a checkpoint; else a defect in going on could not show
+    resumed = False  # from a checkpoint; otherwise a defect of resuming could not be detected
     while (
         outcome.kills < kills
         or (outcome.in_a_save < saves and outcome.kills < 3 * kills)
-        or (not went_on and outcome.kills < 9 * kills)
+        or (not resumed and outcome.kills < 9 * kills)
     ):
         if run.exists() and last_step(run) >= training.steps[quick]:
             raise RuntimeError(f"the run ended after {outcome.kills} kills; make it longer")
@@ -108,15 +124,15 @@ def killed(
                 kill_at_random(command, run, drawn, outcome, training.ranks)
         finally:
             command.kill()
-        if command.process.returncode not in (-9, 1):  # torchrun ends with 1 when a rank was killed
+        if command.process.returncode not in (-9, 1):  # torchrun exits with 1 if a rank is killed
             raise RuntimeError(f"not killed: exit code {command.process.returncode}; see {log}")
         if command.process.returncode == 1 and training.ranks == 1:
             raise RuntimeError(f"failed by itself; see {log}")
         outcome.kills += 1
         lost = max(0, logged_step(run) - last_step(run)) if run.exists() else 0
         outcome.steps_lost += lost
-        went_on = went_on or last_step(run) > 0
-        tell(f"kill {outcome.kills} of {kills}, at step {last_step(run)}")
+        resumed = resumed or last_step(run) > 0
+        progress(f"kill {outcome.kills} of {kills}, at step {last_step(run)}")
     resume = ["--resume", run] if run.exists() else ["--out", run]
     finish(training.command(*resume, quick=quick), place, log, training.defect)
     outcome.differing = differences(whole, run)
@@ -125,7 +141,7 @@ def killed(
 
 
 def finish(arguments: list[str], place: Path, log: Path, defect: str | None) -> None:
-    """Run a command to its end."""
+    """Run a command until it ends."""
     if defect:
         os.environ["SOAK_DEFECT"] = defect
     code = Command(arguments, place, log).wait(1800)
@@ -134,11 +150,11 @@ def finish(arguments: list[str], place: Path, log: Path, defect: str | None) -> 
 
 
 def kill_in_a_save(command: Command, run: Path, drawn: random.Random) -> bool:
-    """Kill while a checkpoint is written; whether the file that was left behind proves it."""
+    """Kill while a checkpoint is written; return whether a partial file proves it."""
     folder, first = run / "checkpoints", last_step(run)
-    after = drawn.randrange(3)  # saves that this process finishes before
+    after = drawn.randrange(3)  # saves that this process completes first
     until, seen = time.monotonic() + START, set()
-    while time.monotonic() < until and not command.over:
+    while time.monotonic() < until and not command.ended:
         try:
             names = os.listdir(folder)
         except FileNotFoundError:
@@ -153,7 +169,7 @@ def kill_in_a_save(command: Command, run: Path, drawn: random.Random) -> bool:
 def kill_at_random(
     command: Command, run: Path, drawn: random.Random, outcome: Outcome, ranks: int
 ) -> None:
-    """Kill during the start, or some time after the first step."""
+    """Kill during the start, or up to one second after the first step."""
     metrics = run / "metrics.jsonl"
     size = metrics.stat().st_size if metrics.exists() else -1
     if drawn.random() < 0.15:
@@ -161,15 +177,15 @@ def kill_at_random(
         outcome.at_start += 1
         return
     until = time.monotonic() + START
-    while time.monotonic() < until and not command.over:
+    while time.monotonic() < until and not command.ended:
         now = metrics.stat().st_size if metrics.exists() else -1
         if now > size:
             break
-        size = min(size, now)  # cut back to the checkpoint
+        size = min(size, now)  # truncated to the checkpoint
         time.sleep(0.01)
     time.sleep(drawn.uniform(0.0, 1.0))
     if ranks > 1 and drawn.random() < 0.5 and command.kill_one(drawn.randrange(ranks)):
         outcome.one_rank += 1
         until = time.monotonic() + START
-        while time.monotonic() < until and not command.over:  # torchrun ends the others
+        while time.monotonic() < until and not command.ended:  # torchrun ends the others
             time.sleep(0.05)

@@ -1,4 +1,4 @@
-"""Commands as processes that can be killed with all that they started."""
+"""Commands that can be killed together with all processes that they start."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MARK = "SOAK_PROCESS"
 
 
 class Command:
-    """A command that runs in the background; it and all its children carry a mark."""
+    """A command in the background; its environment carries a mark that all its children inherit."""
 
     def __init__(self, arguments: list[str], cwd: Path, log: Path) -> None:
         self.mark = uuid.uuid4().hex
@@ -36,11 +36,11 @@ class Command:
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=heed_hangups,
+                preexec_fn=restore_sighup,
             )
 
     def kill(self) -> None:
-        """SIGKILL to the command and everything that it started."""
+        """Send SIGKILL to the command and all processes that it started."""
         for _ in range(100):
             members = marked(self.mark)
             if not members and self.process.poll() is not None:
@@ -52,7 +52,7 @@ class Command:
         raise RuntimeError(f"processes {marked(self.mark)} outlive SIGKILL")
 
     def kill_one(self, rank: int) -> bool:
-        """SIGKILL to the process of one rank; whether there was one."""
+        """Send SIGKILL to the process of one rank; return whether it exists."""
         for pid in marked(self.mark):
             if f"RANK={rank}".encode() in environment_of(pid):
                 signal_to(pid, signal.SIGKILL)
@@ -60,21 +60,21 @@ class Command:
         return False
 
     def signal(self, number: int) -> None:
-        """A signal to the command itself."""
+        """Send a signal to the command itself."""
         self.process.send_signal(number)
 
     def wait(self, timeout: float) -> int:
-        """Its exit code."""
+        """Wait for the end of the command; return its exit code."""
         return self.process.wait(timeout)
 
     @property
-    def over(self) -> bool:
-        """Whether it has ended by itself."""
+    def ended(self) -> bool:
+        """Whether the command has ended."""
         return self.process.poll() is not None
 
 
-def heed_hangups() -> None:
-    """As in a terminal, also where the tests were started by ``nohup``, which ignores them."""
+def restore_sighup() -> None:
+    """Restore the default action of SIGHUP, which ``nohup`` ignores."""
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
@@ -98,7 +98,7 @@ def is_zombie(pid: int) -> bool:
 
 
 def marked(mark: str) -> list[int]:
-    """Living processes that carry ``mark``."""
+    """Ids of the running processes that carry ``mark``."""
     wanted = f"{MARK}={mark}".encode()
     pids = [int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit()]
     return [p for p in pids if wanted in environment_of(p) and not is_zombie(p)]
@@ -108,9 +108,9 @@ def ebmkit(*arguments: object, wrapper: str | None = None, ranks: int = 1) -> li
     """The command line of ``ebmkit ARGUMENTS``.
 
     Args:
-        arguments: of the command.
-        wrapper: module that runs it in another way (`ebmkit_tests.soak.unrestored`).
-        ranks: processes, started by torchrun.
+        arguments: arguments of the command.
+        wrapper: module to run instead of `ebmkit` (`ebmkit_tests.soak.unrestored`).
+        ranks: number of processes, started by torchrun.
     """
     words = [str(argument) for argument in arguments]
     module = wrapper or "ebmkit"

@@ -1,4 +1,4 @@
-"""What is tried, and how often."""
+"""Scenarios: training commands with the length of their long and quick forms."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ TRAININGS = {
         ),
         Training(
             "gradresnet18",
-            "ce+dsm on the paper's network, width 8",
+            "ce+dsm with the network of the paper, width 8",
             ("--width", "8", *SMALL),
             (2000, 300),
         ),
         Training(
             "muon",
-            "ce+dsm by Muon, with averaged weights that warm up",
+            "ce+dsm with Muon and averaged weights with warm-up",
             (
                 "--width",
                 "8",
@@ -51,13 +51,13 @@ TRAININGS = {
         ),
         Training(
             "jem",
-            "jem with its replay buffer and its states to go back to",
+            "jem with its replay buffer and rollback snapshots",
             (*MLP, *SMALL, *CHAINS, "--objective", "jem"),
             (3000, 350),
         ),
         Training(
-            "jem-astray",
-            "jem that diverges over and over, and is rolled back",
+            "jem-diverging",
+            "jem that diverges repeatedly and rolls back",
             (
                 *MLP,
                 *SMALL,
@@ -72,14 +72,14 @@ TRAININGS = {
         ),
         Training(
             "two-ranks",
-            "ce+dsm by two processes under torchrun; all killed, or one",
+            "ce+dsm with two processes under torchrun; all killed, or one",
             (*MLP, *SMALL, *AVERAGED),
             (4000, 350),
             ranks=2,
         ),
         Training(
             "control-randomness",
-            "control: randomness is not restored",
+            "control: random state is not restored",
             (*MLP, *SMALL),
             (900, 400),
             defect="randomness",

@@ -1,4 +1,4 @@
-"""Signals and company: what a process does that is asked to stop, or meets another."""
+"""Signals to a training process, and concurrent processes on one run."""
 
 import hashlib
 import json
@@ -28,45 +28,45 @@ def train(tmp_path, *arguments, steps=STEPS, ranks=1):
     return Command(line, tmp_path, tmp_path / "log.txt")
 
 
-def wait_for(what, until=START):
-    end = time.monotonic() + until
-    while not what():
+def wait_until(condition, timeout=START):
+    end = time.monotonic() + timeout
+    while not condition():
         assert time.monotonic() < end
         time.sleep(0.005)
 
 
-def grows(run):
-    """Becomes true when the run logs a step beyond those logged now."""
+def logs_a_new_step(run):
+    """A function that returns True once the run logs a step after the current one."""
     before = logged_step(run) if run.exists() else 0
     return lambda: run.exists() and logged_step(run) > before
 
 
-def test_whatever_asks_it_to_stop_training_saves_and_goes_on_to_the_same_bits(tmp_path):
+def test_resume_is_bit_identical_after_sigterm_sigint_and_sighup(tmp_path):
     whole, run = tmp_path / "whole", tmp_path / "run"
     assert train(tmp_path, "--out", whole).wait(300) == 0
-    asked = [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)]
+    signals = [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)]
     where = ["--out", run]
-    for number, code in asked:
+    for number, code in signals:
         command = train(tmp_path, *where)
-        wait_for(grows(run))
+        wait_until(logs_a_new_step(run))
         command.signal(number)
         assert command.wait(60) == code
-        assert last_step(run) == logged_step(run)  # nothing is lost
+        assert last_step(run) == logged_step(run)  # every logged step is saved
         where = ["--resume", run]
     assert "ebmkit train --resume" in (tmp_path / "log.txt").read_text()
     assert train(tmp_path, *where).wait(300) == 0
     assert differences(whole, run) == []
 
 
-def test_a_request_to_end_while_saving_or_starting_harms_nothing(tmp_path):
+def test_sigterm_while_saving_or_starting_leaves_the_run_intact(tmp_path):
     run = tmp_path / "run"
     command = train(tmp_path, "--out", run)
     folder = run / "checkpoints"
-    wait_for(lambda: folder.is_dir() and any(n.endswith(".partial") for n in os.listdir(folder)))
+    wait_until(lambda: folder.is_dir() and any(n.endswith(".partial") for n in os.listdir(folder)))
     command.signal(signal.SIGTERM)
     assert command.wait(60) == 143
     assert all(found.state == "whole" for found in verify_run(run))
-    for seconds in (0.2, 2.5):  # before there is anything to save
+    for seconds in (0.2, 2.5):  # before the first new step
         command = train(tmp_path, "--resume", run)
         time.sleep(seconds)
         command.signal(signal.SIGTERM)
@@ -74,10 +74,10 @@ def test_a_request_to_end_while_saving_or_starting_harms_nothing(tmp_path):
     assert all(found.state == "whole" for found in verify_run(run))
 
 
-def test_torchrun_asked_to_end_lets_its_processes_save(tmp_path):
+def test_sigterm_to_torchrun_saves_a_checkpoint(tmp_path):
     run = tmp_path / "run"
     command = train(tmp_path, "--out", run, ranks=2)
-    wait_for(grows(run), 90)
+    wait_until(logs_a_new_step(run), 90)
     command.signal(signal.SIGTERM)
     assert command.wait(90) != 0
     assert last_step(run) == logged_step(run) > 0
@@ -85,27 +85,29 @@ def test_torchrun_asked_to_end_lets_its_processes_save(tmp_path):
     assert marked(command.mark) == []
 
 
-def test_a_second_command_is_refused_and_a_dead_one_does_not_block(tmp_path):
+def test_second_command_is_refused_and_a_stale_lock_is_released(tmp_path):
     run = tmp_path / "run"
     first = train(tmp_path, "--out", run, steps=100_000)
-    wait_for(grows(run))
+    wait_until(logs_a_new_step(run))
     second = train(tmp_path, "--resume", run, steps=100_000)
     assert second.wait(60) == 2
-    told = (tmp_path / "log.txt").read_text()
-    assert re.search(rf"process {first.process.pid} on '.*' has been training in .* since 20", told)
-    assert "Traceback" not in told
+    output = (tmp_path / "log.txt").read_text()
+    assert re.search(
+        rf"process {first.process.pid} on '.*' has been training in .* since 20", output
+    )
+    assert "Traceback" not in output
     first.kill()
     third = train(tmp_path, "--resume", run, steps=100_000)
-    wait_for(grows(run))
+    wait_until(logs_a_new_step(run))
     third.signal(signal.SIGTERM)
     assert third.wait(60) == 143
 
 
-def test_who_reads_while_it_trains_sees_card_and_weights_of_one_moment(tmp_path):
-    """Many loads: a number of steps always comes with the same weights."""
+def test_concurrent_reader_sees_matching_card_and_weights(tmp_path):
+    """In many loads during training, the same number of steps comes with the same weights."""
     run = tmp_path / "run"
     command = train(tmp_path, "--set=checkpoint_every=1", "--out", run, steps=100_000)
-    wait_for(lambda: (run / "model.json").exists())
+    wait_until(lambda: (run / "model.json").exists())
     seen, loads, end = {}, 0, time.monotonic() + 4
     while time.monotonic() < end:
         model = ebmkit.load(run)

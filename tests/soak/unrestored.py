@@ -1,8 +1,8 @@
-"""``ebmkit`` with a defect put in, for controls: what is drawn depends on what was drawn before.
+"""``ebmkit`` with an injected defect, as a control: seeds depend on the number of earlier draws.
 
-As in a program that keeps a generator and does not save its state: two runs that are never stopped
-are equal, and one that was stopped and went on is not. ``SOAK_DEFECT=optimizer`` leaves the
-optimiser's state behind instead.
+This is how a program behaves that does not save the state of its random generator: uninterrupted
+runs are equal, and a resumed run differs. ``SOAK_DEFECT=optimizer`` instead does not restore the
+state of the optimiser.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ebmkit import randomness
 _count = itertools.count()
 
 
-def _forgetful(*key: object) -> int:
+def _seed_by_count(*key: object) -> int:
     import hashlib
 
     from ebmkit_tests.soak.unrestored import _count
@@ -24,10 +24,10 @@ def _forgetful(*key: object) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-def spoil(defect: str) -> None:
-    """Put the defect in."""
+def inject(defect: str) -> None:
+    """Inject the defect."""
     if defect == "randomness":
-        randomness.keyed_seed.__code__ = _forgetful.__code__
+        randomness.keyed_seed.__code__ = _seed_by_count.__code__
     elif defect == "optimizer":
         from ebmkit.training import state
 
@@ -37,7 +37,7 @@ def spoil(defect: str) -> None:
 
 
 if __name__ == "__main__":
-    spoil(os.environ.get("SOAK_DEFECT", "randomness"))
+    inject(os.environ.get("SOAK_DEFECT", "randomness"))
     from ebmkit.cli import main
 
     main()

@@ -1,4 +1,4 @@
-"""Training under attack: PGD against foolbox, targets, stopping, shares, continuation, mistakes."""
+"""Adversarial training: PGD compared with foolbox, early stopping, processes, resume, errors."""
 
 import math
 import os
@@ -70,7 +70,7 @@ class Tiny(nn.Module):
 def classifier(classes=5):
     torch.manual_seed(1)
     model = JointModel(Tiny(), LogitHead(8, classes), in_channels=1).double()
-    with torch.no_grad():  # logits that differ, so that an attack has something to do
+    with torch.no_grad():  # larger logits, so that the attack changes the loss
         model.head.classifier.weight.mul_(8)
     return model
 
@@ -85,7 +85,7 @@ def draw(count=6, sigma=0.0, classes=5, seed=3):
     return Batch(x, x + sigma * eps, level, eps, labels, soft)
 
 
-def attacks(model, objective="adv", **settings):
+def make_attack(model, objective="adv", **settings):
     config = OBJECTIVES[objective].config(**settings)
     return Attack(RunContext(model, objective, "classify"), config, objective == "trades")
 
@@ -97,7 +97,7 @@ def with_attacked(batch, images, *names):
 
 
 def attacked(model, batch, objective="adv", step=0, **settings):
-    return attacks(model, objective, **settings).attack(batch, step)
+    return make_attack(model, objective, **settings).attack(batch, step)
 
 
 def label_loss(model, y, labels, sigma=None):
@@ -105,7 +105,7 @@ def label_loss(model, y, labels, sigma=None):
         return -model.eval().energies(y, sigma).at_label(labels)
 
 
-def by_foolbox(model, batch, config, start=None, target=None):
+def foolbox_attack(model, batch, config, start=None, target=None):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         import foolbox.attacks as fa
@@ -139,28 +139,28 @@ def by_foolbox(model, batch, config, start=None, target=None):
 
 @pytest.mark.parametrize("steps", [1, 7])
 @pytest.mark.parametrize(("norm", "eps"), [("l2", 0.8), ("linf", 0.1)])
-def test_the_attack_is_foolbox_s(norm, eps, steps):
-    """From the image itself; of one step, the fast gradient method. In float64, to rounding."""
+def test_attack_equals_foolbox(norm, eps, steps):
+    """Float64, without random start; with one step, the reference is the fast gradient method."""
     model, batch = classifier(), draw()
     settings = {"norm": norm, "eps": eps, "steps": steps, "random_start": False}
     found = attacked(model, batch, **settings)
-    expected = by_foolbox(model, batch, AdversarialConfig(**settings))
+    expected = foolbox_attack(model, batch, AdversarialConfig(**settings))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
     assert (label_loss(model, found, batch.labels) > label_loss(model, batch.y, batch.labels)).all()
 
 
 @pytest.mark.parametrize("targeted", [False, True])
 @pytest.mark.parametrize(("norm", "eps"), [("l2", 0.8), ("linf", 0.1)])
-def test_from_the_same_random_start_and_to_the_same_target_too(norm, eps, targeted):
+def test_attack_with_firstand_target_equals_foolbox(norm, eps, targeted):
     model, batch = classifier(), draw()
-    own = attacks(model, norm=norm, eps=eps, targeted=targeted)
+    own = make_attack(model, norm=norm, eps=eps, targeted=targeted)
     config = own.config
     generator = torch.Generator().manual_seed(0)
-    from_, target = own._drawn(batch, config, generator)
-    own._drawn = lambda *_: (from_, target)
+    first, target = own._drawn(batch, config, generator)
+    own._drawn = lambda *_: (first, target)
     found = own.attack(batch, 0)
-    assert not torch.equal(from_, batch.y)
-    expected = by_foolbox(model, batch, config, from_, target)
+    assert not torch.equal(first, batch.y)
+    expected = foolbox_attack(model, batch, config, first, target)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
     if targeted:
         assert (target != batch.labels).all()
@@ -168,10 +168,10 @@ def test_from_the_same_random_start_and_to_the_same_target_too(norm, eps, target
 
 
 @pytest.mark.parametrize("norm", ["l2", "linf"])
-def test_starts_are_uniform_in_the_ball(norm):
-    """Moments of the radius: r^d is uniform in l2, each entry is in l_inf; 4 standard errors."""
+def test_random_starts_are_uniform_in_the_ball(norm):
+    """l2: radius^d is uniform; linf: each entry is. First two moments, to 4 standard errors."""
     batch = draw(2000)._replace(sigma=torch.ones(2000).double())  # not clipped
-    own = attacks(classifier(), norm=norm, eps=0.5)
+    own = make_attack(classifier(), norm=norm, eps=0.5)
     generator = torch.Generator().manual_seed(5)
     offset = (own._drawn(batch, own.config, generator)[0] - batch.y).flatten(1) / 0.5
     u = offset.norm(dim=1) ** 36 if norm == "l2" else (offset.flatten() + 1) / 2
@@ -182,7 +182,7 @@ def test_starts_are_uniform_in_the_ball(norm):
     assert offset.mean(0).abs().max() < 0.1
 
 
-def test_an_image_that_is_misclassified_is_moved_no_further():
+def test_early_stop_leaves_misclassified_images_unchanged():
     model, batch = classifier(), draw(12)
     options = {"norm": "l2", "eps": 1.0, "steps": 1, "step_size": 0.1, "random_start": False}
     wrong = model.eval().logits(batch.y).argmax(1) != batch.labels
@@ -200,8 +200,8 @@ def test_an_image_that_is_misclassified_is_moved_no_further():
     assert not torch.allclose(far, held)
 
 
-def test_radii_of_noisy_images_are_those_of_what_a_diffusion_model_sees():
-    """In sqrt(abar) y they are eps for every noise level; noisy images are not clipped."""
+def test_variance_preserving_radius_holds_for_scaled_noisy_images():
+    """The distance in sqrt(abar) y is eps at every noise level; noisy images are not clipped."""
     model, batch = classifier(), draw()
     sigma = torch.tensor([0.0, 0.0, 0.1, 0.5, 1.0, 3.0]).double()
     batch = batch._replace(sigma=sigma, y=batch.x + sigma[:, None, None, None] * batch.eps)
@@ -221,12 +221,12 @@ def test_radii_of_noisy_images_are_those_of_what_a_diffusion_model_sees():
     torch.testing.assert_close(moved, torch.full((4,), 0.2).double())
 
 
-def test_radii_grow_during_warm_up_and_are_full_where_it_is_measured():
+def test_radius_grows_during_warm_up_and_is_full_in_validation():
     model, batch = classifier(), draw()
-    sigma = torch.full((6,), 3.0).double()  # noisy images, which nothing clips
+    sigma = torch.full((6,), 3.0).double()  # noisy images are not clipped
     batch = batch._replace(sigma=sigma, y=batch.x + 3 * batch.eps)
     settings = {"eps": 0.4, "steps": 3, "step_size": 10.0, "warmup_steps": 3}
-    own = attacks(model, **settings)
+    own = make_attack(model, **settings)
 
     def radius(step):
         moved = own.attack(batch, step) - batch.y
@@ -238,8 +238,8 @@ def test_radii_grow_during_warm_up_and_are_full_where_it_is_measured():
     torch.testing.assert_close(radius(0), torch.full((6,), 0.4).double())
 
 
-def test_the_attack_leaves_the_network_as_it_was():
-    """In training mode, without gradients, its running statistics unmoved; and does not warn."""
+def test_attack_does_not_change_the_network():
+    """It stays in training mode, without gradients, with its running statistics; no warning."""
     model, batch = classifier().train(), draw()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     with warnings.catch_warnings():
@@ -250,10 +250,10 @@ def test_the_attack_leaves_the_network_as_it_was():
     assert not found.requires_grad
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
-    assert torch.equal(found, attacked(model.eval(), batch))  # it judged in evaluation mode
+    assert torch.equal(found, attacked(model.eval(), batch))  # attacked in evaluation mode
 
 
-def test_at_radius_zero_it_is_cross_entropy_to_the_bit(tmp_path):
+def test_adv_with_radius_zero_is_bit_identical_to_cross_entropy(tmp_path):
     options = {"terms": {"adv": {"eps": 0}}, "steps": 2, "validation_images": 0}
     runs = [start(tmp_path, name, options, {"objective": name}) for name in ("adv", "ce")]
     for trainer in runs:
@@ -262,7 +262,7 @@ def test_at_radius_zero_it_is_cross_entropy_to_the_bit(tmp_path):
     assert [t.card.attack for t in runs] == ["", ""]
 
 
-def test_mixed_labels_are_attacked_away_from_both(tmp_path):
+def test_attack_on_mixed_labels_raises_the_mixed_loss(tmp_path):
     model, batch = classifier(), draw()
     soft = 0.7 * batch.soft + 0.3 * batch.soft.roll(1, 0)
     found = attacked(model, batch._replace(soft=soft), random_start=False)
@@ -277,7 +277,7 @@ def test_mixed_labels_are_attacked_away_from_both(tmp_path):
     start(tmp_path, "run", mix, {"steps": 1}).fit()
 
 
-def test_the_loss_of_adv_is_cross_entropy_there_and_ce_beside_it_here():
+def test_adv_uses_attacked_images_and_ce_uses_clean_images():
     model, batch = classifier().eval(), draw()
     under_attack = attacked(model, batch)
     batch = with_attacked(batch, under_attack)
@@ -288,8 +288,8 @@ def test_the_loss_of_adv_is_cross_entropy_there_and_ce_beside_it_here():
     torch.testing.assert_close(loss.total.detach(), clean + 0.5 * under)
 
 
-def test_two_attacks_on_one_stream_each_serve_their_own_objective():
-    """The loss and gradient of adv+trades are the sum of each alone, with its own images."""
+def test_objectives_on_one_stream_use_their_own_attacks():
+    """The loss of adv+trades is the sum of both losses, each on its own attacked images."""
     model, batch = classifier().eval(), draw()
     loss = TrainingLoss(model, parse_objective("adv+trades"))
     both = loss.prepared(loss.preparations(), {"classify": batch}, 3)
@@ -301,8 +301,8 @@ def test_two_attacks_on_one_stream_each_serve_their_own_objective():
     assert not torch.equal(*both["classify"].extra.values())
 
 
-def test_trades_against_the_formula_by_hand():
-    """Logits W y of two classes: CE + beta KL and its gradient by W, written out."""
+def test_trades_loss_and_gradient_equal_the_formula():
+    """Two classes with logits W y: CE + beta KL and its gradient with respect to W."""
 
     class Linear(nn.Module):
         num_features = 4
@@ -330,13 +330,13 @@ def test_trades_against_the_formula_by_hand():
     kl = (p * ratio).sum(1)
     expected = -(soft * p.log()).sum(1) + 4 * kl
     torch.testing.assert_close(total.detach(), expected.mean())
-    # dKL by the clean logits is p (log(p/q) - KL), by the attacked ones q - p
+    # dKL/d(clean logits) = p (log(p/q) - KL), dKL/d(attacked logits) = q - p
     by_clean, by_attacked = p - soft + 4 * p * (ratio - kl[:, None]), 4 * (q - p)
     by_hand = (by_clean.T @ a + by_attacked.T @ b) / 3
     torch.testing.assert_close(found, by_hand)
 
 
-def test_the_attack_of_trades_raises_the_divergence():
+def test_trades_attack_raises_the_kl_divergence():
     model, batch = classifier(), draw()
     found = attacked(model, batch, "trades", eps=0.5)
     with torch.no_grad():
@@ -348,25 +348,27 @@ def test_the_attack_of_trades_raises_the_divergence():
 
 
 @pytest.mark.parametrize("objective", ["adv", "trades"])
-def test_attacks_are_a_function_of_the_step_and_the_same_for_any_number_of_processes(objective):
+def test_attack_depends_on_the_step_and_not_on_the_number_of_processes(objective):
     model, batch = classifier(), draw(8)
     settings = {"targeted": True} if objective == "adv" else {}
     whole = attacked(model, batch, objective, step=4, **settings)
     assert torch.equal(whole, attacked(model, batch, objective, step=4, **settings))
     assert not torch.equal(whole, attacked(model, batch, objective, step=5, **settings))
     for rank in (0, 1):
-        own = attacks(model, objective, **settings)
+        own = make_attack(model, objective, **settings)
         own.world = DistributedContext(rank, 2)
         rows = slice(4 * rank, 4 * rank + 4)
         share = batch.rows(rows)
         found = own.attack(share, 4)
         torch.testing.assert_close(found, whole[rows], rtol=0, atol=1e-12)
-    parts = attacks(model, objective, **settings)
+    parts = make_attack(model, objective, **settings)
     parts.parts = 3
     torch.testing.assert_close(parts.attack(batch, 4), whole, rtol=0, atol=1e-12)
 
 
 class StopAt:
+    """Sends SIGINT, as Ctrl-C does, when a step is reported."""
+
     def __init__(self, step):
         self.step = step
 
@@ -375,7 +377,7 @@ class StopAt:
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path):
+def test_resume_after_interrupt_is_bit_identical(tmp_path):
     layer = {"objective": "trades+dsm", "steps": 5, "optimizer": {"sharpness": 0.1, "ema": 0.9}}
     whole = start(tmp_path, "whole", layer)
     whole.fit()
@@ -398,7 +400,7 @@ def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path):
         ("adv", "eager"),
     ],
 )
-def test_the_compiled_step_is_the_eager_one(objective, backend):
+def test_compiled_step_equals_eager_step(objective, backend):
     def gradients(compile):
         model = classifier().float()
         loss = TrainingLoss(model, parse_objective(objective))
@@ -413,11 +415,11 @@ def test_the_compiled_step_is_the_eager_one(objective, backend):
     assert (compiled - eager).norm() < 1e-5 * eager.norm()
 
 
-def test_the_compiled_attack_is_the_eager_one():
+def test_compiled_attack_equals_eager_attack():
     model, batch = classifier(), draw()
     eager = attacked(model, batch)
     inference = Inference(mode="on", backend="aot_eager")
-    own = attacks(model)
+    own = make_attack(model)
     own.computed = inference.wrap(model)
     for _ in range(2):  # compiled when a size repeats
         found = own.attack(batch, 0)
@@ -426,7 +428,7 @@ def test_the_compiled_attack_is_the_eager_one():
 
 
 @pytest.mark.slow
-def test_the_cost_of_attacks_is_counted_and_printed(tmp_path):
+def test_cost_counts_attack_steps(tmp_path):
     for objective, passes in (("adv", 2), ("trades", 2.5)):
         trainer = start(tmp_path, objective, {"objective": objective, "backbone": "gradresnet18"})
         shapes = trainer.budget.plan[0][1]
@@ -446,7 +448,7 @@ def test_the_cost_of_attacks_is_counted_and_printed(tmp_path):
 
 
 @pytest.mark.slow
-def test_from_the_command_line_with_denoising(tmp_path):
+def test_train_command_with_adv_and_dsm(tmp_path):
     arguments = ["--objective=adv+dsm", "--steps=2", "--width=8", "--no-evaluate", "--out=run"]
     arguments += [f"--set=streams.{name}.batch_size=8" for name in ("classify", "denoise")]
     arguments += ["--set=objective.adv.norm=linf", "--set=objective.adv.eps=8/255"]
@@ -458,7 +460,7 @@ def test_from_the_command_line_with_denoising(tmp_path):
     assert config["head"] == "logit"
 
 
-def test_robust_recipes(tmp_path):
+def test_settings_of_robust_recipes(tmp_path):
     full = resolve({"objective": "adv", "dataset": {"name": "cifar10"}, "backbone": "resnet50"})
     assert full.optimizer.kind == "sgd"
     assert (full.optimizer.lr, full.optimizer.weight_decay, full.steps) == (0.1, 5e-4, 58_594)
@@ -475,7 +477,7 @@ def test_robust_recipes(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("layer", "words"),
+    ("layer", "message"),
     [
         ({"objective": "adv", "dataset": {"name": "patches"}}, "needs labels"),
         ({"objective": "adv", "backbone": "dncnn"}, "is a denoiser without them"),
@@ -488,14 +490,14 @@ def test_robust_recipes(tmp_path):
         ({"terms": {"trades": {"random_start": False}}}, "no gradient at the image itself"),
     ],
 )
-def test_mistakes_are_reported_before_the_first_step(layer, words):
-    with pytest.raises(UserError, match=words):
+def test_invalid_settings_are_refused_before_the_first_step(layer, message):
+    with pytest.raises(UserError, match=message):
         assemble(resolve(TINY, layer))
 
 
-def test_a_network_without_labels_and_a_single_class_are_refused():
+def test_network_without_labels_or_with_one_class_is_refused():
     with pytest.raises(UserError, match="there is only one class"):
-        attacks(classifier(1), targeted=True)
+        make_attack(classifier(1), targeted=True)
     bare = JointModel(Tiny(), LinearQuadraticHead(8, 0), in_channels=1)
     with pytest.raises(UserError, match="this network has no labels"):
-        attacks(bare)
+        make_attack(bare)

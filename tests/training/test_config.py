@@ -1,4 +1,4 @@
-"""How a configuration is put together, and what it refuses."""
+"""Resolving a configuration from layers, recipes and presets, and its error messages."""
 
 import pytest
 import yaml
@@ -19,7 +19,7 @@ def test_later_layers_win():
     assert config.optimizer.weight_decay == 0.05  # the recipe's
 
 
-def test_presets_are_overridden_by_settings_beside_them():
+def test_explicit_settings_override_the_preset():
     assert resolve({"backbone": "gradresnet34"}).model.backbone.depth == 34
     recipe_width = resolve({}).model.backbone.width
     assert resolve({"backbone": "gradresnet34"}).model.backbone.width == recipe_width
@@ -31,7 +31,7 @@ def test_presets_are_overridden_by_settings_beside_them():
     assert resolve({"head": "logit"}).model.head.kind == "logit"
 
 
-def test_objective_settings_are_under_their_names():
+def test_objective_settings_are_set_by_objective_name():
     assigned = parse_assignments(["objective.adv.norm=linf", "objective.adv.eps=0.1"])
     config = resolve({"objective": "ce"}, assigned)
     assert (config.objective, config.terms.adv.norm, config.terms.adv.eps) == ("ce", "linf", 0.1)
@@ -44,7 +44,7 @@ def test_objective_settings_are_under_their_names():
         resolve(parse_assignments(["objective.avd.eps=1"]))
 
 
-def test_smoothing_of_labels_needs_cross_entropy():
+def test_label_smoothing_requires_cross_entropy():
     assigned = parse_assignments(["objective.ce.label_smoothing=0.1"])
     assert resolve({"objective": "ce+dsm"}, assigned).terms.ce.label_smoothing == 0.1
     assert resolve({}).terms.ce.label_smoothing == 0
@@ -60,32 +60,32 @@ def test_a_resolved_configuration_resolves_to_itself():
     assert again == config
 
 
-def test_a_recipe_brings_its_data_set_unless_another_is_named():
+def test_recipe_sets_the_data_set_unless_another_is_named():
     assert resolve(recipe="cifar10-short").dataset.name == "cifar10"
     assert resolve({"dataset": {"name": "hdf5"}}, recipe="cifar10-short").dataset.name == "hdf5"
     assert resolve({}).dataset.name == "digits"
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_is_legal(name):
+def test_every_recipe_is_valid(name):
     assert isinstance(resolve(recipe=name), TrainConfig)
 
 
-def test_another_optimiser_does_not_inherit_muon_s_rates():
+def test_another_optimiser_does_not_inherit_muon_rates():
     ours = resolve(recipe="digits").optimizer
     assert (ours.kind, ours.lr) == ("muon", 1e-2)
     plain = resolve({"optimizer": {"kind": "adamw"}}, recipe="digits").optimizer
     assert (plain.kind, plain.lr, plain.adamw_lr, plain.nesterov) == ("adamw", 3e-4, None, None)
-    assert plain.schedule == ours.schedule  # what any optimiser has stays
+    assert plain.schedule == ours.schedule  # fields of every optimiser are kept
     named = resolve({"optimizer": {"kind": "sgd", "lr": 0.1}}, recipe="digits").optimizer
     assert (named.kind, named.lr, named.momentum) == ("sgd", 0.1, 0.9)
-    fading = resolve({"optimizer": {"schedule": "linear", "ema": None}}, recipe="digits").optimizer
-    assert (fading.decay_share, fading.ema_warmup, fading.lr) == (None, False, 1e-2)
-    slower = resolve({"optimizer": {"lr": 5e-3}}, recipe="digits").optimizer
-    assert (slower.kind, slower.lr, slower.momentum) == ("muon", 5e-3, 0.9)
+    linear = resolve({"optimizer": {"schedule": "linear", "ema": None}}, recipe="digits").optimizer
+    assert (linear.decay_share, linear.ema_warmup, linear.lr) == (None, False, 1e-2)
+    own_rate = resolve({"optimizer": {"lr": 5e-3}}, recipe="digits").optimizer
+    assert (own_rate.kind, own_rate.lr, own_rate.momentum) == ("muon", 5e-3, 0.9)
 
 
-def test_a_kind_that_a_recipe_does_not_have_starts_from_its_own_rate_and_momentum():
+def test_optimiser_kind_missing_in_the_recipe_has_its_own_rate_and_momentum():
     def chosen(kind, recipe, *layers):
         own = resolve({"optimizer": {"kind": kind}}, *layers, recipe=recipe).optimizer
         return own.lr, own.momentum
@@ -94,14 +94,14 @@ def test_a_kind_that_a_recipe_does_not_have_starts_from_its_own_rate_and_momentu
     assert chosen("sgd", "digits") == chosen("sgd", "digits-adamw") == (0.1, 0.9)
     assert chosen("adamw", "jem++") == (3e-4, 0.9)
     assert chosen("sgd", "jem++", {"optimizer": {"momentum": 0.8}}) == (0.1, 0.8)
-    file = {"optimizer": {"lr": 1e-3}}  # for whatever kind is chosen
+    file = {"optimizer": {"lr": 1e-3}}  # applies to every kind
     later = {"optimizer": {"kind": "adamw"}}
     assert resolve(file, later, recipe="digits").optimizer.lr == 1e-3
     of_sgd = {"optimizer": {"kind": "sgd", "lr": 0.2, "momentum": 0.8, "betas": [0.9, 0.999]}}
     assert resolve(of_sgd, later, recipe="digits").optimizer.lr == 3e-4
 
 
-def test_a_run_of_an_earlier_version_may_hold_what_does_nothing():
+def test_run_of_an_earlier_version_may_set_fields_without_effect():
     run = resolve({"steps": 5}, recipe="digits-adamw").model_dump(mode="json")
     run["optimizer"] |= {"momentum": 0.5, "milestones": [0.5], "warmup_steps": 9}
     again = resolve(run)
@@ -111,7 +111,7 @@ def test_a_run_of_an_earlier_version_may_hold_what_does_nothing():
 
 
 @pytest.mark.parametrize(
-    ("recipe", "fields", "says"),
+    ("recipe", "fields", "message"),
     [
         ("digits", {"milestones": ["1/2"]}, "milestones = .*schedule=milestones"),
         ("digits", {"milestone_factor": 0.1}, "milestone_factor = 0.1 does .*schedule=milestones"),
@@ -122,18 +122,18 @@ def test_a_run_of_an_earlier_version_may_hold_what_does_nothing():
         ("digits", {"decay_share": 1.5}, "decay_share = 1.5 is not legal.*above 0 and at most 1"),
     ],
 )
-def test_optimiser_fields_that_would_do_nothing_are_refused(recipe, fields, says):
-    with pytest.raises(ebmkit.UserError, match=says) as error:
+def test_optimiser_fields_without_effect_are_refused(recipe, fields, message):
+    with pytest.raises(ebmkit.UserError, match=message) as error:
         resolve({"optimizer": fields}, recipe=recipe)
     assert "milestones begin" not in str(error.value)
 
 
-def test_all_of_a_run_may_be_the_decay():
+def test_decay_share_may_be_one():
     chosen = {"optimizer": {"decay_share": "360/360"}}
     assert resolve(chosen, recipe="digits").optimizer.decay_share == 1
 
 
-def test_nothing_of_a_recipe_comes_into_the_configuration_of_an_earlier_run():
+def test_configuration_of_an_earlier_run_takes_nothing_from_the_recipe():
     old = resolve(recipe="digits-adamw").model_dump(mode="json")
     for name in ("kind", "ema", "ema_warmup", "adamw_lr", "decay_share"):
         old["optimizer"].pop(name)
@@ -141,7 +141,7 @@ def test_nothing_of_a_recipe_comes_into_the_configuration_of_an_earlier_run():
 
 
 @pytest.mark.slow
-def test_short_recipes_cost_no_more_than_what_they_are_compared_with():
+def test_short_recipes_stay_within_their_flop_budget():
     def joint_flops(name):
         config = resolve(recipe=name)
         model = ebmkit.create_model(
@@ -160,7 +160,7 @@ def test_short_recipes_cost_no_more_than_what_they_are_compared_with():
     assert joint_flops("cifar10-cpu") <= 2.6e15
 
 
-def test_cdn_cifar10_is_the_paper_s_recipe():
+def test_cdn_cifar10_recipe_matches_the_paper():
     # CDN appendix A
     config = resolve(recipe="cdn-cifar10")
     classify, denoise = config.streams.classify, config.streams.denoise
@@ -179,8 +179,8 @@ def test_cdn_cifar10_is_the_paper_s_recipe():
     assert denoise.augmentation.mix == "none"
 
 
-def test_a_backbone_brings_its_own_size():
-    """Whatever the recipe, or an earlier layer, has."""
+def test_backbone_sets_its_own_depth_and_width():
+    """They replace those of the recipe and of earlier layers."""
     sizes = {"wideresnet28-10": (28, 160), "wideresnet10-jem": (10, 32)}
     for name, size in sizes.items():
         backbone = resolve({"backbone": name}, recipe="digits").model.backbone
@@ -193,7 +193,7 @@ def test_a_backbone_brings_its_own_size():
 
 
 @pytest.mark.parametrize(
-    ("layer", "told"),
+    ("layer", "message"),
     [
         ({"backbone": "gradresnet81"}, "did you mean 'gradresnet18'"),
         ({"head": "logits"}, "did you mean 'logit'"),
@@ -212,13 +212,13 @@ def test_a_backbone_brings_its_own_size():
         ({"streams": {"denoise": {"noise": {"max": "-1/255"}}}}, "-1/255"),
     ],
 )
-def test_illegal_settings_are_reported_in_one_sentence(layer, told):
-    with pytest.raises(ebmkit.UserError, match=told) as caught:
+def test_invalid_settings_are_reported_in_one_line(layer, message):
+    with pytest.raises(ebmkit.UserError, match=message) as caught:
         resolve(layer)
     assert "\n" not in str(caught.value)
 
 
-def test_assignments_and_files_that_do_not_parse(tmp_path):
+def test_assignments_and_files_that_do_not_parse_are_refused(tmp_path):
     for text in ("lr", "=1", "a..b=1"):
         with pytest.raises(ebmkit.UserError, match="key=value"):
             parse_assignments([text])

@@ -1,4 +1,4 @@
-"""What a training step costs: counted without running it, against running it."""
+"""FLOPs and memory of a training step: traced without running it, compared with a real step."""
 
 import contextlib
 import math
@@ -47,7 +47,7 @@ def loss_of(
 
 
 class TinyBackbone(nn.Module):
-    """One convolution with an activation, to be quick where the network does not matter."""
+    """One convolution with an activation, for tests that do not depend on the network."""
 
     num_features = 8
 
@@ -80,20 +80,20 @@ def batches_of(loss: TrainingLoss, shapes=SHAPES) -> dict[str, Batch]:
     return {name: draw(shapes[name]) for name in loss.streams}
 
 
-class Modules(contextlib.nullcontext):
-    """In place of the counter's tracker of modules, which refuses a gradient within the step."""
+class NoModuleTracker(contextlib.nullcontext):
+    """Replaces the counter's module tracker, which does not support gradients within the step."""
 
     parents = frozenset({"Global"})
 
 
 def counter() -> FlopCounterMode:
     mode = FlopCounterMode(display=False)
-    mode.mod_tracker = Modules()
+    mode.mod_tracker = NoModuleTracker()
     return mode
 
 
 @pytest.mark.parametrize(("objective", "streams", "passes"), CASES)
-def test_flops_are_those_that_torch_counts_in_the_real_step(objective, streams, passes):
+def test_flops_equal_those_torch_counts_in_a_real_step(objective, streams, passes):
     loss = loss_of(objective, streams)
     with counter() as counted:
         loss(batches_of(loss)).total.backward()
@@ -104,18 +104,18 @@ def test_flops_are_those_that_torch_counts_in_the_real_step(objective, streams, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("objective", "streams", "passes"), CASES[2:])
-def test_a_step_costs_three_passes_and_three_more_for_each_score(objective, streams, passes):
-    # 3 %: the second derivative of a strided convolution is computed on a larger window and cut,
-    # and cross-entropy alone needs no gradient by the image.
+def test_step_costs_three_passes_and_three_more_for_each_score(objective, streams, passes):
+    # 3 %: the second derivative of a strided convolution is computed on a larger window and
+    # cropped, and cross-entropy alone needs no gradient with respect to the image.
     loss = loss_of(objective, streams, 64, 3, "gradresnet18")
     forward = network_flops(loss.model, (1, 3, 32, 32))
     for (name, count), stream in zip(step_flops(loss, PAPER).items(), loss.streams, strict=True):
         assert count == pytest.approx(passes[name] * PAPER[stream][0] * forward, rel=0.03)
 
 
-def test_the_papers_network_and_recipe_cost_what_is_known_of_them():
-    # 11.2 M parameters, 1.11 GFLOP forward, 78k steps of 128 + 64 images about 66 PFLOP: the last
-    # by the rule of 3 and 6 passes, which is off by up to 3 %.
+def test_cost_of_the_paper_network_and_recipe():
+    # 11.2 M parameters, 1.11 GFLOP per forward pass, about 66 PFLOP for 78k steps of 128 + 64
+    # images. The last number counts 3 and 6 passes per step, which is accurate to 3 %.
     loss = loss_of("ce+dsm", None, 64, 3, "gradresnet18")
     assert network_flops(loss.model, (1, 3, 32, 32)) == pytest.approx(1.11e9, rel=0.005)
     cost = StepCost(
@@ -131,7 +131,7 @@ def test_the_papers_network_and_recipe_cost_what_is_known_of_them():
     assert cost.mfu(2 * cost.step_flops / 1e12) == pytest.approx(0.5)
 
 
-def run_for_real(loss: TrainingLoss, batches: dict[str, Batch], parts: int = 1) -> Recorder:
+def record_real_step(loss: TrainingLoss, batches: dict[str, Batch], parts: int = 1) -> Recorder:
     recorder = Recorder()
     recorder.ignore([*loss.parameters(), *loss.buffers()])
     recorder.hold(t for batch in batches.values() for t in batch.tensors)
@@ -150,22 +150,21 @@ def run_for_real(loss: TrainingLoss, batches: dict[str, Batch], parts: int = 1) 
         ("dsm+cdsm", "fp32"),
     ],
 )
-def test_the_traced_memory_peak_is_that_of_real_tensors(objective, precision):
+def test_traced_memory_peak_equals_that_of_real_tensors(objective, precision):
     loss = loss_of(objective)
     loss.precision = precision
-    real = run_for_real(loss, batches_of(loss))
-    rehearsed = trace_step(loss, SHAPES)
-    assert max(rehearsed.live) == max(real.live)
-    assert rehearsed.gradients == sum(
-        p.grad.nbytes for p in loss.parameters() if p.grad is not None
-    )
-    assert trace_step(loss, SHAPES) == rehearsed  # gradients that are there change nothing
+    real = record_real_step(loss, batches_of(loss))
+    traced = trace_step(loss, SHAPES)
+    assert max(traced.live) == max(real.live)
+    assert traced.gradients == sum(p.grad.nbytes for p in loss.parameters() if p.grad is not None)
+    assert trace_step(loss, SHAPES) == traced  # existing gradients change nothing
 
 
 @pytest.mark.parametrize("objective", ["ce", "dsm"])
-def test_the_peak_is_that_of_the_allocator_but_for_what_convolutions_use_within(objective):
-    # The profiler sees every allocation. A convolution's copies of input and output into a layout
-    # of its own come on top; they live within one operation, so two of the largest maps bound them.
+def test_traced_peak_matches_the_profiler_up_to_convolution_workspaces(objective):
+    # The profiler records every allocation. In addition, a convolution copies its input and output
+    # into its own layout; the copies live within one operation, so a few of the largest maps
+    # bound them: 2 maps with AVX-512, slightly more with AVX2.
     shapes = dict.fromkeys(SHAPES, (32, 3, 16, 16))
     loss = loss_of(objective, channels=3, backbone="gradresnet18")
     batches = batches_of(loss, shapes)
@@ -183,11 +182,10 @@ def test_the_peak_is_that_of_the_allocator_but_for_what_convolutions_use_within(
         peak = max(peak, now)
     drawn = sum(t.nbytes for batch in batches.values() for t in batch[:6])
     largest_map = 4 * 32 * 8 * 16 * 16
-    # what they use depends on the processor: 2 maps with AVX-512, a little more with AVX2
     assert 0 <= drawn + peak - max(trace_step(loss, shapes).live) <= 3 * largest_map
 
 
-def test_tracing_leaves_a_loss_untouched(monkeypatch):
+def test_tracing_does_not_change_the_loss(monkeypatch):
     loss = tiny_loss()
     monkeypatch.setattr(loss, "_compiled_call_impl", lambda *_: pytest.fail("ran compiled"))
     before = [p.clone() for p in loss.parameters()]
@@ -202,18 +200,18 @@ def test_tracing_leaves_a_loss_untouched(monkeypatch):
     assert list(rows)[:4] == ["parameters", "ce step", "dsm step", "all 10 steps"]
 
 
-def test_three_parts_of_a_batch_take_what_they_really_take():
+def test_traced_cost_of_an_accumulated_step_equals_the_real_cost():
     shapes = {"classify": (6, 1, 16, 16), "denoise": (3, 1, 16, 16)}
     loss = tiny_loss()
     parts = trace_step(loss, shapes, accumulate=3)
-    real = run_for_real(loss, batches_of(loss, shapes), parts=3)
+    real = record_real_step(loss, batches_of(loss, shapes), parts=3)
     assert max(parts.live) == max(real.live)
     assert parts.flops == real.flops == trace_step(loss, shapes).flops
     assert max(parts.live) < max(trace_step(loss, shapes).live)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_the_largest_batch_fits_and_the_next_does_not(accumulate):
+def test_largest_batch_fits_and_the_next_larger_does_not(accumulate):
     loss = tiny_loss()
     limit = int(2.7 * step_memory(loss, SHAPES, accumulate=accumulate).total)
     found = budget(loss, accumulate=accumulate).largest_batch(SHAPES, limit)
@@ -231,7 +229,7 @@ def test_the_largest_batch_fits_and_the_next_does_not(accumulate):
     assert total(found) <= limit < total(more)
 
 
-def test_a_step_too_large_is_refused_with_what_would_fit():
+def test_step_that_exceeds_memory_is_refused_with_batch_sizes_that_fit():
     loss = tiny_loss()
     need = step_memory(loss, SHAPES)
     assert budget(loss).check(need.total - need.parameters) == need
@@ -245,7 +243,7 @@ def test_a_step_too_large_is_refused_with_what_would_fit():
     assert "not even one image" in str(budget(loss).too_large(SHAPES, need.parameters))
 
 
-def test_a_budget_counts_a_step_of_the_same_shapes_once(monkeypatch):
+def test_budget_traces_each_set_of_shapes_once(monkeypatch):
     calls, none = [], Memory(0, 0, 0, 0)
     monkeypatch.setattr(cost_module, "step_memory", lambda *given: calls.append(given) or none)
     own, small = budget(tiny_loss()), {name: (2, *shape[1:]) for name, shape in SHAPES.items()}
@@ -256,8 +254,8 @@ def test_a_budget_counts_a_step_of_the_same_shapes_once(monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_memory_on_cuda(precision):
-    # 10 %: workspaces of convolutions, and blocks rounded up
+def test_memory_estimate_matches_cuda(precision):
+    # 10 %: convolution workspaces, and the allocator rounds blocks up
     loss = loss_of("ce+dsm", None, 64, 3, "gradresnet18").cuda()
     loss.model.to(memory_format=torch.channels_last)
     loss.precision = precision

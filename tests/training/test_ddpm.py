@@ -1,4 +1,4 @@
-"""Training diffusion models from the command line: one schedule for all parts of a run."""
+"""Training diffusion models: one schedule for objective, noise law, network and sampler."""
 
 import json
 
@@ -23,37 +23,37 @@ SMALL = [
 ]
 
 
-def said(*assignments, **named):
+def resolved(*assignments, **named):
     return resolve(named, parse_assignments(assignments))
 
 
-def test_the_schedule_is_set_once():
-    config = said("objective.ddpm.schedule=cosine", backbone="unet", objective="ddpm")
+def test_schedule_of_the_objective_sets_noise_law_and_network():
+    config = resolved("objective.ddpm.schedule=cosine", backbone="unet", objective="ddpm")
     law, network = config.streams.denoise.noise, config.model.backbone
     assert (law.kind, law.schedule) == ("diffusion", "cosine")
     assert law.range == make_schedule("cosine").sigma_range
     assert (network.schedule, network.class_conditional) == ("cosine", False)
-    told = said("objective.ddpm.class_dropout=0.1", backbone="unet", objective="ddpm")
-    assert told.model.backbone.class_conditional
-    assert told.model.backbone.schedule == "linear"
+    conditional = resolved("objective.ddpm.class_dropout=0.1", backbone="unet", objective="ddpm")
+    assert conditional.model.backbone.class_conditional
+    assert conditional.model.backbone.schedule == "linear"
 
 
 def test_a_resolved_configuration_resolves_to_itself():
-    config = said("objective.ddpm.class_dropout=0.1", backbone="unet", objective="ddpm")
+    config = resolved("objective.ddpm.class_dropout=0.1", backbone="unet", objective="ddpm")
     again = resolve(yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json"))))
     assert again == config
 
 
-def test_a_joint_model_can_be_the_denoiser():
-    config = said(backbone="gradresnet18", objective="ce+ddpm")
+def test_joint_model_can_be_the_denoiser():
+    config = resolved(backbone="gradresnet18", objective="ce+ddpm")
     assert config.streams.denoise.noise.kind == "diffusion"
     assert config.streams.classify.noise.kind == "squared-uniform"
-    alone = said(backbone="gradresnet18", objective="ddpm")
+    alone = resolved(backbone="gradresnet18", objective="ddpm")
     assert alone.model.backbone.kind == "gradresnet"
 
 
 @pytest.mark.parametrize(
-    ("assignments", "words"),
+    ("assignments", "message"),
     [
         (["streams.denoise.noise.kind=uniform"], "streams.denoise.noise.kind is 'uniform'"),
         (["streams.denoise.noise.schedule=cosine"], "noise.schedule is 'cosine': omit that"),
@@ -64,9 +64,9 @@ def test_a_joint_model_can_be_the_denoiser():
     ],
     ids=str,
 )
-def test_contradictions_are_refused(assignments, words):
-    with pytest.raises(UserError, match=words):
-        said(*assignments, backbone="unet", objective="ddpm")
+def test_contradictory_settings_are_refused(assignments, message):
+    with pytest.raises(UserError, match=message):
+        resolved(*assignments, backbone="unet", objective="ddpm")
 
 
 def test_recipes_of_diffusion_models():
@@ -77,29 +77,42 @@ def test_recipes_of_diffusion_models():
     config = resolve({"objective": "ddpm"})
     assert (config.backbone, config.dataset.name) == ("unet", "digits")
     # Ho et al. 2020, appendix B
-    theirs = resolve(recipe="cifar10-ddpm")
-    assert (theirs.steps, theirs.optimizer.lr, theirs.optimizer.ema) == (800_000, 2e-4, 0.9999)
-    assert theirs.streams.denoise.batch_size == 128
-    assert theirs.streams.denoise.augmentation.flip
-    assert theirs.model.backbone.dropout == 0.1
-    assert theirs.backbone == "unet-cifar10"
+    published = resolve(recipe="cifar10-ddpm")
+    assert (published.steps, published.optimizer.lr, published.optimizer.ema) == (
+        800_000,
+        2e-4,
+        0.9999,
+    )
+    assert published.streams.denoise.batch_size == 128
+    assert published.streams.denoise.augmentation.flip
+    assert published.model.backbone.dropout == 0.1
+    assert published.backbone == "unet-cifar10"
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run of a class-conditional UNet, from the command line to its evaluation."""
+    """A run of a class-conditional UNet, trained and evaluated from the command line."""
     pytest.importorskip("diffusers")
     folder = tmp_path_factory.mktemp("ddpm")
-    ask = ["train", "--dataset", "digits", "--backbone", "unet", "--objective", "ddpm", *SMALL]
-    ask += ["--set", "objective.ddpm.class_dropout=0.2", "--out", "run"]
-    ended = ebmkit_command(*ask, cwd=folder)
+    arguments = [
+        "train",
+        "--dataset",
+        "digits",
+        "--backbone",
+        "unet",
+        "--objective",
+        "ddpm",
+        *SMALL,
+    ]
+    arguments += ["--set", "objective.ddpm.class_dropout=0.2", "--out", "run"]
+    ended = ebmkit_command(*arguments, cwd=folder)
     assert ended.returncode == 0, ended.stderr
     assert "PSNR dB" in ended.stdout
     return folder / "run"
 
 
 @pytest.mark.slow
-def test_a_run_leaves_a_model_and_its_evaluation(run):
+def test_run_writes_a_model_and_its_evaluation(run):
     model = ebmkit.load(run)
     assert isinstance(model, DiffusionModel)
     assert (model.num_classes, model.null_label) == (10, True)
@@ -110,11 +123,11 @@ def test_a_run_leaves_a_model_and_its_evaluation(run):
 
 
 @pytest.mark.slow
-def test_samples_by_ddim_on_its_own_schedule_with_and_without_a_label(run):
+def test_sample_command_uses_ddim_with_and_without_a_label(run):
     for label in ([], ["--label", "3"]):
         out = run.parent / f"samples{len(label)}"
-        ask = ["sample", run, "-n", 2, "--steps", 3, *label, "--out", out, "--device", "cpu"]
-        ended = ebmkit_command(*ask, cwd=run.parent)
+        arguments = ["sample", run, "-n", 2, "--steps", 3, *label, "--out", out, "--device", "cpu"]
+        ended = ebmkit_command(*arguments, cwd=run.parent)
         assert ended.returncode == 0, ended.stderr
         document = json.loads((out / "sampling.json").read_text())
         assert document["settings"]["sampler"] == "ddim"
@@ -124,9 +137,9 @@ def test_samples_by_ddim_on_its_own_schedule_with_and_without_a_label(run):
     assert "label 'eleven' is unknown" in ended.stderr
 
 
-def test_the_model_s_schedule_is_sampled_and_no_other():
+def test_ddim_uses_the_schedule_of_the_model_and_refuses_another():
     pytest.importorskip("diffusers")
-    config = said("objective.ddpm.schedule=cosine", backbone="unet", objective="ddpm")
+    config = resolved("objective.ddpm.schedule=cosine", backbone="unet", objective="ddpm")
     small = {**config.model.backbone.model_dump(), "width": 8, "blocks": 1}
     model = ebmkit.models.create_denoiser("unet", 1, **small)
     sampler = SAMPLERS["ddim"].build(model)
@@ -143,8 +156,8 @@ def test_the_model_s_schedule_is_sampled_and_no_other():
 
 
 @pytest.mark.usefixtures("counted_once")
-def test_an_interrupted_run_with_dropout_resumes_to_the_same_bits(tmp_path):
-    """Dropout is keyed by the step, whatever was drawn in between."""
+def test_resume_with_dropout_is_bit_identical(tmp_path):
+    """Dropout is keyed by the step and independent of other random draws."""
     pytest.importorskip("diffusers")
     from ebmkit.training import RunFolder
 

@@ -1,4 +1,4 @@
-"""The paper's two recipes field by field, and ImageNet's along its phases, end to end."""
+"""The two recipes of the paper field by field, and the phases of the ImageNet recipe."""
 
 import functools
 import math
@@ -26,7 +26,7 @@ from ebmkit.training.metrics import Validation
 from ebmkit.training.setup import images_of
 from ebmkit.training.step import TrainingStep
 
-EVERYWHERE = {  # CDN appendix A: what both recipes share
+SHARED_FIELDS = {  # CDN appendix A: fields that both recipes share
     "objective": "ce+dsm",
     "optimizer.betas": (0.9, 0.999),
     "optimizer.schedule": "cosine",
@@ -50,7 +50,7 @@ EVERYWHERE = {  # CDN appendix A: what both recipes share
     "streams.denoise.augmentation.crop_scale": None,
     "streams.denoise.noise.kind": "squared-uniform",
 }
-TABLE = {
+RECIPE_FIELDS = {
     "cdn-cifar10": {
         "dataset.name": "cifar10",
         "model.backbone.stem_kernel": 3,
@@ -92,27 +92,28 @@ TABLE = {
         "streams.denoise.noise.max": 70 / 255,
     },
 }
-EPOCHS = [(0, 64, 128), (150, 40, 160), (260, 32, 192), (340, 16, 224)]  # from, batch, side
+# first epoch, batch size, image size
+EPOCHS = [(0, 64, 128), (150, 40, 160), (260, 32, 192), (340, 16, 224)]
 
 
-@pytest.mark.parametrize("name", TABLE)
-def test_the_recipe_is_the_paper_s(name):
+@pytest.mark.parametrize("name", RECIPE_FIELDS)
+def test_recipe_matches_the_paper(name):
     config = resolve(recipe=name)
-    for path, value in {**EVERYWHERE, **TABLE[name]}.items():
+    for path, value in {**SHARED_FIELDS, **RECIPE_FIELDS[name]}.items():
         found = config
         for part in path.split("."):
             found = getattr(found, part)
         assert found == (pytest.approx(value) if isinstance(value, float) else value), path
     if name == "imagenet":
-        assert resolve({"dataset": {"name": name}}) == config  # the data set's own
+        assert resolve({"dataset": {"name": name}}) == config  # the default recipe of the data set
 
 
-def test_lengths_are_the_paper_s_epochs_of_the_classification_stream():
+def test_steps_match_the_epochs_of_the_paper():
     assert resolve(recipe="cdn-cifar10").steps == pytest.approx(200 * 50_000 / 128, rel=0.002)
     assert resolve(recipe="imagenet").steps == round(400 * 1_281_167 / 512)
 
 
-def test_imagenet_s_phases_begin_at_the_paper_s_epochs():
+def test_imagenet_phases_begin_at_the_epochs_of_the_paper():
     config = resolve(recipe="imagenet")
     per_epoch = Fraction(1_281_167, 512)
     spans = config.streams.denoise.spans(config.steps)
@@ -120,11 +121,11 @@ def test_imagenet_s_phases_begin_at_the_paper_s_epochs():
     for (epoch, *sizes), (expected, *expected_sizes) in zip(found, EPOCHS, strict=True):
         assert epoch == pytest.approx(expected, abs=1e-3)
         assert sizes == expected_sizes
-    short = config.streams.denoise.spans(400)  # another length has the same proportions
+    short = config.streams.denoise.spans(400)  # a run of another length has the same proportions
     assert [span.start for span in short] == [0, 150, 260, 340]
 
 
-# An eighth of the sizes: 28 pixels for 224, 32 for 256; batches of a few.
+# One eighth of the image sizes (28 pixels for 224, 32 for 256) and small batches.
 PHASES = "[{after: 3/8, batch_size: 6, crop_size: 20}, {after: 5/8, batch_size: 4, crop_size: 24}"
 SMALL = [
     "dataset.image_size=28", "dataset.workers=0", "model.backbone.width=8", "device=cpu",
@@ -133,11 +134,11 @@ SMALL = [
     f"streams.denoise.phases={PHASES}, {{after: 7/8, batch_size: 2, crop_size: 28}}]",
     "steps=8", "log_every=1", "validate_every=3", "checkpoint_every=100",
 ]  # fmt: skip
-# steps 1-3, 4-5, 6-7 and 8
+# The phases are steps 1-3, 4-5, 6-7 and 8.
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
+def image_folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("imagenet")
     rng = np.random.default_rng(0)
     for part, count in (("train", 8), ("val", 2)):
@@ -150,19 +151,19 @@ def pictures(tmp_path_factory):
     return root
 
 
-def small(pictures, *assignments):
+def small(image_folder, *assignments):
     own = parse_assignments([*SMALL, *assignments])
-    return resolve({"dataset": {"data_dir": pictures}}, own, recipe="imagenet")
+    return resolve({"dataset": {"data_dir": image_folder}}, own, recipe="imagenet")
 
 
-def trainer_of(pictures, *assignments, run=None, reporter=None):
+def trainer_of(image_folder, *assignments, run=None, reporter=None):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Budget, "check", lambda self: None)  # quicker; it has a test of its own
-        return assemble(small(pictures, *assignments), run, reporter)
+        patch.setattr(Budget, "check", lambda self: None)  # for speed; it has its own tests
+        return assemble(small(image_folder, *assignments), run, reporter)
 
 
 class Tiny(nn.Module):
-    """One convolution, so that tracing is done at once."""
+    """One convolution, which is fast to trace."""
 
     num_features = 8
 
@@ -174,16 +175,16 @@ class Tiny(nn.Module):
         return Features(nn.functional.gelu(self.conv(y)).mean((2, 3)))
 
 
-def tiny_trainer(pictures, *assignments):
-    """Of a network that is counted and traced at once."""
+def tiny_trainer(image_folder, *assignments):
+    """A trainer of a network that is fast to trace."""
     torch.manual_seed(0)
-    config = small(pictures, "validation_images=0", *assignments)
+    config = small(image_folder, "validation_images=0", *assignments)
     model = ebmkit.JointModel(Tiny(), LinearQuadraticHead(8, 3))
-    return Trainer(model, config, images_of(config.dataset, "train"), reporter=Rows())
+    return Trainer(model, config, images_of(config.dataset, "train"), reporter=RowReporter())
 
 
-class Rows:
-    """Keeps what is reported, and sends the process an interrupt after a step."""
+class RowReporter:
+    """Stores the reported rows, and sends SIGINT when step ``stop_at`` is reported."""
 
     def __init__(self, stop_at=None):
         self.rows, self.stop_at = [], stop_at
@@ -195,15 +196,18 @@ class Rows:
 
 
 @pytest.mark.slow
-def test_a_run_stopped_within_a_phase_resumes_to_the_same_bits(pictures, tmp_path):
-    config = small(pictures)
-    reports = Rows(), Rows(stop_at=4), Rows()  # step 5 is the second of its phase
-    whole = trainer_of(pictures, reporter=reports[0])
+def test_resume_within_a_phase_is_bit_identical(image_folder, tmp_path):
+    config = small(image_folder)
+    # step 5 is the second of its phase
+    reports = RowReporter(), RowReporter(stop_at=4), RowReporter()
+    whole = trainer_of(image_folder, reporter=reports[0])
     whole.fit()
-    cut = trainer_of(pictures, run=RunFolder.create(tmp_path / "cut", config), reporter=reports[1])
+    cut = trainer_of(
+        image_folder, run=RunFolder.create(tmp_path / "cut", config), reporter=reports[1]
+    )
     with pytest.raises(Interrupted, match="after step 4"):
         cut.fit()
-    resumed = trainer_of(pictures, run=RunFolder.open(tmp_path / "cut"), reporter=reports[2])
+    resumed = trainer_of(image_folder, run=RunFolder.open(tmp_path / "cut"), reporter=reports[2])
     assert resumed.step == 4
     resumed.fit()
     for key, value in whole.model.state_dict().items():
@@ -215,28 +219,30 @@ def test_a_run_stopped_within_a_phase_resumes_to_the_same_bits(pictures, tmp_pat
     assert expected == [*first, *second]
 
 
-def test_speed_is_that_of_each_phase_and_every_phase_is_logged_at_its_end(pictures, monkeypatch):
-    trainer = trainer_of(pictures, "log_every=100", "validation_images=0", reporter=Rows())
+def test_each_phase_is_logged_at_its_end_with_its_own_speed(image_folder, monkeypatch):
+    trainer = trainer_of(
+        image_folder, "log_every=100", "validation_images=0", reporter=RowReporter()
+    )
     monkeypatch.setattr(trainer.stopwatch, "stop", lambda stage: 1.0)  # a second for every step
     trainer.fit()
     speeds = {row["step"]: row["images_per_s"] for row in trainer.reporter.rows}
     assert speeds == {3: 16, 5: 14, 7: 12, 8: 10}
 
 
-def test_the_time_of_a_step_weighs_the_phases_by_their_steps(monkeypatch):
-    clock = iter([0, 9, 9, 10, 10, 12, 12, 42, 42, 46, 46])  # first stretches: compilation
+def test_step_time_weights_the_phases_by_their_steps(monkeypatch):
+    clock = iter([0, 9, 9, 10, 10, 12, 12, 42, 42, 46, 46])  # first intervals: compilation
     monkeypatch.setattr("ebmkit.training.cost.time.perf_counter", lambda: next(clock))
-    watch = Stopwatch()
+    stopwatch = Stopwatch()
     for stage in (0, 0, 0, 1, 1):
-        watch.step(data_seconds=0.5)
-        watch.stop(stage)
-    assert watch.seconds == pytest.approx((3 * 1.5 + 2 * 4) / 5)  # by the steps that were timed
-    watch.lengths = {0: 100, 1: 300}
-    assert watch.seconds == pytest.approx((100 * 1.5 + 300 * 4) / 400)
-    assert watch.data_share == pytest.approx(3 * 0.5 / (1 + 2 + 4))
+        stopwatch.step(data_seconds=0.5)
+        stopwatch.stop(stage)
+    assert stopwatch.seconds == pytest.approx((3 * 1.5 + 2 * 4) / 5)  # weighted by the timed steps
+    stopwatch.lengths = {0: 100, 1: 300}
+    assert stopwatch.seconds == pytest.approx((100 * 1.5 + 300 * 4) / 400)
+    assert stopwatch.data_share == pytest.approx(3 * 0.5 / (1 + 2 + 4))
 
 
-def test_validation_sees_the_middle_at_the_size_of_the_phase(pictures, monkeypatch):
+def test_validation_uses_the_crop_size_of_the_phase(image_folder, monkeypatch):
     seen = []
     measure = Validation._measure
 
@@ -245,17 +251,17 @@ def test_validation_sees_the_middle_at_the_size_of_the_phase(pictures, monkeypat
         return measure(self, batches)
 
     monkeypatch.setattr(Validation, "_measure", spy)
-    trainer_of(pictures, "validate_every=4").fit()
+    trainer_of(image_folder, "validate_every=4").fit()
     assert seen == [
         {"classify": (28, 28), "denoise": (20, 20)},
         {"classify": (28, 28), "denoise": (28, 28)},
     ]
 
 
-def test_the_best_weights_are_of_the_last_phase(pictures, monkeypatch):
-    values = iter([3, 2, 1, 6, 7, 9, 8, 10])  # rises from phase to phase
+def test_best_validation_loss_is_reset_in_each_phase(image_folder, monkeypatch):
+    values = iter([3, 2, 1, 6, 7, 9, 8, 10])  # the loss rises from phase to phase
     monkeypatch.setattr(TrainingLoss, "summary", lambda *_: next(values))
-    trainer = trainer_of(pictures, "validate_every=1")
+    trainer = trainer_of(image_folder, "validate_every=1")
     best, state = [], trainer.state
     log = trainer.report
     monkeypatch.setattr(trainer, "report", lambda row: (best.append(state.best.loss), log(row)))
@@ -264,18 +270,18 @@ def test_the_best_weights_are_of_the_last_phase(pictures, monkeypatch):
     assert [*before_each_validation, trainer.state.best.loss] == [math.inf, 3, 2, 1, 6, 6, 9, 8, 10]
 
 
-def test_the_reference_is_the_largest_crop_unless_another_is_set(pictures):
-    trainer = trainer_of(pictures)
+def test_reference_size_is_the_largest_crop_unless_set(image_folder):
+    trainer = trainer_of(image_folder)
     assert trainer.model.reference_size == trainer.card.image_size == (28, 28)
     own = ("model.reference_size=[16, 16]", "model.size_scaling=factor")
-    trainer = trainer_of(pictures, *own)
+    trainer = trainer_of(image_folder, *own)
     assert trainer.model.reference_size == (16, 16)
     assert trainer.card.image_size == (28, 28)
 
 
-def test_the_cost_is_summed_over_the_phases_and_the_memory_is_the_most(pictures, monkeypatch):
+def test_cost_is_summed_over_the_phases_and_memory_is_their_maximum(image_folder, monkeypatch):
     monkeypatch.setattr("ebmkit.training.cost.matrix_rate", lambda *_: 1e9)
-    trainer = tiny_trainer(pictures)
+    trainer = tiny_trainer(image_folder)
     plan = trainer.budget.plan
     assert [shapes["denoise"] for _, shapes in plan] == [
         (8, 3, 16, 16), (6, 3, 20, 20), (4, 3, 24, 24), (2, 3, 28, 28),
@@ -287,12 +293,12 @@ def test_the_cost_is_summed_over_the_phases_and_the_memory_is_the_most(pictures,
     totals = [step_memory(trainer.loss, shapes).total for _, shapes in plan]
     assert cost.memory.total == max(totals)
     assert "steps 4 to 5: classify 8x28x28, denoise 6x20x20" in dict(cost.rows())
-    later = trainer.budget.cost(8, first=6)  # of a run that was continued
+    later = trainer.budget.cost(8, first=6)  # of a resumed run
     assert later.run_flops == pytest.approx(counts[2] + counts[3], rel=1e-6)
 
 
-def test_a_phase_that_does_not_fit_is_named(pictures, monkeypatch):
-    trainer = tiny_trainer(pictures, "objective=dsm")
+def test_phase_that_exceeds_memory_is_named(image_folder, monkeypatch):
+    trainer = tiny_trainer(image_folder, "objective=dsm")
     needs = [step_memory(trainer.loss, shapes) for _, shapes in trainer.budget.plan]
     assert max(range(4), key=lambda k: needs[k].total) == 1  # 6 images of 20 pixels
     free = needs[1].total - needs[1].parameters - 1
@@ -302,21 +308,21 @@ def test_a_phase_that_does_not_fit_is_named(pictures, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("assignment", "told"),
+    ("assignment", "message"),
     [
         ("compute.accumulate=4", r"phases\[0\]\.batch_size to a multiple of 4"),
         ("streams.denoise.augmentation.crop_size=33", "crop_size 33 is larger than the shorter"),
     ],
 )
-def test_phases_are_checked_before_the_first_step(pictures, assignment, told):
-    with pytest.raises(ebmkit.UserError, match=told):
-        trainer_of(pictures, assignment)
+def test_invalid_phases_are_refused_before_the_first_step(image_folder, assignment, message):
+    with pytest.raises(ebmkit.UserError, match=message):
+        trainer_of(image_folder, assignment)
 
 
 @pytest.mark.slow
-def test_a_compiled_step_goes_through_the_phases(pictures, monkeypatch):
+def test_compiled_step_trains_through_the_phases(image_folder, monkeypatch):
     def fit(compile):
-        trainer = tiny_trainer(pictures, f"compute.compile='{compile}'")
+        trainer = tiny_trainer(image_folder, f"compute.compile='{compile}'")
         trainer.fit()
         return trainer
 
@@ -341,16 +347,16 @@ def command(*arguments):
 
 
 @pytest.mark.slow
-def test_imagenet_end_to_end_through_the_command_line(pictures, tmp_path, monkeypatch, capsys):
+def test_imagenet_end_to_end_through_the_command_line(image_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(console, "_width", 150)
     options = [part for assignment in SMALL for part in ("--set", assignment)]
-    start = ["train", "--recipe", "imagenet", "--data-dir", pictures, *options]
+    start = ["train", "--recipe", "imagenet", "--data-dir", image_folder, *options]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert command(*start, "--dry-run") == 0
     printed = capsys.readouterr().out
     assert "steps 4 to 5: classify 8x28x28, denoise 6x20x20" in printed
     assert "steps 8 to 8: classify 8x28x28, denoise 2x28x28" in printed
-    monkeypatch.setattr(Budget, "check", lambda self: None)  # quicker
+    monkeypatch.setattr(Budget, "check", lambda self: None)  # for speed
     assert command(*start, "--out", whole, "--no-evaluate") == 0
 
     log = RunFolder.log
@@ -372,5 +378,5 @@ def test_imagenet_end_to_end_through_the_command_line(pictures, tmp_path, monkey
     printed = capsys.readouterr().out
     assert "classify: imagenet test, 6 images" in printed
     assert "denoise: imagenet test, 6 images" in printed
-    test = images_of(small(pictures).dataset, "test")
+    test = images_of(small(image_folder).dataset, "test")
     assert test.image_size == ebmkit.load(cut).card.image_size == (28, 28)

@@ -1,4 +1,4 @@
-"""Runs of any length stay flat: memory, descriptors, threads and objects of the process."""
+"""Memory, file descriptors, threads and objects of a process stay constant in long runs."""
 
 import gc
 import os
@@ -30,7 +30,7 @@ SMALL = {
 
 
 class Meter:
-    """Notes what the process holds after some steps."""
+    """Records the resources that the process holds after the steps ``at``."""
 
     def __init__(self, at: tuple[int, ...]) -> None:
         self.at = at
@@ -52,37 +52,37 @@ class Meter:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", ["ce+dsm", "jem"])
-def test_two_thousand_steps_leave_the_process_as_it_was(tmp_path, objective):
-    """With all that is told of a run: a row each step, a bar, checkpoints, TensorBoard if it is
-    there."""
+def test_two_thousand_steps_do_not_grow_the_process(tmp_path, objective):
+    """With all reports: a row for each step, a progress bar, checkpoints, and TensorBoard if it is
+    installed."""
     config = resolve(SMALL, {"objective": objective})
-    meter = Meter((1000, 2000))  # what keeps the last thousand of something is full at both
+    meter = Meter((1000, 2000))  # buffers of the last 1000 entries are full at both
     run = RunFolder.create(tmp_path / "run", config)
-    there = find_spec("tensorboard") is not None
-    board = [TensorBoard(tmp_path / "board")] if there else []
+    installed = find_spec("tensorboard") is not None
+    board = [TensorBoard(tmp_path / "board")] if installed else []
     with TrainingBar(2000) as bar:
         assemble(config, run, Reporters([bar, *board, meter])).fit()
     for own in board:
         own.close()
     early, late = meter.found
-    assert late["objects"] - early["objects"] < 300  # one for each step would be a thousand
+    assert late["objects"] - early["objects"] < 300  # one object per step would be 1000
     assert late["megabytes"] - early["megabytes"] < 2
     assert late["descriptors"] == early["descriptors"]
     assert late["threads"] == early["threads"]
 
 
-def test_a_stopwatch_keeps_few_stretches_and_still_tells_of_all_steps(monkeypatch):
+def test_stopwatchstores_few_intervals_and_averages_over_all_steps(monkeypatch):
     now = [0.0]
     monkeypatch.setattr("ebmkit.training.cost.time.perf_counter", lambda: now[0])
-    watch = Stopwatch()
+    stopwatch = Stopwatch()
     for number in range(20_000):
         stage = int(number >= 15_000)
         for _ in range(3):
-            watch.step(data_seconds=0.25)
-        now[0] += 100.0 if number == 0 else 3 * (1 + stage)  # the first stretch: compilation
-        watch.stop(stage)
-        assert len(watch.stretches) <= MAX_TIMED_INTERVALS
-    assert sum(s.steps for s in watch.stretches) == 60_000
-    assert watch.stretches[0].seconds == 100
-    assert watch.seconds == pytest.approx(1.25)
-    assert watch.data_share == pytest.approx(60_000 / (45_000 + 30_000) * 0.25, rel=1e-3)
+            stopwatch.step(data_seconds=0.25)
+        now[0] += 100.0 if number == 0 else 3 * (1 + stage)  # the first interval: compilation
+        stopwatch.stop(stage)
+        assert len(stopwatch.stretches) <= MAX_TIMED_INTERVALS
+    assert sum(s.steps for s in stopwatch.stretches) == 60_000
+    assert stopwatch.stretches[0].seconds == 100
+    assert stopwatch.seconds == pytest.approx(1.25)
+    assert stopwatch.data_share == pytest.approx(60_000 / (45_000 + 30_000) * 0.25, rel=1e-3)

@@ -1,4 +1,4 @@
-"""The training loop: exact continuation, stopping, saving."""
+"""The training loop: bit-identical resume, interrupts, checkpoints and schedules."""
 
 import errno
 import json
@@ -35,7 +35,7 @@ SMALL = {
 
 
 class StopAt:
-    """Asks the process to stop, as Ctrl-C does, when a step is reported."""
+    """Sends SIGINT, as Ctrl-C does, when a step is reported."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -51,7 +51,7 @@ def start(tmp_path, name, *layers, reporter=None):
     return assemble(config, run, reporter)
 
 
-def bits(trainer):
+def copied_state(trainer):
     return {k: v.clone() for k, v in trainer.model.state_dict().items()}
 
 
@@ -71,7 +71,7 @@ def bits(trainer):
     ],
     ids=["plain", "averaged", "augmented", "muon"],
 )
-def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path, layer):
+def test_resume_after_interrupt_is_bit_identical(tmp_path, layer):
     whole = start(tmp_path, "whole", layer)
     whole.fit()
 
@@ -82,8 +82,8 @@ def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path, layer):
     assert resumed.step == 5
     resumed.fit()
 
-    for key, value in bits(whole).items():
-        assert torch.equal(value, bits(resumed)[key]), key
+    for key, value in copied_state(whole).items():
+        assert torch.equal(value, copied_state(resumed)[key]), key
     saved = [ebmkit.load(tmp_path / name).state_dict() for name in ("whole", "cut")]
     for key in saved[0]:
         assert torch.equal(saved[0][key], saved[1][key]), key
@@ -95,7 +95,7 @@ def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path, layer):
     assert logs[0] == logs[1]
 
 
-def test_a_crash_loses_only_what_came_after_the_last_checkpoint(tmp_path):
+def test_resume_after_a_crash_repeats_the_steps_since_the_last_checkpoint(tmp_path):
     class Crash:
         def report(self, row):
             if row["step"] == 5:
@@ -109,65 +109,65 @@ def test_a_crash_loses_only_what_came_after_the_last_checkpoint(tmp_path):
     resumed = assemble(crashed.config, RunFolder.open(tmp_path / "crashed"))
     assert resumed.step == 3
     resumed.fit()
-    assert all(torch.equal(v, bits(resumed)[k]) for k, v in bits(whole).items())
+    assert all(torch.equal(v, copied_state(resumed)[k]) for k, v in copied_state(whole).items())
     steps = [r["step"] for r in resumed.run.metrics() if r["kind"] == "train"]
     assert steps == list(range(1, 9))
 
 
-def test_the_seed_decides_every_bit(tmp_path):
+def test_runs_are_bit_identical_only_with_the_same_seed(tmp_path):
     first, again, other = (
         start(tmp_path, name, {"seed": seed, "steps": 3})
         for name, seed in (("a", 1), ("b", 1), ("c", 2))
     )
     for trainer in (first, again, other):
         trainer.fit()
-    assert all(torch.equal(v, bits(again)[k]) for k, v in bits(first).items())
-    assert not all(torch.equal(v, bits(other)[k]) for k, v in bits(first).items())
+    assert all(torch.equal(v, copied_state(again)[k]) for k, v in copied_state(first).items())
+    assert not all(torch.equal(v, copied_state(other)[k]) for k, v in copied_state(first).items())
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path):
+def test_nan_loss_stops_before_the_update(tmp_path):
     trainer = start(tmp_path, "run")
     with torch.no_grad():
         trainer.model.head.density.weight.fill_(float("inf"))
-    before = bits(trainer)
+    before = copied_state(trainer)
     with pytest.raises(ebmkit.UserError, match="'dsm' is nan at step 1: stopped before"):
         trainer.fit()
     for key, value in before.items():
-        assert torch.equal(value, bits(trainer)[key])
+        assert torch.equal(value, copied_state(trainer)[key])
 
 
-def test_a_gradient_that_is_not_finite_stops_before_the_update(tmp_path, monkeypatch):
+def test_nan_or_inf_gradient_stops_before_the_update(tmp_path, monkeypatch):
     trainer = start(tmp_path, "run")
     weight = trainer.model.head.density.weight
     weight.register_hook(lambda gradient: gradient * float("inf"))
-    before = bits(trainer)
+    before = copied_state(trainer)
     with pytest.raises(ebmkit.UserError, match=r"gradient's norm is (inf|nan) at step 1: stopped"):
         trainer.fit()
-    assert all(torch.equal(v, bits(trainer)[k]) for k, v in before.items())
+    assert all(torch.equal(v, copied_state(trainer)[k]) for k, v in before.items())
 
 
-def test_the_reference_is_the_size_trained_at(tmp_path):
+def test_reference_size_is_the_training_size(tmp_path):
     crops = {"streams": {"denoise": {"augmentation": {"crop_size": 4}}}}
     trainer = start(tmp_path, "run", crops)
     assert trainer.model.reference_size == trainer.card.image_size == (4, 4)
     assert start(tmp_path, "whole").model.reference_size == (8, 8)
 
 
-def test_a_stream_that_an_objective_cannot_learn_from_is_refused(tmp_path):
+def test_stream_unusable_for_its_objective_is_refused(tmp_path):
     with pytest.raises(ebmkit.UserError, match="'dsm' learns from noise, and stream 'denoise' has"):
         start(tmp_path, "a", {"streams": {"denoise": {"noise": {"kind": "none"}}}})
     with pytest.raises(ebmkit.UserError, match="crop_size 99 is larger than the images"):
         start(tmp_path, "b", {"streams": {"denoise": {"augmentation": {"crop_size": 99}}}})
 
 
-def test_a_run_that_died_before_its_first_checkpoint_starts_its_log_anew(tmp_path):
+def test_log_is_cleared_if_the_run_has_no_checkpoint(tmp_path):
     trainer = start(tmp_path, "run")
     trainer.run.log({"kind": "train", "step": 1})
     assemble(trainer.config, RunFolder.open(tmp_path / "run"))
     assert trainer.run.metrics() == []
 
 
-def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch):
+def test_full_disk_keeps_the_previous_checkpoint(tmp_path, monkeypatch):
     trainer = start(tmp_path, "run", reporter=StopAt(2))
     with pytest.raises(Interrupted):
         trainer.fit()
@@ -204,7 +204,7 @@ def test_best_weights_are_those_of_the_best_validation(tmp_path, monkeypatch):
         assert all(torch.equal(best[k], last[k]) for k in best) == (name == "second")
 
 
-def test_the_rate_is_torch_s_cosine_annealing():
+def test_cosine_schedule_equals_torch():
     config = resolve({"optimizer": {"lr": 0.1}}, recipe="digits-adamw").optimizer
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([parameter], lr=0.1)
@@ -216,11 +216,11 @@ def test_the_rate_is_torch_s_cosine_annealing():
 
 
 @pytest.mark.parametrize(
-    ("schedule", "torch_s"),
+    ("schedule", "torch_schedule"),
     [
         ("linear", lambda o, n: torch.optim.lr_scheduler.LinearLR(o, 1.0, 1e-12, n)),
         (
-            "warmup-stable-decay",  # 40 steps, of which the last 0.25 fall
+            "warmup-stable-decay",  # 40 steps; the rate falls in the last quarter
             lambda o, n: torch.optim.lr_scheduler.SequentialLR(
                 o,
                 [
@@ -232,15 +232,15 @@ def test_the_rate_is_torch_s_cosine_annealing():
         ),
     ],
 )
-def test_the_rate_is_that_of_a_schedule_of_torch(schedule, torch_s):
+def test_linear_and_warmup_stable_decay_schedules_equal_torch(schedule, torch_schedule):
     stable = schedule == "warmup-stable-decay"
     own = {"decay_share": 0.25, "warmup_steps": 5} if stable else {}
     chosen = {"optimizer": {"lr": 0.1, "schedule": schedule, **own}}
     config = resolve(chosen, recipe="digits-adamw").optimizer
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # SequentialLR's own
-        reference = torch_s(optimizer, 40)
+        warnings.simplefilter("ignore")  # warnings of SequentialLR
+        reference = torch_schedule(optimizer, 40)
         for step in range(40):
             expected = pytest.approx(reference.get_last_lr()[0], rel=1e-9)
             assert learning_rate(config, step, 40) == expected, step
@@ -250,21 +250,21 @@ def test_the_rate_is_that_of_a_schedule_of_torch(schedule, torch_s):
 
 
 @pytest.mark.slow
-def test_a_run_that_learns_nothing_warns():
-    """Where nothing overflows: Muon's update is bounded, and group norms take any weights."""
+def test_run_that_learns_nothing_warns():
+    """Nothing overflows: Muon bounds the update, and group norm rescales weights of any size."""
     layer = {
         "model": {"backbone": {"width": 4, "channels_per_group": 4}},
         "steps": 100,
         "validate_every": 50,
         "log_every": 50,
     }
-    lost = assemble(resolve(SMALL, layer, {"optimizer": {"lr": 10}}, recipe="digits"), None)
+    trainer = assemble(resolve(SMALL, layer, {"optimizer": {"lr": 10}}, recipe="digits"), None)
     with pytest.warns(
         UserWarning, match=r"learnt nothing: ce = .*\(log 10 = 2\.30\) and dsm ="
-    ) as told:
-        lost.fit()
-    assert "optimizer.lr = 10" in str(told[0].message)
-    assert len(told) == 1
+    ) as caught:
+        trainer.fit()
+    assert "optimizer.lr = 10" in str(caught[0].message)
+    assert len(caught) == 1
 
 
 @pytest.mark.parametrize(
@@ -273,19 +273,19 @@ def test_a_run_that_learns_nothing_warns():
         ({"ce": 2.30, "dsm": 0.98}, 100, True),
         ({"ce": 2.30, "dsm": 0.98}, 99, False),
         ({"ce": 2.30, "dsm": 0.90}, 100, False),
-        ({"ce": 1.50, "dsm": 1.00}, 100, False),  # denoising begins late
+        ({"ce": 1.50, "dsm": 1.00}, 100, False),  # denoising improves later than classification
     ],
 )
-def test_a_run_that_learnt_a_little_or_was_short_is_not_judged(means, steps, warns):
+def test_warning_at_chance_level_depends_on_losses_and_length(means, steps, warns):
     config = resolve({"steps": steps}, recipe="digits-adamw")
     loss = TrainingLoss(ebmkit.create_model("mlp", 10, 1), parse_objective("ce+dsm"))
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         warn_if_at_chance(means, loss, 10, config)
-    assert bool(told) == warns
+    assert bool(caught) == warns
 
 
-def test_norm_weights_can_be_kept_from_decay():
+def test_norm_weights_can_be_excluded_from_weight_decay():
     model = ebmkit.create_model("gradresnet18", 10, 1, width=8)
     config = resolve({"optimizer": {"decay_norms": False}}, recipe="digits-adamw").optimizer
     groups = make_optimizer(model, config).param_groups
@@ -295,7 +295,7 @@ def test_norm_weights_can_be_kept_from_decay():
     ]
     assert {id(p) for p in groups[1]["params"]} == {id(p) for p in norms}
     everything = make_optimizer(model, resolve(recipe="digits-adamw").optimizer).param_groups
-    assert len(everything) == 1  # the paper decays all
+    assert len(everything) == 1  # the paper decays all weights
 
 
 def test_run_folders_are_never_overwritten(tmp_path):
@@ -312,14 +312,14 @@ def test_run_folders_are_never_overwritten(tmp_path):
         RunFolder.open(tmp_path / "absent")
 
 
-def test_a_run_records_its_environment(tmp_path):
+def test_run_records_its_environment(tmp_path):
     run = RunFolder.create(tmp_path / "run", resolve(SMALL))
     environment = json.loads((run.path / "environment.json").read_text())
     assert environment["torch"] == torch.__version__
     assert {"python", "ebmkit", "git_commit", "command", "gpu"} <= environment.keys()
 
 
-def test_resuming_with_another_configuration_is_refused_by_field(tmp_path):
+def test_resume_with_another_configuration_is_refused_by_field(tmp_path):
     def resolve(*layers):
         return training.resolve(*layers, recipe="digits-adamw")
 
@@ -334,7 +334,7 @@ def test_resuming_with_another_configuration_is_refused_by_field(tmp_path):
     run.check_config(resolve(SMALL, {"dataset": {"data_dir": "moved", "workers": 2}}))
 
 
-def test_a_damaged_checkpoint_is_reported(tmp_path):
+def test_damaged_checkpoint_is_reported(tmp_path):
     trainer = start(tmp_path, "run", {"steps": 3})
     trainer.fit()
     path = tmp_path / "run" / "checkpoints" / "step-00000003.pt"
@@ -343,37 +343,37 @@ def test_a_damaged_checkpoint_is_reported(tmp_path):
         assemble(trainer.config, RunFolder.open(tmp_path / "run"))
 
 
-def test_a_checkpoint_with_code_in_it_is_not_executed(tmp_path):
-    class Harm:
+def test_code_in_a_checkpoint_is_not_executed(tmp_path):
+    class MaliciousPickle:
         def __reduce__(self):
             return (os.mkdir, (str(tmp_path / "harm"),))
 
     trainer = start(tmp_path, "run", {"steps": 3})
-    torch.save({"step": Harm()}, tmp_path / "run" / "checkpoints" / "step-00000003.pt")
+    torch.save({"step": MaliciousPickle()}, tmp_path / "run" / "checkpoints" / "step-00000003.pt")
     accept_files(tmp_path / "run", ["checkpoints/step-00000003.pt"])
-    for _ in range(2):  # vouched for by a manifest, and without one
+    for _ in range(2):  # with a manifest that lists the file, then without one
         with pytest.raises(ebmkit.UserError, match=r"damaged: .* no intact checkpoint is left"):
             trainer.run.load_checkpoint()
         (tmp_path / "run" / "manifest.json").unlink(missing_ok=True)
     assert not (tmp_path / "harm").exists()
 
 
-def test_batch_norm_and_relu_train_with_a_warning(tmp_path):
+def test_batch_norm_and_relu_cause_a_warning(tmp_path):
     layer = {"model": {"backbone": {"norm": "batch", "activation": "relu"}}, "steps": 2}
     trainer = start(tmp_path, "run", layer)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer.fit()
-    told = " ".join(str(w.message) for w in caught)
-    assert "BatchNorm" in told
-    assert "ReLU" in told
-    assert "table 3" in told
+    messages = " ".join(str(w.message) for w in caught)
+    assert "BatchNorm" in messages
+    assert "ReLU" in messages
+    assert "table 3" in messages
     statistics = trainer.model.backbone.stages[0][0].norm.running_mean
     assert statistics.abs().sum() > 0
 
 
-def test_a_run_of_an_earlier_version_resumes(tmp_path):
-    """Its configuration lacks the fields that came later, whose defaults change nothing."""
+def test_run_of_an_earlier_version_resumes(tmp_path):
+    """Its configuration lacks later fields, whose defaults change nothing."""
     cut = start(tmp_path, "cut", reporter=StopAt(3))
     with pytest.raises(Interrupted):
         cut.fit()

@@ -1,4 +1,4 @@
-"""Maximum likelihood by negatives: gradient, chains, continuation, cost, and users' mistakes."""
+"""Maximum likelihood with negatives: gradient, chains, resume, cost and invalid settings."""
 
 import math
 import os
@@ -45,7 +45,7 @@ def weights(trainer):
     return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
 
 
-def toy(objective, head="logit"):
+def small_loss(objective, head="logit"):
     model = ebmkit.create_model(
         "wideresnet10-jem", num_classes=3, in_channels=1, head=head, width=8
     ).double()
@@ -59,7 +59,7 @@ def toy(objective, head="logit"):
     return TrainingLoss(model, terms, streams={t.name: "generate" for t in terms}), batch
 
 
-def test_jem_is_short_for_its_two_objectives():
+def test_jem_is_short_for_ce_plus_ml():
     assert parse_objective("jem") == parse_objective("ce+ml")
     assert parse_objective("0.5*jem") == parse_objective("0.5*ce+0.5*ml")
     with pytest.raises(UserError, match="'ce' twice"):
@@ -70,8 +70,8 @@ def test_jem_is_short_for_its_two_objectives():
 
 @pytest.mark.parametrize("head", ["logit", "linear-quadratic"])
 @pytest.mark.parametrize(("objective", "conditional"), [("ml", False), ("cml", True)])
-def test_the_loss_is_the_difference_of_energies(objective, conditional, head):
-    loss, batch = toy(objective, head)
+def test_loss_is_the_difference_of_energies(objective, conditional, head):
+    loss, batch = small_loss(objective, head)
     losses = loss({"generate": batch})
     with torch.no_grad():
         energy = [
@@ -82,29 +82,30 @@ def test_the_loss_is_the_difference_of_energies(objective, conditional, head):
     torch.testing.assert_close(losses.total, expected)
     torch.testing.assert_close(losses.parts[objective], expected)
     weight = torch.full((len(batch.x),), 0.1, dtype=batch.x.dtype)
-    punished = loss({"generate": batch.with_columns(objective, {"penalty": weight})})
-    more = 0.1 * (energy[0].square() + energy[1].square()).mean()
-    torch.testing.assert_close(punished.total, expected + more)
-    torch.testing.assert_close(punished.parts[objective], expected)  # what is watched
+    penalised = loss({"generate": batch.with_columns(objective, {"penalty": weight})})
+    added = 0.1 * (energy[0].square() + energy[1].square()).mean()
+    torch.testing.assert_close(penalised.total, expected + added)
+    # the monitored value has no penalty
+    torch.testing.assert_close(penalised.parts[objective], expected)
 
 
-def test_with_exact_samples_the_gradient_is_that_of_the_likelihood():
-    """On a mixture with one free parameter, whose constant is known: the means' common shift."""
+def test_gradient_with_exact_samples_is_that_of_the_likelihood():
+    """A normalised mixture with one free parameter, the common shift of its means."""
     means = torch.tensor([[0.0, 0.0], [1.0, 0.5]], dtype=torch.float64)
     truth = GaussianMixture(means + 0.3, 0.05)
     x = truth.sample(40_000, torch.Generator().manual_seed(0))[0]
-    model = GaussianMixture(means, 0.05)  # normalised at every shift: the constant does not move
+    model = GaussianMixture(means, 0.05)  # normalised at every shift
     negatives = model.sample(40_000, torch.Generator().manual_seed(1))[0]
     shift = torch.zeros(2, dtype=torch.float64, requires_grad=True)
     gap = model(negatives - shift).log_density - model(x - shift).log_density
     (contrastive,) = torch.autograd.grad(gap.mean(), shift, retain_graph=True)
     (exact,) = torch.autograd.grad(-model(x - shift).log_density.mean(), shift)
-    # the negatives' part is an expectation of the score, 0, known to one over the root of n
+    # the term of the negatives estimates the mean score, 0, with an error of std / sqrt(n)
     spread = model.score(negatives).std(0) / math.sqrt(len(negatives))
     assert ((contrastive - exact).abs() < 4 * spread).all()
 
 
-def test_chains_move_by_langevin_steps_and_go_back_into_the_buffer(tmp_path):
+def test_chains_take_langevin_steps_and_return_to_the_buffer(tmp_path):
     trainer = start(tmp_path, "run", {"negatives": {"noise": 0.0, "restart": 0.0}})
     negatives = trainer.rollback.negatives
     before = negatives.buffer.images.clone()
@@ -123,9 +124,9 @@ def test_chains_move_by_langevin_steps_and_go_back_into_the_buffer(tmp_path):
     assert not any(p.grad is not None for p in trainer.model.parameters())
 
 
-def test_negatives_are_a_function_of_the_step_and_the_same_for_any_number_of_processes(tmp_path):
-    class Half(DistributedContext):
-        """One of two processes; what the other passes is worked out by the other."""
+def test_negatives_depend_on_the_step_and_not_on_the_number_of_processes(tmp_path):
+    class OneOfTwo(DistributedContext):
+        """One of two processes; the functions in ``others`` replace the calls of `gather`."""
 
         others: list
 
@@ -139,23 +140,23 @@ def test_negatives_are_a_function_of_the_step_and_the_same_for_any_number_of_pro
         batch = next(trainer.batches(0, 1))["generate"]
         return negatives.draw(batch.rows(rows), 0), negatives
 
-    def beside(other, rank, own):
+    def gathered(other, rank, own):
         return [own, other] if rank == 0 else [other, own]
 
     whole, buffer = drawn(DistributedContext(), slice(None))
     again, _ = drawn(DistributedContext(), slice(None))
     assert torch.equal(whole, again)
     for rank in (0, 1):
-        world = Half(rank, 2)
+        world = OneOfTwo(rank, 2)
         share = slice(4 * rank, 4 * rank + 4)
         other = whole[4 * (1 - rank) : 4 * (1 - rank) + 4]
-        world.others = [partial(beside, other, rank)]
+        world.others = [partial(gathered, other, rank)]
         own, held = drawn(world, share)
         torch.testing.assert_close(own, whole[share], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(held.buffer.images, buffer.buffer.images, rtol=1e-4, atol=1e-5)
 
 
-def test_slots_are_of_the_label_and_different_while_they_last():
+def test_replay_buffer_slots_have_the_label_and_are_distinct():
     buffer = ReplayBuffer(torch.arange(12.0).reshape(12, 1, 1, 1), num_classes=3)
     labels = torch.tensor([2, 0, 2, 2, 1, 2])
     slots = buffer.choose(6, torch.Generator().manual_seed(0), labels)
@@ -163,8 +164,8 @@ def test_slots_are_of_the_label_and_different_while_they_last():
     assert len(set(slots.tolist())) == 6
     plain = ReplayBuffer(torch.zeros(12, 1, 1, 1))
     assert len(set(plain.choose(12, torch.Generator().manual_seed(0)).tolist())) == 12
-    kept = ReplayBuffer.read_images(buffer.to_bytes(), "it")
-    assert torch.equal(kept, buffer.images)
+    restored = ReplayBuffer.read_images(buffer.to_bytes(), "it")
+    assert torch.equal(restored, buffer.images)
     with pytest.raises(UserError, match="it is damaged"):
         ReplayBuffer.read_images(buffer.to_bytes()[:200], "it")
     with pytest.raises(UserError, match="to a multiple of 5"):
@@ -172,6 +173,8 @@ def test_slots_are_of_the_label_and_different_while_they_last():
 
 
 class StopAt:
+    """Sends SIGINT, as Ctrl-C does, when a step is reported."""
+
     def __init__(self, step):
         self.step = step
 
@@ -191,7 +194,7 @@ class StopAt:
     ],
     ids=["jem", "cml-sgd-sam"],
 )
-def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path, layer):
+def test_resume_after_interrupt_is_bit_identical(tmp_path, layer):
     whole = start(tmp_path, "whole", layer)
     whole.fit()
     cut = start(tmp_path, "cut", layer, reporter=StopAt(3))
@@ -211,7 +214,7 @@ def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path, layer):
 
 
 def assert_same(one, other):
-    """Nested states, to the bit, but for the time that was spent."""
+    """Nested states are bit-identical, except for the elapsed time."""
     if isinstance(one, torch.Tensor):
         assert torch.equal(one, other)
     elif isinstance(one, dict):
@@ -226,7 +229,7 @@ def assert_same(one, other):
         assert one == other
 
 
-def test_a_checkpoint_without_its_chains_is_refused(tmp_path):
+def test_checkpoint_with_damaged_or_missing_chains_is_refused(tmp_path):
     trainer = start(tmp_path, "run", {"steps": 2})
     trainer.fit()
     (path,) = (tmp_path / "run" / "checkpoints").glob("buffer-*")
@@ -241,7 +244,7 @@ def test_a_checkpoint_without_its_chains_is_refused(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_cost_of_chains_is_counted_and_printed(tmp_path):
+def test_cost_counts_langevin_steps(tmp_path):
     trainer = start(tmp_path, "run")
     shapes = trainer.budget.plan[0][1]
     flops = step_flops(trainer.loss, shapes)
@@ -249,7 +252,7 @@ def test_the_cost_of_chains_is_counted_and_printed(tmp_path):
     batches = next(trainer.batches(0, 1))
     with Recorder() as counted:
         trainer.rollback.negatives.draw(batches["generate"], 0)
-    assert flops["2 Langevin steps"] == counted.flops  # of the real chains
+    assert flops["2 Langevin steps"] == counted.flops  # of real chains
     once = network_flops(trainer.model, (1, 1, 8, 8))
     assert flops["2 Langevin steps"] == pytest.approx(2 * 8 * 2 * once, rel=0.01)
     assert step_flops(trainer.loss, shapes, gradients=2)["ce"] == 2 * flops["ce"]
@@ -259,11 +262,11 @@ def test_the_cost_of_chains_is_counted_and_printed(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["run"]  # nothing was written
 
 
-def test_recipes_are_the_published_ones_in_our_units():
+def test_recipes_are_the_published_ones_in_image_units():
     jem, better, sada = (resolve(recipe=name) for name in ("jem", "jem++", "sada-jem"))
     assert (jem.backbone, jem.head, jem.optimizer.lr) == ("wideresnet28-10-jem", "logit", 1e-4)
     assert jem.negatives.steps == 20
-    # u = 2x - 1, so a move of 1 * d/du log p and noise of 0.01 are these in x
+    # the papers use u = 2x - 1: a step of 1 * d/du log p and noise of 0.01 become these in x
     assert (jem.negatives.step_size, jem.negatives.noise) == (1 / 4, 0.01 / 2)
     assert jem.streams.generate.noise.range == (0.03 / 2, 0.03 / 2)
     assert better.negatives.start == "gaussian"
@@ -281,7 +284,7 @@ def test_recipes_are_the_published_ones_in_our_units():
 
 
 @pytest.mark.parametrize(
-    ("layer", "words"),
+    ("layer", "message"),
     [
         ({"objective": "ce+ml+cml"}, "need negatives of different densities"),
         ({"negatives": {"buffer_size": 4}}, "a batch of 8 negatives needs as many chains"),
@@ -294,12 +297,12 @@ def test_recipes_are_the_published_ones_in_our_units():
         ),
     ],
 )
-def test_mistakes_are_reported_before_the_first_step(layer, words):
-    with pytest.raises(UserError, match=words):
+def test_invalid_settings_are_refused_before_the_first_step(layer, message):
+    with pytest.raises(UserError, match=message):
         assemble(resolve(TINY, layer))
 
 
-def test_starts_from_gaussians_and_bounds_are_kept(tmp_path):
+def test_gaussian_starts_and_bounds_on_chains(tmp_path):
     layer = {"negatives": {"start": "gaussian", "clip": True, "largest_drift": 0.01, "noise": 0.0}}
     trainer = start(tmp_path, "run", layer, {"steps": 1})
     before = trainer.rollback.negatives.buffer.images.clone()

@@ -1,4 +1,4 @@
-"""Steps that are not finite: nothing of them stays, and the report names what was at fault."""
+"""NaN and Inf in a step: the state before the step is kept, and a report names the cause."""
 
 import json
 import math
@@ -45,10 +45,10 @@ KINDS = {
     "averaged": {"optimizer": {"ema": 0.9}},
     "sam": {"optimizer": {"sharpness": 0.1}},
     "clipped": {"optimizer": {"clip_norm": 1.0}},
-    "in parts": {"compute": {"accumulate": 2}},
+    "accumulated": {"compute": {"accumulate": 2}},
     "sgd": {"optimizer": {"kind": "sgd"}},
     "muon": {"optimizer": {"kind": "muon"}},
-    "muon in parts, clipped": {
+    "muon accumulated, clipped": {
         "optimizer": {"kind": "muon", "clip_norm": 1.0, "sharpness": 0.1, "ema": 0.9},
         "compute": {"accumulate": 2},
     },
@@ -62,8 +62,8 @@ def start(root, *layers):
     return assemble(config, RunFolder.create(root, config))
 
 
-def spoil_batches(trainer, at, stream, position, value=float("nan")):
-    """From the ``at``-th step on, one image of a stream's batches has a pixel that is no number."""
+def inject_nan(trainer, at, stream, position, value=float("nan")):
+    """Set a pixel of one image in the batches of a stream to ``value``, from step ``at`` on."""
     draw = trainer.batches
 
     def batches(first, stop):
@@ -79,7 +79,7 @@ def spoil_batches(trainer, at, stream, position, value=float("nan")):
 
 
 def frozen(state):
-    """A deep copy, wall clock apart."""
+    """A deep copy without the elapsed time."""
     kept = {k: v for k, v in state.items() if k != "seconds"}
     return torch.utils._pytree.tree_map_only(torch.Tensor, torch.clone, kept)
 
@@ -98,28 +98,28 @@ QUICK = ("plain", "adv", "batch norm")
     "kind",
     [k if k in QUICK else pytest.param(k, marks=pytest.mark.slow) for k in KINDS],
 )
-def test_the_state_is_the_one_before_the_step_to_the_bit(tmp_path, kind):
-    """Weights, optimiser, averages, running means, statistics: as of a run that ended before it."""
+def test_state_after_a_nan_step_is_bit_identical_to_the_state_before_it(tmp_path, kind):
+    """Weights, optimiser, averages, running means and statistics; reference: a run without NaN."""
     before = start(tmp_path / "before", KINDS[kind], {"steps": 6})
     states = []
     before.report = lambda row, written=False: states.append(frozen(before.state_dict()))
     before.fit()
     trainer = start(tmp_path / "run", KINDS[kind])
-    spoil_batches(trainer, 4, trainer.loss.streams[0], 5)
+    inject_nan(trainer, 4, trainer.loss.streams[0], 5)
     with pytest.raises(ebmkit.UserError, match="at step 4: stopped before the update"):
         trainer.fit()
     assert_equal(trainer.state_dict(), states[2])
     saved = RunFolder(tmp_path / "run").load_checkpoint()
     assert_equal({**saved, "buffer": 0}, {**states[2], "buffer": 0})
     resumed = assemble(trainer.config, RunFolder.open(tmp_path / "run"))
-    resumed.fit()  # the pixel was bad luck
+    resumed.fit()  # without the NaN pixel
     assert_equal(resumed.state_dict(), states[-1])
 
 
 @pytest.mark.parametrize("kind", ["averaged", "sgd", "muon", "batch norm"])
 @pytest.mark.parametrize("done", [0, 2])
-def test_steps_after_a_failed_one_leave_nothing_until_the_host_reads(tmp_path, kind, done):
-    """As on a GPU, where the host reads every few steps; also where the first step fails."""
+def test_steps_after_a_failed_step_are_undone_when_the_host_reads(tmp_path, kind, done):
+    """As on a GPU, where the host reads every few steps; also if the first step fails."""
     trainer = start(tmp_path / "run", KINDS[kind])
     drawn = list(trainer.batches(0, done + 2))
     for number in range(done):
@@ -130,14 +130,14 @@ def test_steps_after_a_failed_one_leave_nothing_until_the_host_reads(tmp_path, k
     bad = batch._replace(x=batch.x * math.nan, y=batch.y * math.nan)
     trainer.update({**drawn[done], "classify": bad}, 0.5)
     trainer.update(drawn[done + 1], 0.25)
-    reading = trainer.update.read()
-    assert (reading.failed, reading.done, reading.skipped) == (True, done, 2)
+    stats = trainer.update.read()
+    assert (stats.failed, stats.done, stats.skipped) == (True, done, 2)
     trainer.update.undo_skipped(1e-3 / done if done else trainer.config.optimizer.lr)
     assert_equal(trainer.state_dict(), before)
 
 
-def test_averaged_weights_are_those_of_pytorch(tmp_path):
-    """What `AveragedModel.update_parameters` gives, to the bit."""
+def test_averaged_weights_are_bit_identical_to_pytorch(tmp_path):
+    """Reference: `AveragedModel.update_parameters`."""
     trainer = start(tmp_path / "run", KINDS["averaged"])
     config = trainer.config.optimizer
     reference = exponential_average(trainer.model, config.ema, config.ema_warmup)
@@ -147,8 +147,8 @@ def test_averaged_weights_are_those_of_pytorch(tmp_path):
     assert_equal(trainer.update.average.state_dict(), reference.state_dict())
 
 
-def test_the_decay_of_averaged_weights_can_warm_up(tmp_path):
-    """By the formula in float64; so the first weights are soon forgotten."""
+def test_decay_of_averaged_weights_warms_up(tmp_path):
+    """Reference: the formula in float64. The warm-up reduces the influence of the first weights."""
     layer = {"optimizer": {"ema": 0.6, "ema_warmup": True}}
     trainer = start(tmp_path / "run", layer)
     mean = None
@@ -160,13 +160,13 @@ def test_the_decay_of_averaged_weights_can_warm_up(tmp_path):
     found = trainer.update.average.module.backbone.stem.weight.detach().double()
     torch.testing.assert_close(found, mean, rtol=1e-6, atol=1e-7)
     assert decay == (1 + 7) / (10 + 7)
-    assert min(0.6, (1 + 20) / (10 + 20)) == 0.6  # it is reached
+    assert min(0.6, (1 + 20) / (10 + 20)) == 0.6  # later the decay reaches its full value
 
 
 @pytest.mark.parametrize(("stream", "term"), [("classify", "ce"), ("denoise", "dsm")])
-def test_the_report_names_term_step_images_and_gradients(tmp_path, stream, term):
+def test_report_names_term_step_images_and_gradients(tmp_path, stream, term):
     trainer = start(tmp_path / "run")
-    spoil_batches(trainer, 3, stream, 5)
+    inject_nan(trainer, 3, stream, 5)
     with pytest.raises(ebmkit.UserError) as ended:
         trainer.fit()
     report = json.loads((tmp_path / "run" / "nonfinite-3.json").read_text())
@@ -186,16 +186,18 @@ def test_the_report_names_term_step_images_and_gradients(tmp_path, stream, term)
     assert report["layer"].startswith("backbone.")
     assert report["gradients"][0]["not_finite"] > 0
     assert report["parameters"] == []
-    told = str(ended.value)
-    assert f"loss {term!r} is nan at step 3: stopped before the update; the state before it" in told
-    assert f"stream {stream}: not finite by themselves: images {image} [{term}, sigma" in told
-    assert f"largest gradients: {report['gradients'][0]['parameter']}" in told
-    assert "repair or remove these images" in told
-    assert len(told.splitlines()) < 10
+    message = str(ended.value)
+    assert (
+        f"loss {term!r} is nan at step 3: stopped before the update; the state before it" in message
+    )
+    assert f"stream {stream}: not finite by themselves: images {image} [{term}, sigma" in message
+    assert f"largest gradients: {report['gradients'][0]['parameter']}" in message
+    assert "repair or remove these images" in message
+    assert len(message.splitlines()) < 10
 
 
-def test_numbers_in_the_report_are_those_of_the_data_set(tmp_path):
-    """The image that a stream draws is the one its number names."""
+def test_image_numbers_in_the_report_are_data_set_indices(tmp_path):
+    """`Stream.numbers` gives the data set index of each image that the stream draws."""
     plain = {name: {"augmentation": {"crop_padding": 0}} for name in ("classify", "denoise")}
     trainer = start(tmp_path / "run", {"streams": plain})
     for name in plain:
@@ -204,7 +206,7 @@ def test_numbers_in_the_report_are_those_of_the_data_set(tmp_path):
         assert torch.equal(batch.x, trainer.train.floats(torch.tensor(stream.numbers(7))))
 
 
-def test_a_gradient_without_an_image_at_fault_is_reported_as_such(tmp_path):
+def test_nan_or_inf_gradient_with_finite_images_is_reported(tmp_path):
     trainer = start(tmp_path / "run")
     weight = trainer.model.head.density.weight
     weight.register_hook(lambda gradient: gradient * float("inf"))
@@ -214,7 +216,7 @@ def test_a_gradient_without_an_image_at_fault_is_reported_as_such(tmp_path):
     assert "all 8 are finite by themselves" in str(ended.value)
 
 
-def test_parameters_that_are_not_finite_are_named(tmp_path):
+def test_nan_or_inf_parameters_are_named(tmp_path):
     trainer = start(tmp_path / "run")
     with torch.no_grad():
         trainer.model.head.density.weight[0] = float("inf")
@@ -222,8 +224,8 @@ def test_parameters_that_are_not_finite_are_named(tmp_path):
         trainer.fit()
 
 
-def test_a_divergence_of_maximum_likelihood_is_diagnosed_too(tmp_path):
-    """The run goes back, and its chains with it; the row and a file say what was at fault."""
+def test_nan_in_maximum_likelihood_is_diagnosed_and_rolled_back(tmp_path):
+    """Rollback restores the chains too; the metrics row and a report file name the cause."""
     trainer = start(tmp_path / "run", {"objective": "jem"})
     draw, done = trainer.batches, []
 
@@ -245,7 +247,7 @@ def test_a_divergence_of_maximum_likelihood_is_diagnosed_too(tmp_path):
     assert bool(trainer.rollback.negatives.buffer.images.isfinite().all())
 
 
-def test_reports_are_bounded_and_never_overwritten(tmp_path):
+def test_reports_are_limited_in_number_and_never_overwritten(tmp_path):
     from ebmkit.training.nonfinite import MOST_REPORTS, write_report
 
     names = {write_report(tmp_path, {"step": 3}) for _ in range(MOST_REPORTS)}
@@ -254,11 +256,11 @@ def test_reports_are_bounded_and_never_overwritten(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["plain", "in parts", "sam", "adv", "drops", "jem"])
-def test_the_diagnosed_step_is_the_step_itself(tmp_path, kind):
-    """Its gradient is that of the step: the same batch, noise, attack, chains and dropout."""
+@pytest.mark.parametrize("kind", ["plain", "accumulated", "sam", "adv", "dropout", "jem"])
+def test_diagnosis_repeats_the_step_exactly(tmp_path, kind):
+    """The gradients are equal, so batch, noise, attack, chains and dropout are the same."""
     trainer = start(tmp_path / "run", KINDS.get(kind, {"objective": "ce+dsm"}), MORE.get(kind, {}))
-    trainer.update._failed.fill_(1)  # as if it had failed: the parameters stay
+    trainer.update._failed.fill_(1)  # marks the step as failed: the parameters do not change
     trainer.model.train()
     trainer._advance(trainer.batches(0, 1), False)
     own = {name: p.grad.clone() for name, p in trainer.model.named_parameters()}
@@ -272,12 +274,12 @@ def test_the_diagnosed_step_is_the_step_itself(tmp_path, kind):
 
 
 MORE = {
-    "drops": {"backbone": "wideresnet10-jem", "model": {"backbone": {"dropout": 0.5}}},
+    "dropout": {"backbone": "wideresnet10-jem", "model": {"backbone": {"dropout": 0.5}}},
     "jem": {"objective": "jem"},
 }
 
 
-def test_the_second_gradient_of_sam_is_diagnosed_too(tmp_path):
+def test_nan_or_inf_in_the_second_gradient_of_sam_is_diagnosed(tmp_path):
     trainer = start(tmp_path / "run", {"optimizer": {"sharpness": 1e30}})
     before = frozen(trainer.state_dict())
     with pytest.raises(ebmkit.UserError, match="at step 1: stopped before the update"):
@@ -288,7 +290,7 @@ def test_the_second_gradient_of_sam_is_diagnosed_too(tmp_path):
     assert report["layer"] is not None or report["gradients"][0]["not_finite"] > 0
 
 
-def test_a_fault_that_does_not_come_again_is_reported_as_such(tmp_path):
+def test_nan_or_inf_that_is_not_reproduced_is_reported(tmp_path):
     trainer = start(tmp_path / "run")
     times = iter([math.inf])
     trainer.model.head.density.weight.register_hook(lambda gradient: gradient * next(times, 1))
@@ -296,20 +298,20 @@ def test_a_fault_that_does_not_come_again_is_reported_as_such(tmp_path):
         trainer.fit()
 
 
-def test_a_rate_that_is_too_high_is_not_the_fault_of_the_images(tmp_path):
+def test_report_after_a_high_learning_rate_names_no_image(tmp_path):
     rate = {"kind": "adamw", "lr": 1e30, "schedule": "constant"}
     trainer = start(tmp_path / "run", {"optimizer": rate})
     with pytest.raises(ebmkit.UserError, match=r"at step 2: stopped before") as ended:
         trainer.fit()
-    told = str(ended.value)
-    assert "stream denoise: none of the 8 images is finite by itself" in told
-    assert "largest parameters: backbone." in told
-    assert told.splitlines()[-1].strip() == "try a lower optimizer.lr, or optimizer.clip_norm=1"
+    message = str(ended.value)
+    assert "stream denoise: none of the 8 images is finite by itself" in message
+    assert "largest parameters: backbone." in message
+    assert message.splitlines()[-1].strip() == "try a lower optimizer.lr, or optimizer.clip_norm=1"
 
 
-def test_a_divergence_under_attack_is_diagnosed(tmp_path):
+def test_nan_in_adversarial_maximum_likelihood_is_diagnosed(tmp_path):
     trainer = start(tmp_path / "run", {"objective": "jem+0.1*adv", "terms": {"adv": {"eps": 0.1}}})
-    spoil_batches(trainer, 3, "generate", 2)
+    inject_nan(trainer, 3, "generate", 2)
     with pytest.raises(ebmkit.UserError, match="given up") as ended:
         trainer.fit()
     report = json.loads((tmp_path / "run" / "nonfinite-3.json").read_text())
@@ -318,19 +320,19 @@ def test_a_divergence_under_attack_is_diagnosed(tmp_path):
     assert "not finite by themselves: images" in str(ended.value)
 
 
-def test_the_step_is_named_after_resuming_in_the_same_process(tmp_path):
+def test_report_names_the_step_after_resuming_in_the_same_process(tmp_path):
     trainer = start(tmp_path / "run")
-    trainer.reporter = Stop(2)
+    trainer.reporter = StopAt(2)
     with pytest.raises(Interrupted):
         trainer.fit()
-    spoil_batches(trainer, 4, "denoise", 0)
+    inject_nan(trainer, 4, "denoise", 0)
     with pytest.raises(ebmkit.UserError, match="at step 4: stopped before"):
         trainer.fit()
     assert RunFolder(tmp_path / "run").load_checkpoint()["step"] == 3
 
 
-class Stop:
-    """Asks the process to stop, as Ctrl-C does, when a step is reported."""
+class StopAt:
+    """Sends SIGINT, as Ctrl-C does, when a step is reported."""
 
     def __init__(self, step):
         self.step = step
@@ -340,10 +342,10 @@ class Stop:
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_a_failed_write_does_not_hide_the_error(tmp_path):
-    """No file may grow beyond 2 kB, as if the disk were full."""
+def test_failed_write_does_not_hide_the_error(tmp_path):
+    """A file size limit of 2 kB acts like a full disk."""
     trainer = start(tmp_path / "run")
-    spoil_batches(trainer, 2, "denoise", 0)
+    inject_nan(trainer, 2, "denoise", 0)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
@@ -351,15 +353,15 @@ def test_a_failed_write_does_not_hide_the_error(tmp_path):
             trainer.fit()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    told = str(ended.value)
-    assert "step 1 is not saved: cannot write" in told
-    assert "no report: cannot write" in told
-    assert "not finite by themselves: images" in told
+    message = str(ended.value)
+    assert "step 1 is not saved: cannot write" in message
+    assert "no report: cannot write" in message
+    assert "not finite by themselves: images" in message
 
 
-def test_a_failed_diagnosis_does_not_hide_the_error(tmp_path):
+def test_failed_diagnosis_does_not_hide_the_error(tmp_path):
     trainer = start(tmp_path / "run")
-    spoil_batches(trainer, 2, "denoise", 0)
+    inject_nan(trainer, 2, "denoise", 0)
     draw = trainer.batches
 
     def once(first, stop):
@@ -370,14 +372,14 @@ def test_a_failed_diagnosis_does_not_hide_the_error(tmp_path):
     trainer.batches = once
     with pytest.raises(ebmkit.UserError, match="'dsm' is nan at step 2") as ended:
         trainer.fit()
-    told = str(ended.value)
-    assert "could not be repeated: OutOfMemoryError: CUDA out of memory" in told
+    message = str(ended.value)
+    assert "could not be repeated: OutOfMemoryError: CUDA out of memory" in message
     numbers = trainer.streams["denoise"].numbers(1)
-    assert f"stream denoise: images {numbers[0]}, {numbers[1]}" in told
+    assert f"stream denoise: images {numbers[0]}, {numbers[1]}" in message
 
 
 @pytest.mark.parametrize("kind", ["folder", "hdf5"])
-def test_images_know_the_file_they_came_from(tmp_path, kind):
+def test_origin_of_an_image_is_its_file_and_row(tmp_path, kind):
     folder = tmp_path / "images"
     (folder / "train").mkdir(parents=True)
     pixels = torch.rand(12, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -397,20 +399,20 @@ def test_images_know_the_file_they_came_from(tmp_path, kind):
                 assert torch.equal(images.floats([number])[0], (pixels[row] * 255).round() / 255)
 
 
-TWO = """
+TWO_PROCESSES = """
 import sys
 import torch
 from ebmkit.distributed import join
 from ebmkit.training import RunFolder, resolve
 from ebmkit.training.loop import assemble
-from test_nonfinite import SMALL, spoil_batches
+from test_nonfinite import SMALL, inject_nan
 
 config = resolve(SMALL)
 with join() as world:
     run = RunFolder.create(sys.argv[1], config) if world.first else None
     trainer = assemble(config, run, world=world)
     if world.rank == 1:
-        spoil_batches(trainer, 3, "denoise", 1)
+        inject_nan(trainer, 3, "denoise", 1)
     before = world.gather(0)
     try:
         trainer.fit()
@@ -420,9 +422,9 @@ with join() as world:
 
 
 @pytest.mark.slow
-def test_the_process_is_named_whose_share_was_at_fault(tmp_path):
+def test_report_names_the_process_that_drew_the_nan_image(tmp_path):
     script = tmp_path / "two.py"
-    script.write_text(TWO.replace("sys.argv[1]", f"Path({str(tmp_path / 'run')!r})"))
+    script.write_text(TWO_PROCESSES.replace("sys.argv[1]", f"Path({str(tmp_path / 'run')!r})"))
     script.write_text("import ebmkit\nfrom pathlib import Path\n" + script.read_text())
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
@@ -437,18 +439,18 @@ def test_the_process_is_named_whose_share_was_at_fault(tmp_path):
     report = json.loads((tmp_path / "run" / "nonfinite-3.json").read_text())
     assert [own["streams"]["denoise"]["looked_at"] for own in report["by_process"]] == [4, 4]
     (row,) = report["streams"]["denoise"]["images"]
-    # the second process has the second half of the batch that one process would draw
+    # the second process draws the second half of the batch of a single process
     alone = start(tmp_path / "alone")
     assert row["image"] == alone.streams["denoise"].numbers(2)[4 + 1]
     assert RunFolder(tmp_path / "run").load_checkpoint()["step"] == 2
 
 
 @pytest.mark.slow
-def test_a_compiled_step_is_diagnosed_eagerly(tmp_path):
+def test_compiled_step_is_diagnosed_eagerly(tmp_path):
     small = {"backbone": "mlp", "model": {"backbone": {"width": 8}}, "compute": {"compile": "on"}}
     trainer = start(tmp_path / "run", small)
     assert trainer.update.compiled
-    spoil_batches(trainer, 2, "denoise", 3)
+    inject_nan(trainer, 2, "denoise", 3)
     with pytest.raises(ebmkit.UserError, match="'dsm' is nan at step 2: stopped before"):
         trainer.fit()
     report = json.loads((tmp_path / "run" / "nonfinite-2.json").read_text())
@@ -457,7 +459,7 @@ def test_a_compiled_step_is_diagnosed_eagerly(tmp_path):
     assert report["layer"].startswith("backbone.")
 
 
-def test_a_file_s_name_cannot_add_lines_to_the_message(tmp_path):
+def test_file_name_cannot_add_lines_to_the_message(tmp_path):
     row = {"position": 0, "image": 7, "terms": ["ce"], "sigma": "0/255", "label": None}
     row |= {"finite": {"image": False}, "file": "a\nebmkit: all is well\x1b[2J.png"}
     found = {"size": 2, "looked_at": 2, "images": [row], "indices": [7, 8]}

@@ -1,4 +1,4 @@
-"""Divergence: what is seen, where the run goes back to, what is changed, and how it ends."""
+"""Divergence detection, rollback, mitigations, and giving up."""
 
 import json
 import math
@@ -36,13 +36,13 @@ def start(tmp_path, name, *layers, reporter=None):
 
 
 def reason(monitor, losses=None, gradient=1.0, gap=0.1, sample=0.5):
-    """What the monitor finds in a step, fine but for what is given."""
+    """The result of the monitor for a step with normal values except the given ones."""
     parts = {"ce": 1.0, "ml": 0.1} | (losses or {})
     return monitor.check(StepStats(parts, gradient, 1, 0, False, False), gap, sample)
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "message"),
     [
         ({"losses": {"ce": math.nan}}, "loss 'ce' is nan"),
         ({"losses": {"ml": math.inf}}, "loss 'ml' is inf"),
@@ -53,13 +53,13 @@ def reason(monitor, losses=None, gradient=1.0, gap=0.1, sample=0.5):
         ({"gradient": 1e5}, "the gradient's norm is 1e"),
     ],
 )
-def test_each_kind_of_divergence_is_detected(changes, words):
+def test_each_kind_of_divergence_is_detected(changes, message):
     monitor = DivergenceMonitor(WatchConfig())
     assert all(reason(monitor) is None for _ in range(20))
-    assert words in reason(monitor, **changes)
+    assert message in reason(monitor, **changes)
 
 
-def test_a_lasting_gap_is_detected_and_one_step_is_not():
+def test_lasting_gap_is_detected_and_a_single_step_is_not():
     monitor = DivergenceMonitor(WatchConfig(gap=10))
     assert reason(monitor, gap=60.0) is None
     reasons = [reason(monitor, gap=12.0) for _ in range(40)]
@@ -67,7 +67,7 @@ def test_a_lasting_gap_is_detected_and_one_step_is_not():
     assert reasons[-1] is not None
 
 
-def test_rollback_takes_a_good_snapshot_and_changes_one_thing_at_a_time():
+def test_rollback_takes_a_good_snapshot_and_applies_one_mitigation():
     monitor = DivergenceMonitor(WatchConfig(every=10, breaches=4))
     for step in (0, 10, 20, 30):
         monitor.keep(Snapshot(step, {}, torch.zeros(0), None))
@@ -78,15 +78,15 @@ def test_rollback_takes_a_good_snapshot_and_changes_one_thing_at_a_time():
         assert snapshot.step == breach.back
         changed = [a != b for a, b in zip(before, monitor.mitigations, strict=True)]
         found.append((breach.back, breach.change, sum(changed)))
-    # the state of step 30 was outlived by one step alone, so it is given up
+    # the snapshot of step 30 is dropped, because the run diverged one step after it
     assert [back for back, _, _ in found] == [20] * 5
     assert [change for _, change, _ in found] == ["rate", "steps", "penalty", "rate", None]
     assert [count for _, _, count in found] == [1, 1, 1, 1, 0]
     assert monitor.mitigations == Mitigations(pytest.approx(0.09), 1.5, 0.01)
 
 
-class Spoil:
-    """Sets a weight to what is not a number when a step is reported, once or every time."""
+class NaNWeights:
+    """Fills a parameter with NaN when step ``at`` is reported, at most ``times`` times."""
 
     def __init__(self, at, times):
         self.at, self.times, self.trainer, self.rows = at, times, None, []
@@ -99,15 +99,15 @@ class Spoil:
                 next(self.trainer.model.parameters()).fill_(math.nan)
 
 
-def spoilt(tmp_path, times):
-    reporter = Spoil(5, times)
+def start_with_nan(tmp_path, times):
+    reporter = NaNWeights(5, times)
     trainer = start(tmp_path, "run", reporter=reporter)
     reporter.trainer = trainer
     return trainer, reporter
 
 
-def test_a_run_that_diverges_once_continues(tmp_path):
-    trainer, reporter = spoilt(tmp_path, 1)
+def test_run_that_diverges_once_continues(tmp_path):
+    trainer, reporter = start_with_nan(tmp_path, 1)
     trainer.fit()
     assert trainer.step == 12
     assert all(p.isfinite().all() for p in trainer.model.parameters())
@@ -119,28 +119,28 @@ def test_a_run_that_diverges_once_continues(tmp_path):
     assert rates[4] < 0.4 * rates[3]
     aside = (tmp_path / "run" / "breaches" / "01.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in aside] == [5]
-    # what was changed is in the checkpoint, and so holds for a run that goes on
+    # the checkpoint holds the mitigations, so they apply to a resumed run
     resumed = assemble(trainer.config, RunFolder.open(tmp_path / "run"))
     assert resumed.rollback.monitor.mitigations.rate == 0.3
     assert resumed.rollback.monitor.history == trainer.rollback.monitor.history
     assert resumed.rollback.negatives.attempt == 1
 
 
-def test_rollback_is_exact(tmp_path):
-    """The state after a breach is the kept one, to the bit: network, optimiser, chains."""
-    trainer, _ = spoilt(tmp_path, 1)
-    kept = {}
+def test_rollback_restores_the_snapshot_bit_identically(tmp_path):
+    """Network, optimiser and chains after a rollback equal those of the snapshot."""
+    trainer, _ = start_with_nan(tmp_path, 1)
+    recorded = {}
     rollback = trainer.rollback
     snapshot, restore_snapshot = rollback.snapshot, rollback.restore_snapshot
 
-    def keeping():
+    def recording_snapshot():
         snapshot()
-        kept[trainer.step] = rollback.monitor.snapshots[-1]
+        recorded[trainer.step] = rollback.monitor.snapshots[-1]
 
-    def going(reason):
+    def checking_restore(reason):
         breach = restore_snapshot(reason)
-        old = kept[breach.back].state
-        assert torch.equal(rollback.negatives.buffer.images, kept[breach.back].chains)
+        old = recorded[breach.back].state
+        assert torch.equal(rollback.negatives.buffer.images, recorded[breach.back].chains)
         for name, value in trainer.model.state_dict().items():
             assert torch.equal(value, old["model"][name])
         moments = trainer.update.optimizer.state_dict()["state"]
@@ -148,30 +148,30 @@ def test_rollback_is_exact(tmp_path):
             torch.equal(moments[k]["exp_avg"], old["optimizer"]["state"][k]["exp_avg"])
             for k in moments
         )
-        kept["done"] = True
+        recorded["done"] = True
         return breach
 
-    rollback.snapshot, rollback.restore_snapshot = keeping, going
+    rollback.snapshot, rollback.restore_snapshot = recording_snapshot, checking_restore
     trainer.fit()
-    assert kept["done"]
+    assert recorded["done"]
 
 
-def test_a_run_that_never_recovers_ends_with_its_history(tmp_path):
-    trainer, _ = spoilt(tmp_path, 100)
+def test_run_that_never_recovers_ends_with_its_rollback_history(tmp_path):
+    trainer, _ = start_with_nan(tmp_path, 100)
     with pytest.raises(UserError) as ended:
         trainer.fit()
-    told = str(ended.value)
-    assert "diverged 4 times and is given up" in told
-    assert told.count("back to step 4") == 4
-    assert "learning rate times 0.3" in told
-    assert "Langevin steps times 1.5" in told
+    message = str(ended.value)
+    assert "diverged 4 times and is given up" in message
+    assert message.count("back to step 4") == 4
+    assert "learning rate times 0.3" in message
+    assert "Langevin steps times 1.5" in message
     assert all(p.isfinite().all() for p in trainer.model.parameters())
     saved = RunFolder.open(tmp_path / "run").load_checkpoint()
     assert saved["step"] == 4
     assert all(v.isfinite().all() for v in saved["model"].values())
 
 
-def test_sam_is_its_formula_and_restores_the_weights():
+def test_sam_perturbation_equals_its_formula_and_is_undone():
     layer = torch.nn.Linear(3, 2).double()
     x = torch.randn(5, 3, dtype=torch.float64)
     before = {n: p.detach().clone() for n, p in layer.named_parameters()}
@@ -188,7 +188,7 @@ def test_sam_is_its_formula_and_restores_the_weights():
         assert all(torch.equal(p, before[n]) for n, p in layer.named_parameters())
 
 
-def test_sam_leaves_running_means_alone():
+def test_sam_does_not_update_running_means():
     layers = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
     layers(torch.randn(8, 3)).square().sum().backward()
     before = layers[1].running_mean.clone()
@@ -200,7 +200,7 @@ def test_sam_leaves_running_means_alone():
 
 
 @pytest.mark.slow
-def test_a_rate_a_hundred_times_too_high_is_recovered_from_or_ends_cleanly(tmp_path):
+def test_hundredfold_learning_rate_recovers_or_ends_with_an_error(tmp_path):
     config = resolve({"objective": "jem", "steps": 60, "validation_images": 0})
     wild = resolve(config.model_dump(mode="json"), {"optimizer": {"lr": 100 * config.optimizer.lr}})
     trainer = assemble(wild, RunFolder.create(tmp_path / "run", wild))

@@ -1,4 +1,4 @@
-"""Run folders under damage, faults and older formats; nothing is lost that need not be."""
+"""Run folders with damaged files, disk errors and older formats."""
 
 import json
 import os
@@ -57,7 +57,7 @@ def train(root, seed=0):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Two finished runs, of different seeds; never to be changed."""
+    """Two finished runs with different seeds. Tests must not change them."""
     place = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context():
         return [train(place / str(seed), seed) for seed in (0, 1)]
@@ -68,14 +68,14 @@ def run(trained, tmp_path):
     return shutil.copytree(trained[0], tmp_path / "run")
 
 
-def go_on(root, **layer):
+def resume(root, **layer):
     folder = RunFolder.open(root)
     trainer = assemble(resolve(folder.config(), layer), folder)
     trainer.fit()
     return trainer
 
 
-def bits(root):
+def weights(root):
     return {k: v.tolist() for k, v in ebmkit.load(root).state_dict().items()}
 
 
@@ -84,21 +84,21 @@ def rows_of(root):
     return [{k: v for k, v in row.items() if k != "images_per_s"} for row in rows]
 
 
-def flip(content, place):
+def flip_bit(content, place):
     return content[:place] + bytes([content[place] ^ 16]) + content[place + 1 :]
 
 
-def in_a_tensor(content):
-    """Near the end of the file, where safetensors and torch.load look at no checksum."""
-    return flip(content, len(content) * 3 // 4)
+def flip_in_a_tensor(content):
+    """Flip a bit in the tensors, where safetensors and torch.load verify no checksum."""
+    return flip_bit(content, len(content) * 3 // 4)
 
 
 DAMAGES = {
-    "emptied": lambda content, other: b"",
-    "cut": lambda content, other: content[: len(content) // 2],
-    "first bit": lambda content, other: flip(content, 0),
-    "in a tensor": lambda content, other: in_a_tensor(content),
-    "last bit": lambda content, other: flip(content, len(content) - 1),
+    "empty": lambda content, other: b"",
+    "truncated": lambda content, other: content[: len(content) // 2],
+    "first bit": lambda content, other: flip_bit(content, 0),
+    "bit in a tensor": lambda content, other: flip_in_a_tensor(content),
+    "last bit": lambda content, other: flip_bit(content, len(content) - 1),
     "of another run": lambda content, other: other,
     "missing": None,
 }
@@ -112,17 +112,17 @@ def damage(root, name, how, other):
         path.write_bytes(DAMAGES[how](path.read_bytes(), (other / name).read_bytes()))
 
 
-def test_every_file_of_a_run_is_in_the_manifest(trained):
+def test_manifest_lists_every_file_of_a_run(trained):
     assert set(FILES) == set(read_manifest(trained[0]).files)
     assert all(found.state == "whole" for found in verify_run(trained[0]))
 
 
 @pytest.mark.parametrize("how", DAMAGES)
 @pytest.mark.parametrize("name", FILES)
-def test_damage_to_any_file_is_noticed(run, trained, name, how):
-    """By looking over the run; and by whoever needs the file, who says which it is."""
+def test_damage_to_any_file_is_detected(run, trained, name, how):
+    """`verify_run` detects it, and the function that reads the file names the file."""
     if how == "of another run" and name in ("environment.json", "model.json"):
-        pytest.skip("says the same in both runs")
+        pytest.skip("the file is the same in both runs")
     damage(run, name, how, trained[1])
     assert [found.name for found in verify_run(run) if found.state != "whole"] == [name]
     file = name.rpartition("/")[2]
@@ -147,41 +147,42 @@ def test_damage_to_any_file_is_noticed(run, trained, name, how):
 
 
 @pytest.mark.parametrize("how", DAMAGES)
-def test_a_run_resumes_from_its_newest_whole_checkpoint(run, trained, how):
-    """And ends with the same bits, metrics and best weights; the damaged file is replaced."""
+def test_run_resumes_from_its_newest_intact_checkpoint(run, trained, how):
+    """It ends with bit-identical weights and the same metrics; the damaged files are replaced."""
     damage(run, CHECKPOINTS[1], how, trained[1])
     damage(run, "model.safetensors", how, trained[1])
     with pytest.warns(UserWarning, match="going back to step 4"):
-        assert go_on(run).first_step == 4
-    assert bits(run) == bits(trained[0])
+        assert resume(run).first_step == 4
+    assert weights(run) == weights(trained[0])
     assert all(found.state == "whole" for found in verify_run(run))
     assert rows_of(run) == rows_of(trained[0])
 
 
-def test_without_its_manifest_a_run_resumes_and_gets_a_new_one(run, trained):
+def test_run_without_manifest_resumes_and_rebuilds_it(run, trained):
     (run / "manifest.json").unlink()
     path = run / CHECKPOINTS[1]
-    path.write_bytes(in_a_tensor(path.read_bytes()))
-    told = r"manifest\.json. is missing; it is rebuilt|going back to step 4"
-    with pytest.warns(UserWarning, match=told) as caught:  # the archive's own checksums
-        go_on(run)
+    path.write_bytes(flip_in_a_tensor(path.read_bytes()))
+    message = r"manifest\.json. is missing; it is rebuilt|going back to step 4"
+    # the checksums of the zip archive detect the damage
+    with pytest.warns(UserWarning, match=message) as caught:
+        resume(run)
     assert len(caught) == 2
-    assert bits(run) == bits(trained[0])
+    assert weights(run) == weights(trained[0])
     assert all(found.state == "whole" for found in verify_run(run))
 
 
-def test_a_damaged_manifest_is_set_aside_and_made_anew(run, trained):
+def test_damaged_manifest_is_renamed_and_rebuilt(run, trained):
     path = run / "manifest.json"
     path.write_bytes(path.read_bytes()[:-30])
     with pytest.raises(DamagedFile, match=r"manifest\.json"):
         ebmkit.load(run)
     with pytest.warns(UserWarning, match=r"manifest\.json' is damaged"):
-        go_on(run)
+        resume(run)
     assert (run / "manifest.json.damaged").is_file()
-    assert bits(run) == bits(trained[0])
+    assert weights(run) == weights(trained[0])
 
 
-def test_checkpoints_of_another_step_are_not_taken(run):
+def test_checkpoint_named_after_another_step_is_not_loaded(run):
     shutil.copy(run / CHECKPOINTS[1], run / "checkpoints/step-00000009.pt")
     assert RunFolder.open(run).load_checkpoint()["step"] == 6
     (run / "manifest.json").unlink()
@@ -189,17 +190,17 @@ def test_checkpoints_of_another_step_are_not_taken(run):
         assert RunFolder.open(run).load_checkpoint()["step"] == 6
 
 
-def test_without_a_whole_checkpoint_resuming_is_refused(run):
+def test_resume_without_an_intact_checkpoint_is_refused(run):
     for name in CHECKPOINTS:
         (run / name).write_bytes(b"")
     with pytest.raises(DamagedFile, match="no intact checkpoint is left"):
-        go_on(run)
+        resume(run)
     assert RunFolder(run).metrics()[-1]["step"] == 6
 
 
 @pytest.mark.filterwarnings("ignore:.*manifest.json. is missing; it is rebuilt")
-def test_metrics_cut_anywhere_are_read_and_continued(run, trained):
-    """Every byte of the last two rows; what is after the checkpoint is written again."""
+def test_truncated_metrics_are_read_and_continued(run, trained):
+    """Cut at every seventh byte of the last two rows; a new row follows the complete ones."""
     whole = (run / "metrics.jsonl").read_bytes()
     (run / CHECKPOINTS[1]).unlink()
     (run / "manifest.json").unlink()
@@ -229,20 +230,20 @@ def test_the_configured_number_of_checkpoints_is_kept(tmp_path):
         assert names == [f"step-{step:08}.pt" for step in kept]
 
 
-def test_a_run_of_format_1_becomes_one_of_format_2(run, trained):
+def test_run_of_format_1_is_converted_to_format_2(run, trained):
     (run / "manifest.json").unlink()
     (run / CHECKPOINTS[1]).unlink()
     (run / CHECKPOINTS[0]).rename(run / "checkpoints" / "last.pt")
-    assert go_on(run).first_step == 4
+    assert resume(run).first_step == 4
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == [
         "best.safetensors",
         "step-00000006.pt",
     ]
-    assert bits(run) == bits(trained[0])
+    assert weights(run) == weights(trained[0])
 
 
 @pytest.mark.parametrize("remains", [(), ("checkpoints/",), ("checkpoints/", ".lock")])
-def test_a_run_killed_before_its_first_file_can_start_again(tmp_path, remains):
+def test_run_killed_before_its_first_file_can_start_again(tmp_path, remains):
     root = tmp_path / "run"
     root.mkdir()
     for name in remains:
@@ -252,27 +253,27 @@ def test_a_run_killed_before_its_first_file_can_start_again(tmp_path, remains):
     assert not RunFolder.is_empty_or_aborted(root)
 
 
-def test_a_folder_with_hidden_files_of_others_is_not_taken(tmp_path):
+def test_folder_with_other_hidden_files_is_not_an_aborted_run(tmp_path):
     (tmp_path / ".bashrc").touch()
     assert not RunFolder.is_empty_or_aborted(tmp_path)
 
 
-def test_lost_best_weights_are_reported(run, trained):
-    """And found again: the run goes back, and validates what it had validated."""
+def test_missing_best_weights_are_reported_and_restored(run, trained):
+    """The run resumes from an earlier checkpoint and repeats the validation."""
     (run / "checkpoints" / "best.safetensors").unlink()
     (run / CHECKPOINTS[1]).unlink()
-    told = r"going back to step 4|best\.safetensors' is damaged: it is missing; the best weights"
-    with pytest.warns(UserWarning, match=told) as caught:
-        go_on(run)
+    message = r"going back to step 4|best\.safetensors' is damaged: it is missing; the best weights"
+    with pytest.warns(UserWarning, match=message) as caught:
+        resume(run)
     assert len(caught) == 2
     assert (run / "checkpoints" / "best.safetensors").is_file()
 
 
 @pytest.mark.filterwarnings("default:written again from the checkpoint")
 @pytest.mark.parametrize("name", ["model.safetensors", "model.json"])
-def test_a_damaged_model_of_a_finished_run_is_written_again(run, name):
+def test_damaged_model_of_a_finished_run_is_written_again(run, name):
     whole = (run / name).read_bytes()
-    (run / name).write_bytes(flip(whole, len(whole) - 2))
+    (run / name).write_bytes(flip_bit(whole, len(whole) - 2))
     ended = ebmkit_command("train", "--resume", run, "--no-evaluate", cwd=run.parent)
     assert ended.returncode == 0, ended.stderr
     assert f"written again from the checkpoint: {name}" in ended.stderr
@@ -290,8 +291,8 @@ FIELDS = {
 
 
 @pytest.mark.parametrize(("field", "value"), [(f, v) for f, vs in FIELDS.items() for v in vs])
-def test_a_checkpoint_with_false_fields_is_passed_over(run, field, value):
-    """One that is vouched for, as a stranger could make it: the one before is taken."""
+def test_checkpoint_with_invalid_fields_is_skipped(run, field, value):
+    """The manifest lists it, as in a forged run. The previous checkpoint is loaded instead."""
     state = torch.load(run / CHECKPOINTS[1], weights_only=True)
     torch.save(state | {field: value}, run / CHECKPOINTS[1])
     accept_files(run, [CHECKPOINTS[1]])
@@ -299,7 +300,7 @@ def test_a_checkpoint_with_false_fields_is_passed_over(run, field, value):
         assert RunFolder.open(run).load_checkpoint()["step"] == 4
 
 
-def test_a_folder_with_anything_else_in_it_is_not_taken(tmp_path):
+def test_folder_with_other_files_is_not_an_aborted_run(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "mine.pt").touch()
     assert not RunFolder.is_empty_or_aborted(tmp_path)
@@ -307,18 +308,18 @@ def test_a_folder_with_anything_else_in_it_is_not_taken(tmp_path):
         RunFolder.create(tmp_path, resolve(SMALL))
 
 
-def test_a_folder_that_links_out_is_not_written_into(run, tmp_path):
+def test_symbolic_link_in_a_run_folder_is_not_written_into(run, tmp_path):
     elsewhere = tmp_path / "elsewhere"
     shutil.move(run / "checkpoints", elsewhere)
     (run / "checkpoints").symlink_to(elsewhere)
     before = sorted(p.name for p in elsewhere.iterdir())
     with pytest.raises(UserError, match=r"checkpoints' is a link to .*elsewhere"):
-        go_on(run, steps=6)
+        resume(run, steps=6)
     assert sorted(p.name for p in elsewhere.iterdir()) == before
 
 
-def test_a_failed_save_reports_the_last_checkpoint(run, monkeypatch):
-    """Where the run stands, and what there is to go on from."""
+def test_failed_save_reports_the_last_checkpoint(run, monkeypatch):
+    """The error names the unsaved step and the checkpoint from which the run can resume."""
     folder = RunFolder.open(run)
     state = folder.load_checkpoint()
 
@@ -336,7 +337,7 @@ def test_a_failed_save_reports_the_last_checkpoint(run, monkeypatch):
     assert RunFolder.open(run).load_checkpoint()["step"] == 6
 
 
-LIMITED = """
+RESUME_WITH_FILE_SIZE_LIMIT = """
 import resource, sys
 sys.argv = ["ebmkit", "train", "--resume", sys.argv[1], "--set", "keep_checkpoints=2"]
 from ebmkit.cli import main
@@ -348,12 +349,15 @@ main()
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*step-00000006.pt. is damaged. it is missing")
-def test_a_real_limit_of_file_sizes_keeps_the_checkpoint_before(run):
-    """As a quota would: the system refuses the write, not a stand-in for it."""
+def test_file_size_limit_keeps_the_previous_checkpoint(run):
+    """The operating system refuses the write, as with a quota; nothing is mocked."""
     (run / CHECKPOINTS[1]).unlink()
     before = (run / CHECKPOINTS[0]).read_bytes()
     ended = subprocess.run(
-        [sys.executable, "-c", LIMITED, str(run)], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", RESUME_WITH_FILE_SIZE_LIMIT, str(run)],
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert ended.returncode == 2
     assert "Traceback" not in ended.stderr
@@ -364,25 +368,25 @@ def test_a_real_limit_of_file_sizes_keeps_the_checkpoint_before(run):
     assert not list(run.rglob("*.partial"))
 
 
-def test_a_vanished_folder_is_reported(tmp_path):
-    class Vanish:
+def test_deleted_folder_is_reported(tmp_path):
+    class DeleteFolder:
         def report(self, row):
             if row["step"] == 3:
                 shutil.rmtree(tmp_path / "run")
 
     config = resolve(SMALL)
-    trainer = assemble(config, RunFolder.create(tmp_path / "run", config), Vanish())
+    trainer = assemble(config, RunFolder.create(tmp_path / "run", config), DeleteFolder())
     with pytest.raises(UserError, match=r"cannot write .*No such file or directory"):
         trainer.fit()
     assert not (tmp_path / "run").exists()
 
 
-def test_resuming_an_undamaged_run_does_not_warn(run):
+def test_resume_of_an_undamaged_run_does_not_warn(run):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        go_on(run)
+        resume(run)
 
 
-def test_a_checkpoint_is_a_plain_file_of_tensors(run):
+def test_checkpoint_loads_with_weights_only(run):
     state = torch.load(run / CHECKPOINTS[1], weights_only=True)
     assert {"model", "optimizer", "average", "running", "step"} <= state.keys()

@@ -1,4 +1,4 @@
-"""What is taken over from a checkpoint, which may be a stranger's."""
+"""Checks of the entries of a checkpoint, which may be an untrusted file."""
 
 import re
 
@@ -18,7 +18,7 @@ ONES = torch.ones
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A trainer that can go on, and the state it goes on from."""
+    """A trainer that can resume, and the state to resume from."""
     layer = {
         "objective": "jem",
         "backbone": "gradresnet18",
@@ -40,12 +40,12 @@ def moment(state, name):
     return state["optimizer"]["state"][0], name
 
 
-def kept(state):
+def snapshots(state):
     return state["watch"]["kept"]
 
 
 @pytest.mark.parametrize(
-    ("where", "new", "says"),
+    ("where", "new", "message"),
     [
         (lambda s: moment(s, "exp_avg"), ONES(1), "optimizer, parameter 0, 'exp_avg' is"),
         (lambda s: moment(s, "exp_avg_sq"), ONES(0), "optimizer, parameter 0, 'exp_avg_sq' is"),
@@ -69,25 +69,25 @@ def kept(state):
         (lambda s: (s["watch"], "history"), [[1, "why"]], "the checkpoint: watch: history"),
         (lambda s: (s["watch"]["remedies"], "rate"), -1.0, "watch: remedies.rate = -1.0"),
         (lambda s: (s["watch"]["remedies"], "steps"), 2**62, "watch: remedies.steps ="),
-        (lambda s: (kept(s)[0], 2), ONES(1), "the chains kept at step 0 is float32 (1,)"),
+        (lambda s: (snapshots(s)[0], 2), ONES(1), "the chains kept at step 0 is float32 (1,)"),
     ],
 )
-def test_checkpoint_entries_that_do_not_fit_are_refused_by_name(saved, where, new, says):
-    """Moments of another shape were memory of others: the fused kernel reads and writes it."""
+def test_invalid_checkpoint_entries_are_refused_by_name(saved, where, new, message):
+    """With moments of another shape, the fused kernel would read and write out of bounds."""
     trainer, state = saved
     inside, name = where(state)
     absent = isinstance(inside, dict) and name not in inside
     old = None if absent else inside[name]
     inside[name] = new
     try:
-        with pytest.raises(UserError, match=re.escape(says)):
+        with pytest.raises(UserError, match=re.escape(message)):
             trainer.load_state_dict(state)
     finally:
         if absent:
             del inside[name]
         else:
             inside[name] = old
-    trainer.load_state_dict(state)  # it is whole again
+    trainer.load_state_dict(state)  # the original state loads
 
 
 @pytest.fixture(scope="module")
@@ -104,12 +104,12 @@ def saved_by_muon():
     return trainers[1], trainers[0].state_dict()
 
 
-def part(state, number):
+def parameter_state(state, number):
     return state["optimizer"]["state"][number]
 
 
 @pytest.mark.parametrize(
-    ("number", "name", "new", "says"),
+    ("number", "name", "new", "message"),
     [
         (
             0,
@@ -124,13 +124,15 @@ def part(state, number):
         (-1, "momentum_buffer", ONES(1), "is of another optimiser"),
     ],
 )
-def test_muon_states_are_checked_by_the_kind_of_parameter(saved_by_muon, number, name, new, says):
+def test_muon_states_are_checked_by_the_kind_of_parameter(
+    saved_by_muon, number, name, new, message
+):
     trainer, state = saved_by_muon
-    own = part(state, number % len(state["optimizer"]["state"]))
+    own = parameter_state(state, number % len(state["optimizer"]["state"]))
     old = own.copy()
     own[name] = new
     try:
-        with pytest.raises(UserError, match=re.escape(says)):
+        with pytest.raises(UserError, match=re.escape(message)):
             trainer.load_state_dict(state)
     finally:
         own.clear()
@@ -138,16 +140,16 @@ def test_muon_states_are_checked_by_the_kind_of_parameter(saved_by_muon, number,
     trainer.load_state_dict(state)
 
 
-def test_states_of_adamw_do_not_become_muon_s_nor_the_other_way_round(saved, saved_by_muon):
+def test_states_of_adamw_and_muon_are_not_interchangeable(saved, saved_by_muon):
     for (trainer, _), (_, state) in ((saved, saved_by_muon), (saved_by_muon, saved)):
         found = SavedOptimizer.model_validate(state["optimizer"])
         with pytest.raises(UserError, match="is of another optimiser or model"):
             restore_optimizer(trainer.update.optimizer, found)
 
 
-def test_a_snapshot_is_checked_when_it_is_used(saved):
+def test_snapshot_is_checked_when_it_is_restored(saved):
     trainer, state = saved
-    own = kept(state)[0][1]
+    own = snapshots(state)[0][1]
     old, own["model"] = own["model"], {}
     trainer.load_state_dict(state)
     try:
@@ -158,10 +160,10 @@ def test_a_snapshot_is_checked_when_it_is_used(saved):
 
 
 @pytest.mark.parametrize("kind", ["adamw", "sgd", "muon"])
-def test_an_optimiser_resumes_to_the_same_bits_whatever_the_file_sets(kind):
-    """Its groups, with rates, decays and signs, are the configuration's."""
+def test_optimiser_resume_ignores_parameter_groups_of_the_file(kind):
+    """Rates, decay and sign come from the configuration, so the resume is bit-identical."""
 
-    def made():
+    def make():
         torch.manual_seed(0)
         model = torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
         settings = resolve({"optimizer": {"kind": kind, "weight_decay": 0.1}}).optimizer
@@ -173,12 +175,12 @@ def test_an_optimiser_resumes_to_the_same_bits_whatever_the_file_sets(kind):
         optimizer.step()
         optimizer.zero_grad()
 
-    model, optimizer = made()
+    model, optimizer = make()
     step(model, optimizer, 0)
     state = optimizer.state_dict()
     for group in state["param_groups"]:
         group |= {"lr": 1e6, "weight_decay": 9.0, "maximize": True, "fused": False, "evil": [0]}
-    again, other = made()
+    again, other = make()
     again.load_state_dict(model.state_dict())
     restore_optimizer(other, SavedOptimizer.model_validate(state))
     for number in (1, 2):

@@ -1,4 +1,4 @@
-"""The training step: compiled, accumulated, at each precision, and when a loss is not finite."""
+"""The training step: compilation, accumulation, precision, and NaN or Inf."""
 
 import contextvars
 
@@ -38,7 +38,7 @@ def drawn(seed: int, count: int = 4, dtype: torch.dtype = torch.float32) -> dict
 
 
 class Tiny(nn.Module):
-    """One convolution of each kind of layer, so that the real compiler is done in seconds."""
+    """One convolution and one norm, which inductor compiles in seconds."""
 
     num_features = 8
 
@@ -77,7 +77,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 @pytest.mark.slow
-def test_traced_gradients_are_the_eager_ones():
+def test_traced_gradients_equal_eager_gradients():
     objective = "ce+dsm+cdsm"
     eager = gradients(make(gradresnet(), objective, compile="off"), drawn(0))
     step = make(gradresnet(), objective, compile="on")
@@ -86,23 +86,23 @@ def test_traced_gradients_are_the_eager_ones():
 
 
 @pytest.mark.slow
-def test_the_real_compiler_gives_the_eager_gradients():
+def test_inductor_gradients_equal_eager_gradients():
     eager = gradients(make(tiny(), "ce+cdsm", compile="off"), drawn(0))
     compiled = make(tiny(), "ce+cdsm", backend="inductor", compile="on")
     assert relative(gradients(compiled, drawn(0)), eager) < 1e-5
 
 
 @pytest.mark.slow
-def test_the_real_compiler_on_blocks_of_the_paper_s_network():
-    """One block a stage: the compiler takes as long again for a second."""
+def test_inductor_gradients_equal_eager_gradients_on_gradresnet():
+    """One block per stage, because a second one doubles the compile time."""
     eager = gradients(make(gradresnet("gradresnet10"), "ce+dsm", compile="off"), drawn(0))
     compiled = make(gradresnet("gradresnet10"), "ce+dsm", backend="inductor", compile="on")
     assert relative(gradients(compiled, drawn(0)), eager) < 1e-5
 
 
-def test_nothing_is_compiled_again_after_the_first_step():
-    # The running means, the rate and the batch change from step to step; validation evaluates the
-    # same model in between.
+def test_no_recompilation_after_the_first_step():
+    # The running means, the rate and the batch change at each step, and validation evaluates the
+    # same model between steps.
     step = make(tiny(), "ce+dsm", compile="on")
     step(drawn(0), rate=1e-3)
     before = counters["stats"]["unique_graphs"]
@@ -117,20 +117,20 @@ def test_nothing_is_compiled_again_after_the_first_step():
 
 
 @pytest.mark.slow
-def test_any_number_of_steps_can_be_compiled_in_one_process():
-    # What a compiler keeps is counted by code object, up to 8; each step has its own.
+def test_many_training_steps_can_be_compiled_in_one_process():
+    # The compiler stores up to 8 graphs per code object; each training step has its own object.
     for count in range(2, 12):
         step = make(tiny(), "ce", backend="eager", compile="on")
         step(drawn(0, count), rate=1e-3)
         assert step.compiled
 
 
-def test_a_batch_that_does_not_divide_into_parts_is_refused():
+def test_batch_not_divisible_by_accumulate_is_refused():
     with pytest.raises(ebmkit.UserError, match="batch of 5 does not divide into 2 parts"):
         make(tiny(), accumulate=2)(drawn(0, 5), rate=1e-3)
 
 
-def test_a_batch_in_parts_has_the_gradient_of_the_whole():
+def test_accumulated_gradient_equals_that_of_the_full_batch():
     whole = gradients(make(gradresnet().double()), drawn(0, 4, torch.float64))
     parts = make(gradresnet().double(), accumulate=2)
     assert relative(gradients(parts, drawn(0, 4, torch.float64)), whole) < 1e-12
@@ -140,14 +140,14 @@ def test_a_batch_in_parts_has_the_gradient_of_the_whole():
 
 
 def test_recomputed_activations_give_the_same_gradient():
-    kept = gradients(make(gradresnet().double()), drawn(0, 4, torch.float64))
+    stored = gradients(make(gradresnet().double()), drawn(0, 4, torch.float64))
     again = make(gradresnet().double(), recompute=True)
-    assert relative(gradients(again, drawn(0, 4, torch.float64)), kept) < 1e-12
+    assert relative(gradients(again, drawn(0, 4, torch.float64)), stored) < 1e-12
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_a_step_leaves_nothing_in_the_context(recompute):
-    """A variable set at every step, which nobody can unset, is memory lost at every step."""
+def test_step_leaves_no_context_variables(recompute):
+    """A context variable that is set at every step and never reset leaks memory."""
     step = make(gradresnet(), "dsm", recompute=recompute)
     batches = drawn(0, 4)
     step(batches, 0.0)
@@ -158,7 +158,7 @@ def test_a_step_leaves_nothing_in_the_context(recompute):
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_nothing_moves_once_a_step_was_not_finite(where):
+def test_parameters_do_not_change_after_a_step_with_nan_or_inf(where):
     step = make(gradresnet())
     step(drawn(0), rate=1e-3)
     before = [p.detach().clone() for p in step.parameters]
@@ -170,16 +170,16 @@ def test_nothing_moves_once_a_step_was_not_finite(where):
         handle = step.parameters[0].register_hook(lambda g: g * float("nan"))
         step(bad, rate=1e-3)
         handle.remove()
-    step(drawn(2), rate=1e-3)  # a device may be several steps ahead when the host reads
-    reading = step.read()
-    assert reading.failed
-    assert reading.done == 1
+    step(drawn(2), rate=1e-3)  # a device may be several steps ahead of the host
+    stats = step.read()
+    assert stats.failed
+    assert stats.done == 1
     assert all(torch.equal(p, b) for p, b in zip(step.parameters, before, strict=True))
     if where == "loss":  # the failing step's values, not those of the last
-        assert reading.parts["dsm"] == float("inf")
-        assert reading.parts["ce"] < 100
+        assert stats.parts["dsm"] == float("inf")
+        assert stats.parts["ce"] < 100
     else:
-        assert reading.grad_norm != reading.grad_norm
+        assert stats.grad_norm != stats.grad_norm
 
 
 def test_bfloat16_keeps_energies_scores_and_gradients_in_float32():
@@ -192,7 +192,8 @@ def test_bfloat16_keeps_energies_scores_and_gradients_in_float32():
     assert seen["map"] == torch.bfloat16
     assert energies.logits.dtype == energies.log_density.dtype == torch.float32
     assert score.dtype == torch.float32
-    # bfloat16 has 8 bits, 0.4 % a rounding, and the untrained w.f, a factor of the score, is near 0
+    # bfloat16 has 8 bits (0.4 % per rounding), and the untrained w.f, a factor of the score, is
+    # near 0
     assert relative(score, model.score(batch.y)) < 0.2
     got = gradients(make(gradresnet(), precision="bf16"), drawn(0))
     assert got.dtype == torch.float32
@@ -200,8 +201,8 @@ def test_bfloat16_keeps_energies_scores_and_gradients_in_float32():
 
 
 @pytest.mark.parametrize("keep_scale", [False, True])
-def test_a_norm_rounds_once_under_autocast(keep_scale):
-    # Bit for bit what float32 gives, rounded at the end: no statistic was rounded on the way.
+def test_group_norm_rounds_once_under_autocast(keep_scale):
+    # Bit-identical to float32 rounded once at the end, so no statistic is rounded before.
     x = (3 + torch.randn(2, 16, 16, 16)).bfloat16()
     norm = GroupNorm(16, keep_scale=keep_scale)
     with torch.autocast("cpu", torch.bfloat16):
@@ -218,35 +219,35 @@ def test_features_are_averaged_and_projected_in_float32_under_autocast():
     assert torch.equal(features.pooled, exact)
 
 
-def test_batch_norm_is_not_compiled_under_a_score():
+def test_compiling_a_score_with_batch_norm_is_refused():
     model = ebmkit.create_model("gradresnet18", 10, 1, width=8, norm="batch")
     with pytest.raises(ebmkit.UserError, match=r"BatchNorm.*use --compile off"):
         make(model, "ce+dsm", compile="on")
     assert make(model, "ce", compile="on").compiled
 
 
-def test_a_step_that_cannot_be_compiled(recwarn, monkeypatch):
-    class Odd(Tiny):
+def test_step_that_cannot_be_compiled_fails_or_runs_eagerly(recwarn, monkeypatch):
+    class NotCompilable(Tiny):
         def forward(self, y: torch.Tensor) -> Features:
             torch._dynamo.graph_break()
             return super().forward(y)
 
     def model() -> JointModel:
-        return JointModel(Odd(), ebmkit.models.heads.LinearQuadraticHead(8, 10))
+        return JointModel(NotCompilable(), ebmkit.models.heads.LinearQuadraticHead(8, 10))
 
     with pytest.raises(ebmkit.UserError, match=r"cannot be compiled: .*use --compile off"):
         make(model(), "ce", compile="on")(drawn(0), rate=1e-3)
-    # where compiling was the program's own choice, it goes on without
+    # with compile=auto, the step runs eagerly instead
     step = make(model(), "ce", compile="on")
     step.compute = ComputeConfig(compile="auto")
     with pytest.warns(UserWarning, match="not compiled, running eagerly"):
         step(drawn(0), rate=1e-3)
     step(drawn(1), rate=1e-3)
     assert step.read().done == 2
-    assert step.loss.separate  # all as in a step that was eager from the start
+    assert step.loss.separate  # as in a step that is eager from the start
 
 
-def test_a_compiler_that_fails_in_the_backward_pass(monkeypatch):
+def test_compiler_failure_in_the_backward_pass_falls_back_to_eager(monkeypatch):
     def backend(graph, inputs):
         from torch._dynamo.backends.common import aot_autograd
 
