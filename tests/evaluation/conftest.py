@@ -1,4 +1,4 @@
-"""Fixtures: the mixture's world, a small network, a few squares."""
+"""Fixtures: an exact mixture and samples of it, a small network, random images."""
 
 import pytest
 import torch
@@ -9,11 +9,13 @@ from ebmkit import ModelCard, create_model
 
 @pytest.fixture
 def mixture():
+    """Three Gaussians on gray 4x4 images, with known density."""
     return make_mixture()
 
 
 @pytest.fixture
-def drawn(mixture):
+def mixture_samples(mixture):
+    """400 samples of the mixture with their labels."""
     x, c = mixture.sample(400, torch.Generator().manual_seed(2))
     assert x.min() >= 0
     assert x.max() <= 1
@@ -22,7 +24,7 @@ def drawn(mixture):
 
 @pytest.fixture
 def network():
-    """A small blind network with fresh weights on 8x8 gray images of three classes."""
+    """A small untrained blind network for gray 8x8 images of three classes."""
     model = create_model("gradresnet18", num_classes=3, in_channels=1, width=8, image_size=8)
     model.card = ModelCard(
         dataset="mixture",
@@ -36,7 +38,8 @@ def network():
 
 
 @pytest.fixture
-def squares():
+def random_images():
+    """30 gray 8x8 images of uniform noise, with labels 0, 1, 2 in turn."""
     generator = torch.Generator().manual_seed(3)
     images = torch.rand(30, 1, 8, 8, generator=generator)
     return Drawn(images, torch.arange(30) % 3)

@@ -1,4 +1,4 @@
-"""Suite ``adversarial``: gradients in closed form, and what steps along them do."""
+"""Suite ``adversarial``: gradients of log p(c|y) and steps along them, against closed forms."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def evaluate(tmp_path):
 
 
 def closed_form(mixture, y, sigma):
-    """grad log p(c|y) for all c, (B, C, d): a linear classifier's, as covariances are equal."""
+    """grad log p(c|y) for all c, (B, C, d); equal covariances make the classifier linear."""
     axes, variances = mixture._axes[0], mixture._variances[0] + sigma**2
     means = mixture.means.flatten(1)
     weights = means @ axes / variances @ axes.T  # (C, d)
@@ -36,7 +36,7 @@ def closed_form(mixture, y, sigma):
     return weights - (posterior @ weights)[:, None]
 
 
-def test_the_difference_of_denoisers_is_the_gradient(mixture):
+def test_difference_of_denoisers_equals_gradient(mixture):
     mixture.double()
     x, c = mixture.sample(6)
     y = x + SIGMA * torch.randn_like(x)
@@ -46,13 +46,15 @@ def test_the_difference_of_denoisers_is_the_gradient(mixture):
     assert torch.allclose(found, mixture.label_score(y, c, SIGMA).flatten(1), rtol=1e-9)
 
 
-def test_norms_and_gains_are_those_of_the_closed_form(mixture, drawn, evaluate):
-    document = evaluate(mixture, drawn, labels=1, lengths=[0.001, 0.3], precision="double")
+def test_norms_and_gains_match_closed_form(mixture, mixture_samples, evaluate):
+    document = evaluate(
+        mixture, mixture_samples, labels=1, lengths=[0.001, 0.3], precision="double"
+    )
     assert (document["images"], document["targets"], document["precision"]) == (30, 1, "fp64")
-    (level,) = document["levels"]  # a noise-conditional model is not asked at the clean image
+    (level,) = document["levels"]  # a noise-conditional model is not evaluated at clean images
     assert level["identity_error"]["value"] < 1e-9
     mixture.double()
-    ((_, y, *_),) = noisy_batches(drawn.first(30), SIGMA, batch_size=30)
+    ((_, y, *_),) = noisy_batches(mixture_samples.first(30), SIGMA, batch_size=30)
     y = y.double()
     gradients = closed_form(mixture, y, SIGMA)
     order = mixture(y, SIGMA).logits.argsort(1, descending=True)
@@ -61,7 +63,7 @@ def test_norms_and_gains_are_those_of_the_closed_form(mixture, drawn, evaluate):
     assert level["norm"]["value"] == pytest.approx(float(norms[:, 1].mean()), rel=1e-5)
     short, long = level["steps"]
     assert short["promised"]["value"] == pytest.approx(0.001 * level["norm"]["value"])
-    # log-softmax of a linear function is concave, and its curvature below the norm squared
+    # log-softmax of a linear function is concave with curvature below the squared norm
     missing = short["promised"]["value"] - short["gain"]["value"]
     assert 0 < missing < 0.5 * 0.001**2 * float(norms[:, 1].square().mean())
     direction = gradients[torch.arange(30), order[:, 1]]
@@ -75,39 +77,39 @@ def test_norms_and_gains_are_those_of_the_closed_form(mixture, drawn, evaluate):
 
 
 @pytest.mark.slow
-def test_a_blind_model_is_also_asked_at_the_clean_image(network, squares, evaluate):
-    document = evaluate(network, squares, sigmas=["20/255", "5/255"])
+def test_blind_model_is_also_evaluated_at_clean_images(network, random_images, evaluate):
+    document = evaluate(network, random_images, sigmas=["20/255", "5/255"])
     assert [level["sigma"] for level in document["levels"]] == [0, 5 / 255, 20 / 255]
     clean = document["levels"][0]
     assert clean["identity_error"] is None
-    predicted = network.logits(squares.images).argmax(1)
-    norms = network.label_score(squares.images, predicted).flatten(1).norm(dim=1)
+    predicted = network.logits(random_images.images).argmax(1)
+    norms = network.label_score(random_images.images, predicted).flatten(1).norm(dim=1)
     assert clean["norm_predicted"]["value"] == pytest.approx(float(norms.mean()), rel=1e-5)
-    scores = network.score(squares.images).flatten(1).norm(dim=1)
+    scores = network.score(random_images.images).flatten(1).norm(dim=1)
     assert clean["score_norm"]["value"] == pytest.approx(float(scores.mean()), rel=1e-5)
     assert document["targets"] == 2
     for level in document["levels"][1:]:
-        # float32: at most some times what rounding D alone may do
+        # float32: within 5 times the rounding error of D
         assert level["identity_error"]["value"] < 5 * level["rounding"]["value"]
 
 
 @pytest.mark.slow
-def test_figures(network, squares, evaluate, tmp_path):
-    evaluate(network, squares, sigmas=["20/255", "5/255"], plots=True)
+def test_figures_are_written(network, random_images, evaluate, tmp_path):
+    evaluate(network, random_images, sigmas=["20/255", "5/255"], plots=True)
     for name in ("adversarial.png", "adversarial-norms.png"):
         assert (tmp_path / name).stat().st_size > 10_000
 
 
 @pytest.mark.slow
-def test_targets_are_as_many_as_there_are(network, squares, evaluate):
-    assert evaluate(network, squares, labels=6)["targets"] == 2  # of three classes
+def test_number_of_targets_is_limited_by_classes(network, random_images, evaluate):
+    assert evaluate(network, random_images, labels=6)["targets"] == 2  # of three classes
 
 
-def test_what_has_no_labels_is_refused(network, squares, evaluate):
+def test_missing_labels_and_single_class_are_refused(network, random_images, evaluate):
     with pytest.raises(UserError, match="no labels to compare"):
-        evaluate(network, Drawn(squares.images, None))
+        evaluate(network, Drawn(random_images.images, None))
     one = Gaussian(torch.full((1, 8, 8), 0.5), 0.01).eval()
-    only = Drawn(squares.images, torch.zeros(30, dtype=torch.long), class_names=("only",))
+    only = Drawn(random_images.images, torch.zeros(30, dtype=torch.long), class_names=("only",))
     with pytest.raises(UserError, match="one class has no adversarial gradients"):
         evaluate(one, only)
 
@@ -116,6 +118,6 @@ def test_what_has_no_labels_is_refused(network, squares, evaluate):
     ("options", "words"),
     [({"labels": 0}, "labels"), ({"lengths": [-1]}, "lengths"), ({"sigmas": [0]}, "above 0")],
 )
-def test_illegal_settings_are_refused(options, words, network, squares, evaluate):
+def test_illegal_settings_are_refused(options, words, network, random_images, evaluate):
     with pytest.raises(UserError, match=words):
-        evaluate(network, squares, **options)
+        evaluate(network, random_images, **options)

@@ -1,4 +1,4 @@
-"""Attacks against classifiers whose distance to the nearest boundary is known."""
+"""Attacks on classifiers with known distance to the decision boundary."""
 
 import math
 import warnings
@@ -26,11 +26,12 @@ GRID = {"linf": [0.01, 0.02, 0.04], "l2": [0.05, 0.1, 0.2]}
 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("name", DEFENCES)
-def test_the_smallest_strength_is_the_distance_to_the_plane(name, norm):
-    """Exactly, but for images near a strength of the grid, 0 among them: by 3 %.
+def test_minimal_epsilon_equals_distance_to_boundary(name, norm):
+    """The minimal epsilon is the distance, rounded up to the grid.
 
-    The mean of n draws of noise moves the plane by sigma / sqrt(n), their median by 1.25 times
-    that; five such deviations are left out, too.
+    Images within 3 % of a value of the grid, 0 included, are excluded. The mean of n draws of noise
+    moves the boundary by sigma / sqrt(n) and the median by 1.25 times that; for random defences,
+    images within five such deviations are excluded as well.
     """
     model, sigma, draws = two_gaussians(), 0.03, 256
     x, labels, distances = near_the_plane(model, 100)
@@ -50,7 +51,7 @@ def test_the_smallest_strength_is_the_distance_to_the_plane(name, norm):
     assert torch.equal(found[clear], exact[clear])
 
 
-def test_one_step_is_enough_where_the_classifier_is_linear_and_noise_is_not():
+def test_one_step_suffices_for_linear_classifier_and_random_noise_does_not():
     model = two_gaussians()
     x, labels, distances = near_the_plane(model)
     target = DefendedClassifier(model, Defence("direct"))
@@ -65,7 +66,7 @@ def test_one_step_is_enough_where_the_classifier_is_linear_and_noise_is_not():
         assert not (noise & ~step).any()
 
 
-def by_foolbox(attack, target, x, labels, epsilon, starts):
+def foolbox_attack(attack, target, x, labels, epsilon, starts):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # its imports from scipy
         import eagerpy
@@ -86,8 +87,8 @@ def by_foolbox(attack, target, x, labels, epsilon, starts):
 
 @pytest.mark.parametrize("kind", ["pgd", "one-step"])
 @pytest.mark.parametrize("norm", NORMS)
-def test_the_attack_is_foolbox_s_from_the_same_starts(norm, kind):
-    """To rounding: in float64, also at the bounds of images and through a denoiser."""
+def test_attack_equals_foolbox_from_same_starts(norm, kind):
+    """In float64 up to rounding, with pixels at 0 and 1, through the denoising defence."""
     model = two_gaussians().double()
     x = torch.rand(20, 1, SIDE, SIDE, dtype=torch.float64).mul(1.4).sub(0.2).clamp(0, 1)
     labels = model.logits(x).argmax(1)
@@ -95,28 +96,29 @@ def test_the_attack_is_foolbox_s_from_the_same_starts(norm, kind):
     attack = Attack(norm, kind, steps=7, stepsize=0.3)
     found = attack.perturbed(target, x, labels, 0.3, "seed")
     starts = random_start(x, 0.3, norm, image_generators(x, "seed"))
-    expected = by_foolbox(attack, target, x, labels, 0.3, starts)
+    expected = foolbox_attack(attack, target, x, labels, 0.3, starts)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
     assert (found - x).abs().amax(dim=(1, 2, 3)).min() > 0.01
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_noise_has_the_size_that_is_asked_for_after_clipping(norm):
+def test_noise_has_requested_norm_after_clipping(norm):
     x = torch.rand(50, 1, SIDE, SIDE).mul(1.4).sub(0.2).clamp(0, 1)
     change = (noise_of_norm(x, 0.2, norm, image_generators(x, "")) - x).flatten(1)
     if norm == "l2":
         torch.testing.assert_close(change.norm(dim=1), torch.full((50,), 0.2))
         far = noise_of_norm(x, 9.0, norm, image_generators(x, ""))
-        assert torch.minimum(far, 1 - far).max() < 1e-6  # none is so far: as far as noise goes
+        assert torch.minimum(far, 1 - far).max() < 1e-6  # unreachable: all pixels end at 0 or 1
     else:
         assert change.abs().max() <= 0.2 + 1e-6
-        assert (change.abs().amax(dim=1) > 0.199).float().mean() > 0.5  # but for the clipping
+        # smaller only where clipping acts
+        assert (change.abs().amax(dim=1) > 0.199).float().mean() > 0.5
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_perturbations_keep_to_the_ball_and_to_the_range_of_images(norm):
+def test_perturbations_stay_in_ball_and_image_range(norm):
     model = two_gaussians()
-    x = torch.rand(20, 1, SIDE, SIDE).round()  # in the corners, where clipping matters
+    x = torch.rand(20, 1, SIDE, SIDE).round()  # pixels are 0 or 1, so clipping acts
     labels = model.logits(x).argmax(1)
     target = DefendedClassifier(model, Defence("direct"))
     for kind in ("pgd", "one-step", "noise"):
@@ -126,11 +128,11 @@ def test_perturbations_keep_to_the_ball_and_to_the_range_of_images(norm):
         assert found.min() >= 0
         assert found.max() <= 1
         assert size.max() <= 0.3 * (1 + 1e-5)
-        assert size.min() > 0.01  # something was done
+        assert size.min() > 0.01  # every image is changed
 
 
-def test_gradients_pass_through_the_denoiser():
-    """Against central differences in float64; eps^2 leaves about 1e-7 of the value."""
+def test_gradients_through_defences_match_finite_differences():
+    """Central differences in float64: the error is about 1e-7 of the value."""
     model = create_model("gradresnet18", num_classes=3, in_channels=1, width=8, image_size=8)
     model = model.double().eval()
     x = torch.rand(2, 1, 8, 8, dtype=torch.float64, requires_grad=True)
@@ -150,8 +152,8 @@ def test_gradients_pass_through_the_denoiser():
         assert torch.allclose((up - down) / 2e-5, slope, rtol=1e-5)
 
 
-def test_refinement_is_langevin_dynamics_and_its_average():
-    """Two chains of three steps, by the score of two Gaussians of one variance, written out."""
+def test_refinement_averages_posterior_over_langevin_chains():
+    """Two chains of three steps with the score of two Gaussians of equal variance, written out."""
     variance, step, deviation = 0.02, 0.005, 0.04
     model = two_gaussians(variance).double()
     x = near_the_plane(model)[0][:5]
@@ -166,15 +168,15 @@ def test_refinement_is_langevin_dynamics_and_its_average():
             for xi in chain:
                 squares = (y - model.means).flatten(1).square().sum(1)
                 weights = (-squares / (2 * variance)).softmax(0)
-                pull = (torch.einsum("k,kchw->chw", weights, model.means) - y) / variance
-                y = y + step * pull + deviation * xi
+                score = (torch.einsum("k,kchw->chw", weights, model.means) - y) / variance
+                y = y + step * score + deviation * xi
             by_hand.append(y)
     assert torch.allclose(ends, torch.stack(by_hand), atol=1e-12)
     averaged = model.logits(ends).softmax(1).reshape(5, 2, 2).mean(1)
     assert torch.allclose(target.log_posterior(x, noise).exp(), averaged, atol=1e-12)
 
 
-def test_no_steps_of_refinement_are_no_defence():
+def test_refinement_with_zero_steps_equals_direct():
     model = two_gaussians()
     x = near_the_plane(model)[0][:5]
     nothing = Defence("refine", steps=0)
@@ -184,8 +186,8 @@ def test_no_steps_of_refinement_are_no_defence():
     )
 
 
-def test_jems_step_is_for_images_in_minus_one_to_one():
-    """u' = u + grad_u log p(u) + 0.01 xi for u = 2x - 1, by a flat Gaussian in either unit."""
+def test_default_refinement_step_matches_jem_on_minus_one_to_one():
+    """u' = u + grad_u log p(u) + 0.01 xi for u = 2x - 1, with a wide Gaussian in both units."""
     ours = GaussianMixture(torch.full((1, 1, 2, 2), 0.6, dtype=torch.float64), 1.5)
     theirs = GaussianMixture(2 * ours.means - 1, 4 * 1.5)
     x = torch.rand(3, 1, 2, 2, dtype=torch.float64)
@@ -195,12 +197,12 @@ def test_jems_step_is_for_images_in_minus_one_to_one():
     assert torch.allclose(2 * found - 1, expected, atol=1e-12)
 
 
-def test_averaged_gradients_are_those_of_the_expectation():
-    """E p(c|x + sigma eps) by Gauss-Hermite quadrature, against many draws: 5 standard errors."""
+def test_gradient_of_many_draws_matches_gradient_of_expectation():
+    """E p(c|x + sigma eps) by Gauss-Hermite quadrature and 40,000 draws: 5 standard errors."""
     model, sigma, draws = two_gaussians(0.01), 0.2, 40_000
     x = near_the_plane(model)[0][:1].double().requires_grad_()
     model.double()
-    slope = (model.means[1] - model.means[0]) / (0.01 + sigma**2)  # of the logit, at that noise
+    slope = (model.means[1] - model.means[0]) / (0.01 + sigma**2)  # of the logit at this sigma
     at = float((slope * (x.detach() - model.means.mean(0))).sum())
     nodes, weights = np.polynomial.hermite_e.hermegauss(60)
     logit = torch.from_numpy(at + sigma * float(slope.norm()) * nodes)
@@ -212,18 +214,17 @@ def test_averaged_gradients_are_those_of_the_expectation():
     log_p = target(x)[:, 1]
     (gradient,) = torch.autograd.grad(log_p.sum(), x)
     error = 5 / math.sqrt(draws)
-    assert float(log_p.detach().exp()) == pytest.approx(
-        float(mean), abs=0.5 * error
-    )  # deviation <= 1/2
+    # standard deviation <= 1/2
+    assert float(log_p.detach().exp()) == pytest.approx(float(mean), abs=0.5 * error)
     expected = (derivative / mean * slope).flatten()
     found = gradient.flatten()
-    # p (1 - p) deviates by less than 1/8, and p, in the denominator, by less than 1/2
+    # standard deviations: below 1/8 for p (1 - p) and below 1/2 for p, in the denominator
     tolerance = error * (0.125 / float(mean) + 0.5 * float(derivative) / float(mean) ** 2)
     assert torch.allclose(found, expected, rtol=0, atol=tolerance * float(slope.abs().max()))
     assert tolerance < 0.15 * float(derivative / mean)
 
 
-def test_every_call_draws_anew_and_every_start_repeats():
+def test_calls_draw_new_noise_and_restart_repeats_it():
     model = two_gaussians()
     target = DefendedClassifier(model, Defence("noise", 0.2), draws=2, seed="a")
     x = near_the_plane(model)[0][:3]
@@ -236,13 +237,12 @@ def test_every_call_draws_anew_and_every_start_repeats():
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_an_image_is_attacked_alike_in_any_batch(norm):
-    """Few steps from far-off starts, so that another start would end elsewhere."""
+def test_attack_on_an_image_does_not_depend_on_batch(norm):
+    """Two short steps, so that different random starts end in different images."""
     model = two_gaussians()
     x, labels, _ = near_the_plane(model)
-    target = DefendedClassifier(
-        model, Defence("noise", 0.3), draws=1
-    )  # the attacker's draws repeat, too
+    # the draws of the defence repeat as well
+    target = DefendedClassifier(model, Defence("noise", 0.3), draws=1)
     for attack in (Attack(norm, steps=2, stepsize=0.1), Attack(norm, "noise")):
         whole = attack.perturbed(target, x, labels, 0.2, "s")
         some = attack.perturbed(target, x[7:9], labels[7:9], 0.2, "s")
@@ -252,10 +252,10 @@ def test_an_image_is_attacked_alike_in_any_batch(norm):
     assert torch.equal(image_noise(x, 3, "s")[7:9], image_noise(x[7:9], 3, "s"))
 
 
-def test_nothing_is_left_behind():
-    """Neither in torch's generator, nor in gradients, nor in what wants them."""
+def test_attack_does_not_change_generator_or_model():
+    """The state of torch's generator, gradients and ``requires_grad`` are unchanged."""
     model = create_model("gradresnet18", num_classes=3, in_channels=1, width=8, image_size=8).eval()
-    wanted = {name: p.requires_grad for name, p in model.named_parameters()}
+    requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
     x, labels = torch.rand(3, 1, 8, 8), torch.arange(3)
     state = torch.get_rng_state()
     with torch.no_grad():
@@ -263,34 +263,34 @@ def test_nothing_is_left_behind():
         Attack("l2", steps=2).minimal_epsilons(target, x, labels, [0.1], image_noise(x, 2, ""))
     assert torch.equal(torch.get_rng_state(), state)
     assert all(p.grad is None for p in model.parameters())
-    assert {name: p.requires_grad for name, p in model.named_parameters()} == wanted
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == requires_grad
 
 
-def test_bisection_asks_no_more_than_it_says():
-    """Seven strengths take three attacks, and what is wrong unattacked takes none."""
+def test_bisection_attacks_images_at_most_search_steps_times():
+    """Seven strengths take three attacks; images misclassified without an attack take none."""
 
     class Counting(Attack):
-        asked = 0
+        attacked = 0
 
         def succeeds(self, target, x, labels, epsilon, noise=None, seed=""):
-            Counting.asked += len(x)
+            Counting.attacked += len(x)
             return super().succeeds(target, x, labels, epsilon, noise, seed)
 
     model = two_gaussians()
     x, labels, _ = near_the_plane(model, 20)
     labels[:5] = 1 - labels[:5]
-    told = []
+    rounds = []
     found = Counting("linf", steps=3).minimal_epsilons(
         DefendedClassifier(model, Defence("direct")),
         x, labels, STRENGTHS,
-        done=lambda: told.append(1),
+        done=lambda: rounds.append(1),
     )  # fmt: skip
-    assert (search_steps(len(STRENGTHS)), len(told)) == (3, 3)
-    assert Counting.asked == 3 * 15
+    assert (search_steps(len(STRENGTHS)), len(rounds)) == (3, 3)
+    assert Counting.attacked == 3 * 15
     assert (found == 0).nonzero().flatten().tolist() == [0, 1, 2, 3, 4]
 
 
-def test_images_outside_the_range_are_refused():
+def test_images_outside_range_are_refused():
     model = two_gaussians()
     with pytest.raises(UserError, match=r"-0\.5 to 0\.2 cannot be attacked"):
         Attack("linf").succeeds(
@@ -301,33 +301,33 @@ def test_images_outside_the_range_are_refused():
         )
 
 
-class NotANumber(EnergyModel):
+class NaNLogits(EnergyModel):
     num_classes = 2
 
     def forward(self, y, sigma=None):
         return Energies(y.flatten(1)[:, :2] * math.nan, y.flatten(1).sum(1))
 
 
-def test_a_label_that_is_not_a_number_is_wrong():
+def test_nan_logits_count_as_misclassified():
     x, labels = torch.rand(4, 1, SIDE, SIDE), torch.zeros(4, dtype=torch.long)
     found = Attack("l2").minimal_epsilons(
-        DefendedClassifier(NotANumber(), Defence("direct")), x, labels, [0.1]
+        DefendedClassifier(NaNLogits(), Defence("direct")), x, labels, [0.1]
     )
     assert found.tolist() == [0] * 4
 
 
-def test_autoattack_that_is_missing_is_told(monkeypatch):
+def test_missing_autoattack_error_names_pip_extra(monkeypatch):
     monkeypatch.setattr(attacks, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'ebmkit-vision\[autoattack\]'"):
         attacks.check_autoattack()
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_autoattack_finds_the_plane_too(norm):
+def test_autoattack_succeeds_beyond_distance_to_boundary(norm):
     pytest.importorskip("pyautoattack")
     model = two_gaussians()
     x, labels, distances = near_the_plane(model, 12)
-    labels[0] = 1 - labels[0]  # wrong without an attack
+    labels[0] = 1 - labels[0]  # misclassified without an attack
     epsilon = float(distances[norm].median()) * 1.001
     state = torch.get_rng_state()
     with torch.no_grad(), warnings.catch_warnings():

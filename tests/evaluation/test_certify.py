@@ -1,4 +1,4 @@
-"""The suite certify: against exact certificates, on a known mixture and a small network."""
+"""Suite ``certify``: exact certificates, a known mixture and a small network."""
 
 import json
 import math
@@ -26,7 +26,7 @@ from ebmkit.evaluation.certify import (
 
 
 @pytest.mark.parametrize(("count", "alpha"), [(1, 0.05), (37, 0.001), (1000, 0.001)])
-def test_the_lower_bound_is_the_exact_one(count, alpha):
+def test_lower_bound_is_clopper_pearson(count, alpha):
     hits = torch.arange(0, count + 1, max(1, count // 20))
     expected = [
         binomtest(k, count, alternative="greater").proportion_ci(1 - alpha, method="exact").low
@@ -34,21 +34,21 @@ def test_the_lower_bound_is_the_exact_one(count, alpha):
     ]
     found = lower_bound(hits, count, alpha)
     assert found.tolist() == pytest.approx(expected, rel=1e-8, abs=1e-12)
-    # what defines it: were it the truth, so many hits or more would have probability alpha
+    # definition: P(at least this many hits) = alpha if p equals the bound
     some = hits > 0
     chance = binom.sf(hits[some].numpy() - 1, count, found[some].numpy())
     assert chance == pytest.approx(alpha, rel=1e-6)
 
 
 def margins_and_votes(images, votes, sigma, generator):
-    """A linear classifier's distances to its boundary, and labels of noisy copies."""
+    """Distances to the boundary of a linear classifier, and its labels of noisy copies."""
     margin = 3 * sigma * torch.randn(images, generator=generator, dtype=torch.float64)
     noise = sigma * torch.randn(images, votes, generator=generator, dtype=torch.float64)
     return margin, (margin[:, None] + noise > 0).long()
 
 
 @pytest.mark.parametrize("alpha", [0.2, 0.02])
-def test_a_certificate_is_wrong_as_rarely_as_it_says(alpha):
+def test_certificates_are_wrong_with_probability_alpha_at_most(alpha):
     """At distance m from a linear boundary, P = Phi(m / sigma) and the exact radius is m."""
     images, sigma = 4000, 0.3
     margin, votes = margins_and_votes(images, 250, sigma, torch.Generator().manual_seed(0))
@@ -56,13 +56,13 @@ def test_a_certificate_is_wrong_as_rarely_as_it_says(alpha):
     right = found.labels == (margin > 0)
     wrong = (found.labels != ABSTAIN) & (~right | (found.radius > margin.abs()))
     assert int(wrong.sum()) <= binom.ppf(1 - 1e-6, images, alpha)
-    # nor is it careful beyond need: only that hits come in whole numbers takes from alpha. Where
-    # all votes agree the bound cannot move, so those images are left out
+    # the bound is tight: only the discreteness of hits lowers the rate below alpha. Images far from
+    # the boundary are excluded, since all their votes agree
     moving = (margin.abs() < 2 * sigma) & (found.labels != ABSTAIN)
     assert int(wrong[moving].sum()) > 0.6 * alpha * int(moving.sum())
 
 
-def test_radii_approach_the_exact_one_from_below():
+def test_radii_approach_exact_radius_from_below():
     sigma, margin = 0.25, torch.tensor([0.05, 0.2, 0.4], dtype=torch.float64)
     generator = torch.Generator().manual_seed(1)
     shortfall = []
@@ -73,15 +73,15 @@ def test_radii_approach_the_exact_one_from_below():
         assert (found.radius < margin).all()
     assert (shortfall[2] < shortfall[1]).all()
     assert (shortfall[1] < shortfall[0]).all()
-    # z = 3.09 standard errors of p, turned into a radius by the slope sigma / phi(m / sigma), and
-    # as much again for the draw itself
+    # the bound is z = 3.09 standard errors of p low, which sigma / phi(m / sigma) converts to a
+    # radius; the factor 2 allows as much for the sampling error of the votes
     p, density = norm.cdf(margin / sigma), norm.pdf(margin / sigma)
     error = torch.from_numpy(sigma * (p * (1 - p) / 100_000) ** 0.5 / density)
     assert (shortfall[2] < 2 * 3.1 * error).all()
 
 
-def test_images_in_many_dimensions_are_certified_to_their_boundary():
-    """The whole way from an image to a radius, with noise in all of its pixels."""
+def test_linear_classifier_of_images_is_certified_up_to_its_boundary():
+    """From an image of 75 pixels, all noisy, to its radius."""
     generator = torch.Generator().manual_seed(2)
     w = torch.randn(3, 5, 5, generator=generator)
     x, sigma = torch.rand(3, 5, 5, generator=generator), 0.2
@@ -96,10 +96,10 @@ def test_images_in_many_dimensions_are_certified_to_their_boundary():
     assert share == pytest.approx(p, abs=5 * math.sqrt(p * (1 - p) / 4100))
     found = certificates(votes[None], 100, sigma, 0.001)
     assert found.labels.tolist() == [1]
-    assert 0.17 < float(found.radius) < 0.2  # 3.1 +- 3 standard errors below
+    assert 0.17 < float(found.radius) < 0.2  # 3.1 +- 3 standard errors less
 
 
-def test_all_votes_alike_give_the_largest_radius():
+def test_unanimous_votes_give_largest_radius():
     votes = torch.full((1, 60), 4)
     found = certificates(votes, 10, 0.5, 0.001)
     assert float(found.radius) == pytest.approx(largest_radius(0.5, 50, 0.001))
@@ -110,22 +110,22 @@ def test_all_votes_alike_give_the_largest_radius():
 
 def test_no_certificate_without_a_majority():
     even = torch.arange(100) % 2
-    few = torch.cat([torch.full((10,), 2), torch.full((90,), 1)])  # selected 2, then only 1
+    few = torch.cat([torch.full((10,), 2), torch.full((90,), 1)])  # selection votes 2, then only 1
     found = certificates(torch.stack([even, few]), 10, 0.5, 0.001)
     assert found.labels.tolist() == [ABSTAIN, ABSTAIN]
     assert found.radius.tolist() == [0, 0]
-    assert found.top.tolist() == [0, 1]  # of equals the smaller
+    assert found.top.tolist() == [0, 1]  # ties: the smaller label
     assert found.lower[1] == 0
 
 
-def test_selection_votes_are_not_counted_again():
-    """The bound rests on votes that were drawn after the label was chosen."""
+def test_selection_votes_are_not_used_for_the_bound():
+    """The bound uses only votes drawn after the label was selected."""
     votes = torch.cat([torch.ones(50), torch.zeros(40), torch.ones(60)]).long()[None]
     found = certificates(votes, 50, 1.0, 0.01)
     assert float(found.lower) == pytest.approx(float(lower_bound(torch.tensor([60]), 100, 0.01)))
 
 
-def test_a_wrong_label_is_not_certified_right():
+def test_wrong_labels_and_abstentions_are_not_certified_correct():
     found = Certificates(
         torch.tensor([1, 2, ABSTAIN]), torch.tensor([0.3, 0.2, 0.0]), torch.zeros(3), torch.zeros(3)
     )
@@ -135,8 +135,8 @@ def test_a_wrong_label_is_not_certified_right():
     assert (right >= 0.31).tolist() == [False, False, False]
 
 
-def test_all_classifiers_see_the_same_noise_in_any_batch():
-    x = torch.rand(1, 3, 5)  # 15 values: random numbers come in sixteens
+def test_all_classifiers_vote_on_the_same_noise_at_any_batch_size():
+    x = torch.rand(1, 3, 5)  # 15 values: torch draws normal numbers in blocks of 16
 
     def classify(y):
         assert len(y) <= size
@@ -154,22 +154,22 @@ def test_all_classifiers_see_the_same_noise_in_any_batch():
     assert not torch.equal(found[0], other)
 
 
-def test_every_vote_is_told_once():
-    told = []
+def test_progress_counts_every_vote_once():
+    advanced = []
     votes = draw_votes(
         lambda y: {"zero": torch.zeros(len(y), dtype=torch.long)},
-        torch.rand(1, 4, 4), 0.1, 105, vote_generator(0, 0), 25, told.append,
+        torch.rand(1, 4, 4), 0.1, 105, vote_generator(0, 0), 25, advanced.append,
     )  # fmt: skip
-    assert len(votes["zero"]) == sum(told) == 105
+    assert len(votes["zero"]) == sum(advanced) == 105
 
 
 FEW = {"samples": 30, "selection": 10, "images": 6, "sigmas": [0.1, 0.3]}
 
 
-def measured(setting, **options):
-    setting.options = {CertifyConfig: CertifyConfig(**{**FEW, **options})}
+def run_suite(context, **options):
+    context.options = {CertifyConfig: CertifyConfig(**{**FEW, **options})}
     with torch.no_grad():
-        return CERTIFY.run(setting)
+        return CERTIFY.run(context)
 
 
 @pytest.fixture
@@ -183,10 +183,10 @@ def two_gaussians():
     return model, Drawn(x, c, class_names=("dark", "bright"))
 
 
-def test_radii_of_a_mixture_are_those_to_its_boundary(two_gaussians):
+def test_radii_of_a_mixture_are_below_distance_to_boundary(two_gaussians):
     model, images = two_gaussians
     options = {"samples": 1000, "selection": 50, "images": 20, "sigmas": [0.1]}
-    found = measured(EvaluationContext(model, images.first(20), batch_size=1050), **options)
+    found = run_suite(EvaluationContext(model, images.first(20), batch_size=1050), **options)
     x = images.images[:20].flatten(1)
     margin = (x.mean(1) - 0.5) * 4  # along (1, .., 1) / 4
     (level,) = found["levels"]
@@ -196,7 +196,7 @@ def test_radii_of_a_mixture_are_those_to_its_boundary(two_gaussians):
         p = norm.cdf(abs(m) / 0.1)
         unlucky = torch.tensor([max(0, int(binom.ppf(1e-6, 1000, p)))])
         least = 0.1 * norm.ppf(float(lower_bound(unlucky, 1000, 0.001)))
-        if predicted is None:  # nearer than 1000 votes can tell
+        if predicted is None:  # too near for 1000 votes
             assert least <= 0
             continue
         assert predicted == (m > 0)
@@ -205,9 +205,9 @@ def test_radii_of_a_mixture_are_those_to_its_boundary(two_gaussians):
     assert found["unsmoothed_accuracy"]["value"] == pytest.approx(float(right.double().mean()))
 
 
-def test_both_classifiers_are_asked_about_the_same_noise(two_gaussians):
-    """Here E[x|y] lies on the same side as y, so the same votes are cast, one for one."""
-    found = measured(EvaluationContext(*two_gaussians, batch_size=310), images=20, samples=300)
+def test_both_classifiers_use_the_same_noise(two_gaussians):
+    """E[x|y] lies on the same side of the boundary as y, so both classifiers vote identically."""
+    found = run_suite(EvaluationContext(*two_gaussians, batch_size=310), images=20, samples=300)
     for level in found["levels"]:
         assert level["classifiers"]["direct"] == level["classifiers"]["denoised"]
         assert level["difference"]["value"] == 0
@@ -215,32 +215,32 @@ def test_both_classifiers_are_asked_about_the_same_noise(two_gaussians):
     assert len({*radii[0], *radii[1]}) > 20
 
 
-def test_denoising_first_is_what_is_certified(two_gaussians, monkeypatch):
-    """The second classifier sees the denoised images, the first the noisy ones."""
+def test_denoised_classifier_is_denoising_before_classification(two_gaussians, monkeypatch):
+    """``direct`` classifies the noisy images and ``denoised`` their denoised versions."""
     model, images = two_gaussians
     calls = []
     forward = GaussianMixture.forward
 
-    def watched(self, y, sigma=None):
+    def recording_forward(self, y, sigma=None):
         calls.append((torch.as_tensor(y.std()), sigma))
         return forward(self, y, sigma)
 
-    monkeypatch.setattr(GaussianMixture, "forward", watched)
-    measured(EvaluationContext(model, images, batch_size=500), images=1, sigmas=[0.3])
+    monkeypatch.setattr(GaussianMixture, "forward", recording_forward)
+    run_suite(EvaluationContext(model, images, batch_size=500), images=1, sigmas=[0.3])
     (_, zero), (noisy, sigma), (denoised, after) = calls
     assert (zero, sigma, after) == (0.0, 0.3, 0.0)
     assert noisy > 0.28
     assert denoised < 0.1
     calls.clear()
-    measured(EvaluationContext(model, images, batch_size=500), images=1, classifiers=["direct"])
+    run_suite(EvaluationContext(model, images, batch_size=500), images=1, classifiers=["direct"])
     assert [sigma for _, sigma in calls] == [0.0, 0.1, 0.3]
 
 
-def test_summaries_follow_from_the_images(network, squares):
-    found = measured(EvaluationContext(network, squares))
+def test_summaries_follow_from_results_of_images(network, random_images):
+    found = run_suite(EvaluationContext(network, random_images))
     truth = found["labels"]
     assert found["numbers"] == list(range(0, 30, 5))
-    assert truth == squares.labels[::5].tolist()
+    assert truth == random_images.labels[::5].tolist()
     for level in found["levels"]:
         for one in level["classifiers"].values():
             right = [
@@ -256,19 +256,20 @@ def test_summaries_follow_from_the_images(network, squares):
             assert max(one["radius"]) <= level["largest_radius"] * (1 + 1e-9)
 
 
-def test_batch_size_and_processes_change_nothing(network, squares):
-    setting = EvaluationContext(network, squares)
-    whole = measured(setting, images=5, sigmas=[0.3])
+def test_results_do_not_depend_on_batch_size_and_processes(network, random_images):
+    context = EvaluationContext(network, random_images)
+    whole = run_suite(context, images=5, sigmas=[0.3])
     assert (
-        measured(EvaluationContext(network, squares, batch_size=9), images=5, sigmas=[0.3]) == whole
+        run_suite(EvaluationContext(network, random_images, batch_size=9), images=5, sigmas=[0.3])
+        == whole
     )
-    assert run_shared(CERTIFY.run, setting) == [whole, whole]
-    alone = EvaluationContext(network, squares.first(1))  # fewer images than processes
-    expected = measured(alone, sigmas=[0.3])
+    assert run_shared(CERTIFY.run, context) == [whole, whole]
+    alone = EvaluationContext(network, random_images.first(1))  # fewer images than processes
+    expected = run_suite(alone, sigmas=[0.3])
     assert run_shared(CERTIFY.run, alone) == [expected, expected]
 
 
-def test_a_limit_keeps_the_noise_of_the_images_it_keeps(two_gaussians, monkeypatch):
+def test_limit_does_not_change_noise_of_remaining_images(two_gaussians, monkeypatch):
     model, images = two_gaussians
     keys = []
     monkeypatch.setattr(
@@ -277,7 +278,7 @@ def test_a_limit_keeps_the_noise_of_the_images_it_keeps(two_gaussians, monkeypat
     )
 
     def by_number(images):
-        found = measured(EvaluationContext(model, images, seed=4), sigmas=[0.3], images=8)
+        found = run_suite(EvaluationContext(model, images, seed=4), sigmas=[0.3], images=8)
         assert keys == [(4, number) for number in found["numbers"]]
         keys.clear()
         (level,) = found["levels"]
@@ -293,22 +294,26 @@ def test_a_limit_keeps_the_noise_of_the_images_it_keeps(two_gaussians, monkeypat
     assert len(set(whole.values())) > 3
 
 
-def test_the_bar_counts_noisy_images(network, squares):
-    told = []
-    setting = EvaluationContext(network, squares, advance=told.append)
+def test_progress_counts_noisy_images(network, random_images):
+    advanced = []
+    context = EvaluationContext(network, random_images, advance=advanced.append)
     options = CertifyConfig(**{**FEW, "samples": 31})
-    setting.options = {CertifyConfig: options}
-    setting.left = CERTIFY.passes(setting) * len(squares)
+    context.options = {CertifyConfig: options}
+    context.left = CERTIFY.passes(context) * len(random_images)
     with torch.no_grad():
-        CERTIFY.run(setting)
-    assert sum(told) == CERTIFY.passes(setting) * 30 == 17 * 30  # for 2 x 6 x 41 votes
-    assert setting.left == 0
+        CERTIFY.run(context)
+    assert sum(advanced) == CERTIFY.passes(context) * 30 == 17 * 30  # for 2 x 6 x 41 votes
+    assert context.left == 0
 
 
 @pytest.mark.slow
-def test_files_and_table(network, squares, tmp_path):
+def test_json_figure_and_table_are_written(network, random_images, tmp_path):
     results = evaluate(
-        network, squares, ["certify"], tmp_path, options={"certify": {**FEW, "radii": [0, 0.05]}}
+        network,
+        random_images,
+        ["certify"],
+        tmp_path,
+        options={"certify": {**FEW, "radii": [0, 0.05]}},
     )
     document = json.loads((tmp_path / "certify.json").read_text())
     assert document["options"]["samples"] == 30
@@ -324,16 +329,18 @@ def test_files_and_table(network, squares, tmp_path):
     assert "…" not in text
 
 
-def test_noise_that_the_denoiser_was_not_trained_for_is_told(network, squares):
-    (warning,) = measured(EvaluationContext(network, squares), images=1, sigmas=[0.1, 0.5])[
+def test_sigma_outside_trained_range_gives_warning(network, random_images):
+    (warning,) = run_suite(EvaluationContext(network, random_images), images=1, sigmas=[0.1, 0.5])[
         "warnings"
     ]
     assert "127.5/255 is outside the range" in warning
     network.card.sigma_range = None
-    (warning,) = measured(EvaluationContext(network, squares), images=1)["warnings"]
+    (warning,) = run_suite(EvaluationContext(network, random_images), images=1)["warnings"]
     assert "not trained to denoise" in warning
     assert (
-        measured(EvaluationContext(network, squares), images=1, classifiers=["direct"])["warnings"]
+        run_suite(EvaluationContext(network, random_images), images=1, classifiers=["direct"])[
+            "warnings"
+        ]
         == []
     )
 
@@ -349,13 +356,13 @@ def test_noise_that_the_denoiser_was_not_trained_for_is_told(network, squares):
         ({"votes": 5}, "no field 'votes'"),
     ],
 )
-def test_illegal_settings_are_refused(options, words, network, squares, tmp_path):
+def test_illegal_settings_are_refused(options, words, network, random_images, tmp_path):
     with pytest.raises(UserError, match=words):
-        evaluate(network, squares, ["certify"], tmp_path, options={"certify": options})
+        evaluate(network, random_images, ["certify"], tmp_path, options={"certify": options})
 
 
-def test_a_model_without_labels_is_refused(network, squares, tmp_path):
+def test_a_model_without_labels_is_refused(network, random_images, tmp_path):
     network.card.classifies = False
     with pytest.raises(UserError, match="trained without labels"):
-        evaluate(network, squares, ["certify"], tmp_path)
-    assert not CERTIFY.standard  # minutes to hours: never run unasked
+        evaluate(network, random_images, ["certify"], tmp_path)
+    assert not CERTIFY.standard  # takes minutes to hours: runs only on request

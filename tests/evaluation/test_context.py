@@ -1,4 +1,4 @@
-"""Several processes evaluate what one would: the same figures, written once."""
+"""Evaluation in several processes gives the results of one process, written once."""
 
 import copy
 import json
@@ -21,12 +21,12 @@ pytestmark = pytest.mark.usefixtures("few_resamples")
 
 STANDARD = [name for name, suite in SUITES.items() if suite.standard]
 
-CIRCUMSTANCES = ("seconds", "environment", "processes")
+VARYING_KEYS = ("seconds", "environment", "processes")
 
 
 @dataclass(frozen=True)
 class Threads(DistributedContext):
-    """Processes played by threads: what each gathers lies in a list that all of them see."""
+    """Threads in place of processes: ``gather`` exchanges objects through a shared list."""
 
     table: list = field(default_factory=list)
     barrier: threading.Barrier | None = None
@@ -42,8 +42,8 @@ class Threads(DistributedContext):
         return self.gather(thing)[0]
 
 
-def together(size, work):
-    """What ``work(world)`` gives in each of ``size`` processes."""
+def run_in_threads(size, work):
+    """Results of ``work(world)`` in each of ``size`` threads, by rank."""
     table, barrier, found = [None] * size, threading.Barrier(size), {}
 
     def run(rank):
@@ -61,61 +61,68 @@ def together(size, work):
     return [found[rank] for rank in range(size)]
 
 
-def figures(document):
-    return {key: value for key, value in document.items() if key not in CIRCUMSTANCES}
+def without_varying_keys(document):
+    return {key: value for key, value in document.items() if key not in VARYING_KEYS}
 
 
 @pytest.mark.parametrize(
     ("size", "batch_size"), [pytest.param(2, 7, marks=pytest.mark.slow), (5, 12)]
 )
-def test_every_process_has_the_figures_of_a_single_one(
-    size, batch_size, network, squares, tmp_path
+def test_every_process_returns_results_of_single_process(
+    size, batch_size, network, random_images, tmp_path
 ):
-    """30 images: 5 batches on 2 processes, and 3 on 5, two of which have nothing to do."""
+    """30 images: 5 batches in 2 processes, and 3 batches in 5, two of which have no work."""
     options = {"batch_size": batch_size, "plots": False, "noise_levels": [0, 0.1]}
 
     def work(world):
         own = copy.deepcopy(network)
-        return evaluate(own, squares, STANDARD, tmp_path / str(world.rank), world=world, **options)
+        return evaluate(
+            own, random_images, STANDARD, tmp_path / str(world.rank), world=world, **options
+        )
 
-    alone = evaluate(network, squares, STANDARD, tmp_path / "alone", **options)
-    shared = together(size, work)
+    alone = evaluate(network, random_images, STANDARD, tmp_path / "alone", **options)
+    shared = run_in_threads(size, work)
     for results in shared:
         for name, result in results.items():
-            assert figures(result.document) == figures(alone[name].document)
+            assert without_varying_keys(result.document) == without_varying_keys(
+                alone[name].document
+            )
             assert result.document == shared[0][name].document
     assert json.loads((tmp_path / "0" / "classify.json").read_text())["processes"] == size
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["0", "alone"]  # one writes
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["0", "alone"]  # only rank 0 writes
 
 
-def test_each_image_is_measured_once_with_its_own_noise(squares):
-    whole = torch.cat([batch.y for batch in noisy_batches(squares, 0.1, 0, 4)])
+def test_processes_partition_images_without_changing_noise(random_images):
+    whole = torch.cat([batch.y for batch in noisy_batches(random_images, 0.1, 0, 4)])
     own = [
         torch.cat(
-            [batch.y for batch in noisy_batches(squares, 0.1, 0, 4, world=DistributedContext(r, 3))]
+            [
+                batch.y
+                for batch in noisy_batches(random_images, 0.1, 0, 4, world=DistributedContext(r, 3))
+            ]
         )
         for r in range(3)
     ]
-    assert sum(len(part) for part in own) == len(squares)
+    assert sum(len(part) for part in own) == len(random_images)
     assert torch.equal(torch.cat([own[0][:4], own[1][:4], own[2][:4]]), whole[:12])
 
 
-def test_the_bar_of_the_first_reaches_the_end(network, squares):
+def test_progress_of_every_process_reaches_the_end(network, random_images):
     def work(world):
         seen = []
-        setting = EvaluationContext(
-            network, squares, batch_size=4, world=world, advance=seen.append
+        context = EvaluationContext(
+            network, random_images, batch_size=4, world=world, advance=seen.append
         )
-        setting.columns(0.1, lambda batch: {"x": batch.x.flatten(1).sum(1)})
+        context.columns(0.1, lambda batch: {"x": batch.x.flatten(1).sum(1)})
         return seen
 
-    for seen in together(3, work):
-        assert sum(seen) == len(squares)
+    for seen in run_in_threads(3, work):
+        assert sum(seen) == len(random_images)
         assert min(seen) >= 0
 
 
 @pytest.mark.parametrize(("count", "batches"), [(360, 8), (1000, 8), (10_000, 24)])
-def test_batches_divide_among_eight(count, batches, mixture, tmp_path):
+def test_default_batches_divide_among_eight_processes(count, batches, mixture, tmp_path):
     images = Drawn(torch.full((count, 1, 4, 4), 0.4), torch.arange(count) % 3)
     options = {"noise_levels": [0], "plots": False}
     document = evaluate(mixture, images, ["classify"], tmp_path, **options)["classify"].document
@@ -123,8 +130,8 @@ def test_batches_divide_among_eight(count, batches, mixture, tmp_path):
 
 
 @pytest.mark.slow
-def test_torchrun_evaluates_a_run(tmp_path):
-    """Two real processes over gloo: the files are those of one process."""
+def test_torchrun_writes_results_of_single_process(tmp_path):
+    """Two processes over gloo write the files of one process."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
 
     def command(*arguments):
@@ -137,12 +144,13 @@ def test_torchrun_evaluates_a_run(tmp_path):
         "ebmkit", "train", "--width", "8", "--steps", "2", "--device", "cpu", "--no-evaluate",
         "--out", "run",
     )  # fmt: skip
-    told = command("ebmkit", "evaluate", "run", "--device", "cpu")
+    printed = command("ebmkit", "evaluate", "run", "--device", "cpu")
     folder = tmp_path / "run" / "evaluation"
     alone = {name: json.loads((folder / f"{name}.json").read_text()) for name in STANDARD}
     launch = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
-    assert command(*launch, "ebmkit", "evaluate", "run", "--device", "cpu") == told  # said once
+    # only rank 0 prints
+    assert command(*launch, "ebmkit", "evaluate", "run", "--device", "cpu") == printed
     for name in STANDARD:
         shared = json.loads((folder / f"{name}.json").read_text())
         assert shared["processes"] == 2
-        assert figures(shared) == figures(alone[name])
+        assert without_varying_keys(shared) == without_varying_keys(alone[name])

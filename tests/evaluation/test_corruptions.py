@@ -1,4 +1,4 @@
-"""The suite corruptions: formulas, published constants, and what is measured."""
+"""Suite ``corruptions``: formulas, published constants and measures."""
 
 import json
 import math
@@ -37,7 +37,7 @@ def photo():
 
 @pytest.fixture(scope="module")
 def small(photo):
-    """The same at 32x32."""
+    """The photograph at 32x32."""
     return torch.nn.functional.avg_pool2d(photo, 7)
 
 
@@ -46,39 +46,39 @@ VALUES = FLAT.numel()
 
 
 def assert_moments(found, mean, variance):
-    """Both inside 5 standard errors, taking the noise as about normal."""
+    """Compare mean and variance within 5 standard errors of approximately normal noise."""
     assert float(found.mean()) == pytest.approx(mean, abs=5 * math.sqrt(variance / VALUES))
     assert float(found.var()) == pytest.approx(variance, rel=5 * math.sqrt(2 / VALUES))
 
 
 @pytest.mark.parametrize("photons", [500, 75])
-def test_poisson_counts_photons(photons):
+def test_poisson_noise_counts_photons(photons):
     found = corrupt(FLAT, "poisson", photons)
     assert_moments(found, 0.4, 0.4 / photons)
     counts = found * photons
     assert torch.allclose(counts, counts.round(), atol=1e-3)
 
 
-def test_speckle_grows_with_brightness():
+def test_speckle_deviation_is_proportional_to_brightness():
     for value in (0.4, 0.2):
         found = corrupt(torch.full_like(FLAT, value), "speckle", 0.2)
         assert_moments(found, value, (0.2 * value) ** 2)
     assert not corrupt(torch.zeros(1, 1, 9, 9), "speckle", 0.2).any()
 
 
-def test_salt_and_pepper_replace_a_share_of_the_values():
+def test_salt_and_pepper_replaces_requested_share_of_values():
     found = corrupt(FLAT, "salt-and-pepper", 0.07)
     for colour in (0, 1):
         share = float((found == colour).double().mean())
         assert share == pytest.approx(0.035, abs=5 * math.sqrt(0.035 / VALUES))
     assert set(found.unique().tolist()) == {0.0, FLAT[0, 0, 0, 0].item(), 1.0}
-    # channels of a colour image are hit one by one, as by scikit-image's random_noise
+    # channels of a colour image are replaced independently, as by scikit-image's random_noise
     colour = corrupt(FLAT.expand(-1, 3, -1, -1), "salt-and-pepper", 0.07)
     assert float((colour == 0.4).all(dim=1).double().mean()) == pytest.approx(0.93**3, abs=0.01)
 
 
 def test_blur_is_gaussian(photo):
-    """torchvision mirrors the border, where ours repeats it: inside both are the same."""
+    """torchvision reflects at borders and `corrupt` replicates; the interiors agree."""
     found = corrupt(photo, "blur", 2.0)
     expected = gaussian_blur(photo, 17, 2.0)
     assert torch.allclose(found[..., 8:-8, 8:-8], expected[..., 8:-8, 8:-8], atol=1e-5)
@@ -92,7 +92,7 @@ def test_contrast_shrinks_towards_the_mean_of_each_channel(small):
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_jpeg_is_pillows(small, channels, tmp_path):
+def test_jpeg_equals_pillow(small, channels, tmp_path):
     x = small[:, :channels]
     pixels = (255 * x[0]).round().byte().movedim(0, -1).numpy()
     Image.fromarray(pixels.squeeze()).save(tmp_path / "a.jpg", quality=40)
@@ -104,7 +104,7 @@ def test_jpeg_is_pillows(small, channels, tmp_path):
     assert not np.array_equal(read, pixels.squeeze())
 
 
-def test_jpeg_of_other_channels_is_refused():
+def test_jpeg_of_two_channels_is_refused():
     with pytest.raises(UserError, match="JPEG holds 1 or 3 channels, not 2"):
         corrupt(torch.rand(1, 2, 8, 8), "jpeg", 40)
 
@@ -120,13 +120,13 @@ def test_jpeg_of_other_channels_is_refused():
         ("jpeg", 100, 2 / 255),
     ],
 )
-def test_nothing_is_left_of_a_corruption_at_its_least(small, name, least, tolerance):
-    gray = small[:, :1]  # of colours, JPEG halves the resolution at any quality
+def test_weakest_corruption_leaves_image_unchanged(small, name, least, tolerance):
+    gray = small[:, :1]  # JPEG halves the resolution of colours at any quality
     assert torch.allclose(corrupt(gray, name, least), gray, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("name", CORRUPTIONS)
-def test_stronger_is_further_from_the_clean_image(name, small, photo):
+def test_psnr_decreases_with_strength(name, small, photo):
     for kind, x in {"cifar": small, "imagenet": photo}.items():
         assert constants_for((x.shape[-2], x.shape[-1])) == kind
         values = []
@@ -140,21 +140,21 @@ def test_stronger_is_further_from_the_clean_image(name, small, photo):
 
 
 @pytest.mark.parametrize("name", CORRUPTIONS)
-def test_an_image_is_corrupted_by_its_number(name, small):
+def test_corruption_of_an_image_depends_on_seed_and_its_number(name, small):
     images = torch.cat([small, small.flip(-1), small, small.flip(-2)])
     constant = CORRUPTIONS[name].cifar[4]
     whole = corrupt(images, name, constant, seed=4)
     parts = [corrupt(images[i : i + 1], name, constant, 4, first=i) for i in range(4)]
     assert torch.equal(whole, torch.cat(parts))
-    if name in ("poisson", "speckle", "salt-and-pepper"):  # the others draw nothing
+    if name in ("poisson", "speckle", "salt-and-pepper"):  # the others are deterministic
         assert not torch.equal(whole[0], whole[2])
         assert not torch.equal(whole, corrupt(images, name, constant, seed=5))
 
 
-def measured(setting, **options):
-    setting.options = {CorruptionsConfig: CorruptionsConfig(**options)}
+def run_suite(context, **options):
+    context.options = {CorruptionsConfig: CorruptionsConfig(**options)}
     with torch.no_grad():
-        return CORRUPTIONS_SUITE.run(setting)
+        return CORRUPTIONS_SUITE.run(context)
 
 
 def numbers(value):
@@ -165,10 +165,10 @@ def numbers(value):
     return [value] if isinstance(value, (int, float)) else []
 
 
-def test_rows_are_what_the_model_says_of_the_corrupted_images(network, squares):
-    found = measured(EvaluationContext(network, squares, seed=3), strengths=[2, 5])
+def test_rows_match_model_on_corrupted_images(network, random_images):
+    found = run_suite(EvaluationContext(network, random_images, seed=3), strengths=[2, 5])
     assert list(found["corruptions"]) == list(CORRUPTIONS)
-    x, labels, errors, rows = squares.images, squares.labels, [], [found["clean"]]
+    x, labels, errors, rows = random_images.images, random_images.labels, [], [found["clean"]]
     for name, one in found["corruptions"].items():
         for strength, row in zip((2, 5), one["rows"], strict=True):
             constant = CORRUPTIONS[name].cifar[strength - 1]
@@ -189,10 +189,10 @@ def test_rows_are_what_the_model_says_of_the_corrupted_images(network, squares):
             }
             for measure, values in expected.items():
                 if name == "salt-and-pepper" and measure in ("psnr_corrupted", "psnr", "gain"):
-                    values = values[psnr(y, x).isfinite()]  # few values of 64 are replaced
+                    values = values[psnr(y, x).isfinite()]  # PSNR of unchanged images is infinite
                     assert row[measure]["count"] == len(values)
-                wanted = float(values.double().mean())
-                assert row[measure]["value"] == pytest.approx(wanted, rel=1e-4, abs=1e-6)
+                average = float(values.double().mean())
+                assert row[measure]["value"] == pytest.approx(average, rel=1e-4, abs=1e-6)
             errors.append(1 - row["accuracy"]["value"])
             rows.append(row)
     mean = sum(errors) / len(errors)
@@ -206,37 +206,37 @@ def test_rows_are_what_the_model_says_of_the_corrupted_images(network, squares):
 
 
 def test_unchanged_images_have_no_psnr(network):
-    """Salt or pepper of 1 % leaves most images of 64 values as they are."""
+    """Salt-and-pepper noise of 1 % leaves about half of the images of 64 pixels unchanged."""
     images = Drawn(torch.rand(30, 1, 8, 8), torch.arange(30) % 3)
-    row = measured(
+    row = run_suite(
         EvaluationContext(network, images), corruptions=["salt-and-pepper"], strengths=[1]
     )
     (row,) = row["corruptions"]["salt-and-pepper"]["rows"]
-    assert 3 < row["psnr_corrupted"]["count"] < 27  # 1 - 0.99^64 = 47 % change
+    assert 3 < row["psnr_corrupted"]["count"] < 27  # 1 - 0.99^64 = 47 % are changed
     assert row["psnr"]["count"] == row["gain"]["count"] == row["psnr_corrupted"]["count"]
     assert row["psnr"]["value"] is not None
     assert row["accuracy"]["count"] == 30
-    clean = measured(EvaluationContext(network, images), corruptions=["blur"], strengths=[1])[
+    clean = run_suite(EvaluationContext(network, images), corruptions=["blur"], strengths=[1])[
         "clean"
     ]
     assert clean["psnr_corrupted"]["value"] is None
-    assert clean["psnr"]["count"] == 30  # what denoising does to clean images
+    assert clean["psnr"]["count"] == 30  # effect of denoising on clean images
 
 
-def test_batch_size_and_processes_change_nothing_but_rounding(network, squares):
+def test_batch_size_and_processes_change_only_rounding(network, random_images):
     options = {"strengths": [5], "corruptions": ["poisson", "salt-and-pepper", "jpeg"]}
-    setting = EvaluationContext(network, squares, batch_size=7)
-    found = measured(setting, **options)
-    shared = run_shared(CORRUPTIONS_SUITE.run, setting)
+    context = EvaluationContext(network, random_images, batch_size=7)
+    found = run_suite(context, **options)
+    shared = run_shared(CORRUPTIONS_SUITE.run, context)
     assert shared == [found, found]
-    whole = measured(EvaluationContext(network, squares), **options)
-    # float32 convolutions order their sums by the batch
+    whole = run_suite(EvaluationContext(network, random_images), **options)
+    # the batch size changes the order of sums in float32 convolutions
     assert numbers(found) == pytest.approx(numbers(whole), rel=1e-3, abs=1e-4)
 
 
-def test_a_plain_denoiser_is_measured_without_labels(squares):
+def test_direct_denoiser_is_measured_without_accuracy(random_images):
     model = DirectDenoiser(Identity(), in_channels=1).eval()
-    found = measured(EvaluationContext(model, squares), strengths=[3])
+    found = run_suite(EvaluationContext(model, random_images), strengths=[3])
     assert "mean_corruption_error" not in found
     assert found["warnings"] == []
     for one in found["corruptions"].values():
@@ -251,9 +251,11 @@ class Identity(torch.nn.Module):
         return y
 
 
-def test_a_model_that_must_be_told_sigma_only_classifies(mixture, drawn):
-    found = measured(
-        EvaluationContext(mixture, drawn.first(50)), corruptions=["blur"], strengths=[1, 5]
+def test_noise_conditional_model_only_classifies(mixture, mixture_samples):
+    found = run_suite(
+        EvaluationContext(mixture, mixture_samples.first(50)),
+        corruptions=["blur"],
+        strengths=[1, 5],
     )
     (warning,) = found["warnings"]
     assert "cannot estimate it" in warning
@@ -261,27 +263,29 @@ def test_a_model_that_must_be_told_sigma_only_classifies(mixture, drawn):
     assert "psnr" not in strong
     assert mild["accuracy"]["value"] >= strong["accuracy"]["value"]
     with pytest.raises(UserError, match="leave out the suite corruptions"):
-        CORRUPTIONS_SUITE.check(mixture, Drawn(drawn.images, None))
+        CORRUPTIONS_SUITE.check(mixture, Drawn(mixture_samples.images, None))
 
 
-def test_other_classes_leave_denoising(network, squares):
-    other = Drawn(squares.images, squares.labels % 2, class_names=("a", "b"))
-    found = measured(EvaluationContext(network, other), corruptions=["blur"], strengths=[1])
+def test_data_with_other_classes_have_no_accuracy(network, random_images):
+    other = Drawn(random_images.images, random_images.labels % 2, class_names=("a", "b"))
+    found = run_suite(EvaluationContext(network, other), corruptions=["blur"], strengths=[1])
     assert "accuracy" not in found["clean"]
     assert any("does not have the 3 classes" in line for line in found["warnings"])
 
 
-def test_a_diverged_model_is_told(network, squares):
+def test_nan_outputs_give_warning(network, random_images):
     next(network.parameters()).fill_(float("nan"))
-    found = measured(
-        EvaluationContext(network, Drawn(squares.images, None)), corruptions=["blur"], strengths=[1]
+    found = run_suite(
+        EvaluationContext(network, Drawn(random_images.images, None)),
+        corruptions=["blur"],
+        strengths=[1],
     )
     assert any("not finite on 30 images" in line for line in found["warnings"])
     (row,) = found["corruptions"]["blur"]["rows"]
     assert row["psnr"]["value"] is None
 
 
-def test_confidence_slope_tells_who_notices(squares):
+def test_confidence_slope_of_calibrated_and_constant_confidence(random_images):
     def rows(pairs):
         both = ({"accuracy": a, "confidence": c} for a, c in pairs)
         return [{name: Estimate(v, v, v, 1) for name, v in row.items()} for row in both]
@@ -292,10 +296,10 @@ def test_confidence_slope_tells_who_notices(squares):
 
 
 @pytest.mark.slow
-def test_files_table_and_bar(network, squares, tmp_path):
+def test_json_figures_table_and_progress(network, random_images, tmp_path):
     few = {"strengths": [1, 5], "corruptions": ["blur", "salt-and-pepper"]}
     results = evaluate(
-        network, squares, ["corruptions"], tmp_path, limit=6, options={"corruptions": few}
+        network, random_images, ["corruptions"], tmp_path, limit=6, options={"corruptions": few}
     )
     document = json.loads((tmp_path / "corruptions.json").read_text())
     assert document["options"]["constants"] == "auto"
@@ -310,27 +314,27 @@ def test_files_table_and_bar(network, squares, tmp_path):
     assert "salt-and-pepper" in text
     assert "mean error" in text
     assert "…" not in text
-    told = []
-    setting = EvaluationContext(network, squares, advance=told.append)
-    setting.options = {
+    advanced = []
+    context = EvaluationContext(network, random_images, advance=advanced.append)
+    context.options = {
         CorruptionsConfig: CorruptionsConfig(strengths=(1, 1), corruptions=("blur", "jpeg"))
     }
-    setting.left = CORRUPTIONS_SUITE.passes(setting) * 30
+    context.left = CORRUPTIONS_SUITE.passes(context) * 30
     with torch.no_grad():
-        CORRUPTIONS_SUITE.run(setting)
-    assert sum(told) == 3 * 30
-    assert setting.left == 0
+        CORRUPTIONS_SUITE.run(context)
+    assert sum(advanced) == 3 * 30
+    assert context.left == 0
 
 
-def test_pictures_span_the_strengths_measured(network, squares, tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(plots, "save_figure", lambda figure, *a, **k: drawn.append(figure))
+def test_plots_span_measured_strengths(network, random_images, tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, *a, **k: figures.append(figure))
     few = {"strengths": [1, 4], "corruptions": ["blur", "jpeg"]}
     results = evaluate(
-        network, squares, ["corruptions"], tmp_path, limit=6, options={"corruptions": few}
+        network, random_images, ["corruptions"], tmp_path, limit=6, options={"corruptions": few}
     )
     document = results["corruptions"].document
-    first, second, _ = drawn
+    first, second, _ = figures
     for figure, ticks in ((first, ["clean", "1", "4"]), (second, ["1", "4"])):
         axes = figure.axes[0]
         assert [label.get_text() for label in axes.get_xticklabels()] == ticks
@@ -351,11 +355,13 @@ def test_pictures_span_the_strengths_measured(network, squares, tmp_path, monkey
         ({"strengths": []}, "at least 1 item"),
     ],
 )
-def test_illegal_settings_are_refused(options, words, network, squares, tmp_path):
+def test_illegal_settings_are_refused(options, words, network, random_images, tmp_path):
     with pytest.raises(UserError, match=words):
-        evaluate(network, squares, ["corruptions"], tmp_path, options={"corruptions": options})
+        evaluate(
+            network, random_images, ["corruptions"], tmp_path, options={"corruptions": options}
+        )
 
 
-def test_images_that_are_neither_gray_nor_colour_are_refused(network):
+def test_images_of_two_channels_are_refused(network):
     with pytest.raises(UserError, match="has 2 channels"):
         CORRUPTIONS_SUITE.check(network, Drawn(torch.rand(3, 2, 8, 8), None))

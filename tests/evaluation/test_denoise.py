@@ -1,4 +1,4 @@
-"""PSNR, SSIM and the denoisers, against formulas written anew and against exact posteriors."""
+"""PSNR, SSIM and denoisers, against independent formulas and exact posteriors."""
 
 import math
 
@@ -15,8 +15,8 @@ from ebmkit.evaluation.suite import noisy_batches
 SIGMA = 25 / 255
 
 
-class ToldTwice(GaussianMixture):
-    """The exact model, told twice the noise that there is."""
+class DoubledSigma(GaussianMixture):
+    """The exact model at twice the given sigma."""
 
     def forward(self, y, sigma=None):
         return super().forward(y, None if sigma is None else 2 * sigma)
@@ -31,10 +31,10 @@ def noisy(images, sigma=SIGMA):
     return batch.y
 
 
-def test_one_image_by_an_independent_formula(mixture, drawn, tmp_path):
+def test_psnr_of_one_image_matches_independent_formulas(mixture, mixture_samples, tmp_path):
     from torchmetrics.functional.image import peak_signal_noise_ratio
 
-    one = drawn.first(1)
+    one = mixture_samples.first(1)
     document = measure(mixture, one, tmp_path, sigmas=[SIGMA])
     y = noisy(one)
     clipped = mixture.denoise(y, SIGMA).clamp(0, 1)
@@ -46,15 +46,16 @@ def test_one_image_by_an_independent_formula(mixture, drawn, tmp_path):
     )
 
 
-def test_noisy_input_has_the_psnr_of_its_sigma(mixture, drawn, tmp_path):
-    document = measure(mixture, drawn, tmp_path)
-    d = drawn.images[0].numel()
-    # E[-10 log10 of chi^2_d / d] = -10 / ln 10 (digamma(d/2) - log(d/2)), its deviation trigamma's
+def test_noisy_input_has_the_psnr_of_its_sigma(mixture, mixture_samples, tmp_path):
+    document = measure(mixture, mixture_samples, tmp_path)
+    d = mixture_samples.images[0].numel()
+    # -10 log10 of chi^2_d / d has mean -10 / ln 10 (digamma(d/2) - log(d/2)) and standard deviation
+    # 10 / ln 10 sqrt(trigamma(d/2))
     bias = -10 / math.log(10) * (torch.digamma(torch.tensor(d / 2.0)).item() - math.log(d / 2))
     deviation = 10 / math.log(10) * torch.polygamma(1, torch.tensor(d / 2.0)).item() ** 0.5
     for key, value in document["psnr_noisy"].items():
         expected = -20 * math.log10(float(key) / 255) + bias
-        assert value == pytest.approx(expected, abs=4 * deviation / len(drawn) ** 0.5)
+        assert value == pytest.approx(expected, abs=4 * deviation / len(mixture_samples) ** 0.5)
 
 
 def test_the_noisy_input_is_not_clipped(mixture, tmp_path):
@@ -66,20 +67,24 @@ def test_the_noisy_input_is_not_clipped(mixture, tmp_path):
     assert clipped == pytest.approx(10 * math.log10(2), abs=0.5)
 
 
-def test_exact_model_reaches_the_posterior_mean_and_no_other_does(mixture, drawn, tmp_path):
-    exact = measure(mixture, drawn, tmp_path / "exact")
-    wrong = measure(make_mixture(ToldTwice), drawn, tmp_path / "wrong")
+def test_exact_model_reaches_psnr_of_posterior_mean_and_wrong_sigma_does_not(
+    mixture, mixture_samples, tmp_path
+):
+    exact = measure(mixture, mixture_samples, tmp_path / "exact")
+    wrong = measure(make_mixture(DoubledSigma), mixture_samples, tmp_path / "wrong")
     for key in ("15", "25", "50"):
         sigma = float(key) / 255
-        mean = mixture.posterior_mean(noisy(drawn, sigma), sigma).clamp(0, 1)
-        errors = (mean - drawn.images).square().flatten(1).mean(1)
+        mean = mixture.posterior_mean(noisy(mixture_samples, sigma), sigma).clamp(0, 1)
+        errors = (mean - mixture_samples.images).square().flatten(1).mean(1)
         assert exact["psnr"][key] == pytest.approx(float(-10 * errors.log10().mean()), abs=1e-3)
         assert exact["psnr"][key] > wrong["psnr"][key] + 0.3
         assert exact["psnr"][key] > exact["psnr_noisy"][key] + 1
 
 
-def test_the_label_helps_and_the_predicted_one_lies_between(mixture, drawn, tmp_path):
-    document = measure(mixture, drawn, tmp_path)
+def test_true_label_gives_higher_psnr_than_predicted_label_and_none(
+    mixture, mixture_samples, tmp_path
+):
+    document = measure(mixture, mixture_samples, tmp_path)
     d = document["denoisers"]
     for key in ("25", "50"):
         true, predicted, plain = (
@@ -88,29 +93,29 @@ def test_the_label_helps_and_the_predicted_one_lies_between(mixture, drawn, tmp_
         )
         assert true > plain + 0.05
         assert true > predicted
-    predicted = mixture.logits(noisy(drawn, 50 / 255), 50 / 255).argmax(1)
-    share = float((predicted == drawn.labels).double().mean())
+    predicted = mixture.logits(noisy(mixture_samples, 50 / 255), 50 / 255).argmax(1)
+    share = float((predicted == mixture_samples.labels).double().mean())
     assert document["predicted_labels"]["50"]["value"] == pytest.approx(share)
 
 
-def test_gain_is_paired_with_the_noisy_input(mixture, drawn, tmp_path):
-    document = measure(mixture, drawn, tmp_path)
+def test_gain_is_paired_with_the_noisy_input(mixture, mixture_samples, tmp_path):
+    document = measure(mixture, mixture_samples, tmp_path)
     row = document["denoisers"]["unconditional"]
     expected = document["psnr"]["50"] - document["psnr_noisy"]["50"]
     assert row["gain"]["50"]["value"] == pytest.approx(expected, abs=1e-6)
     assert row["gain"]["50"]["low"] > 0
 
 
-def test_blind_models_estimate_sigma_and_told_ones_do_not(
-    mixture, drawn, network, squares, tmp_path
+def test_only_blind_models_estimate_sigma(
+    mixture, mixture_samples, network, random_images, tmp_path
 ):
-    told = measure(mixture, drawn, tmp_path / "told")
-    assert "blind" not in told["denoisers"]
-    assert told["estimated_sigma"] == {}
-    document = measure(network, squares, tmp_path / "blind", sigmas=[SIGMA])
-    y = noisy(squares)
+    conditional = measure(mixture, mixture_samples, tmp_path / "told")
+    assert "blind" not in conditional["denoisers"]
+    assert conditional["estimated_sigma"] == {}
+    document = measure(network, random_images, tmp_path / "blind", sigmas=[SIGMA])
+    y = noisy(random_images)
     clean = network.denoise(y).clamp(0, 1)
-    errors = (clean - squares.images).square().flatten(1).mean(1)
+    errors = (clean - random_images.images).square().flatten(1).mean(1)
     expected = float(-10 * errors.log10().mean())
     assert document["denoisers"]["blind"]["psnr"]["25"]["value"] == pytest.approx(
         expected, abs=1e-3
@@ -122,12 +127,16 @@ def test_blind_models_estimate_sigma_and_told_ones_do_not(
     assert found["std"] == pytest.approx(float(sigma.std()), rel=1e-4)
 
 
-def test_without_labels_there_is_no_conditional_denoiser(mixture, drawn, network, tmp_path):
-    nameless = Drawn(drawn.images, None)
+def test_without_labels_there_is_no_conditional_denoiser(
+    mixture, mixture_samples, network, tmp_path
+):
+    nameless = Drawn(mixture_samples.images, None)
     names = measure(mixture, nameless, tmp_path / "data")["denoisers"]
     assert "conditional_true" not in names
-    assert "conditional_predicted" in names  # the model's own label needs none from the data
-    others = Drawn(drawn.images, drawn.labels, class_names=("of", "another", "data", "set"))
+    assert "conditional_predicted" in names  # predicted labels need no labels in the data
+    others = Drawn(
+        mixture_samples.images, mixture_samples.labels, class_names=("of", "another", "data", "set")
+    )
     assert "conditional_true" not in measure(mixture, others, tmp_path / "others")["denoisers"]
     network.card.classifies = False
     images = Drawn(torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 2, 0]))
@@ -136,7 +145,7 @@ def test_without_labels_there_is_no_conditional_denoiser(mixture, drawn, network
 
 
 def gaussian_ssim(a, b, side, deviation):
-    """SSIM of two gray images by Wang et al.'s eq. 13, with reflected borders; no library."""
+    """SSIM of two gray images by eq. 13 of Wang et al. in NumPy, with reflected borders."""
     at = np.arange(side) - side // 2
     line = np.exp(-(at**2) / (2 * deviation**2))
     window = np.outer(line, line) / line.sum() ** 2
@@ -153,7 +162,7 @@ def gaussian_ssim(a, b, side, deviation):
 
 
 @pytest.mark.parametrize(("size", "side"), [((32, 32), 11), ((8, 8), 7), ((8, 20), 7), ((4, 9), 3)])
-def test_ssim_uses_the_window_it_says(size, side):
+def test_ssim_uses_reported_window(size, side):
     a, b = torch.rand(2, 1, 1, *size, dtype=torch.float64)
     window = ssim_window(size)
     assert window == {"side": side, "deviation": 1.5 * side / 11}
@@ -162,31 +171,31 @@ def test_ssim_uses_the_window_it_says(size, side):
     assert float(ssim(a, a)) == pytest.approx(1)
 
 
-def test_warns_of_a_model_that_never_learnt_to_denoise(network, squares, tmp_path):
+def test_sigma_outside_trained_range_gives_warning(network, random_images, tmp_path):
     network.card.sigma_range = (1 / 255, 30 / 255)
-    (line,) = measure(network, squares, tmp_path)["warnings"]
+    (line,) = measure(network, random_images, tmp_path)["warnings"]
     assert "50/255 is outside the range" in line
     network.card.sigma_range = None
-    (line,) = measure(network, squares, tmp_path)["warnings"]
+    (line,) = measure(network, random_images, tmp_path)["warnings"]
     assert "not trained to denoise" in line
 
 
-def test_a_perfect_restoration_is_no_number_and_is_told(mixture, tmp_path):
+def test_infinite_psnr_is_null_and_gives_warning(mixture, tmp_path):
     class Oracle(type(mixture)):
-        def forward(self, y, sigma=None):  # a density so sharp at 0 that y + sigma^2 s(y) = 0
+        def forward(self, y, sigma=None):  # the score is -y / sigma^2
             energies = super().forward(y, sigma)
             return energies._replace(log_density=-0.5 * (y / sigma).square().sum((1, 2, 3)))
 
     black = Drawn(torch.zeros(3, 1, 4, 4), None)
     document = measure(make_mixture(Oracle), black, tmp_path, sigmas=[0.25])
-    # y - sigma^2 y / sigma^2 = 0 exactly, for sigma a power of two
+    # D(y) = y - sigma^2 y / sigma^2 is exactly 0, since sigma is a power of two
     assert list(document["psnr"].values()) == [None]
     assert any("not finite on 3 images" in line for line in document["warnings"])
 
 
 @pytest.fixture
 def figures(monkeypatch):
-    """The figures drawn."""
+    """Figures passed to `save_figure`, which does not save them."""
     found = []
     monkeypatch.setattr(plots, "save_figure", lambda figure, *a, **k: found.append(figure))
     return found
@@ -196,7 +205,7 @@ def texts(figure):
     return [t.get_text() for t in figure.findobj(match=lambda a: hasattr(a, "get_text"))]
 
 
-def test_denoising_grid_prints_the_psnr_of_each_picture(figures, tmp_path):
+def test_denoising_grid_prints_psnr_of_each_image(figures, tmp_path):
     clean = torch.rand(2, 3, 8, 8)
     levels = {25 / 255: {"noisy": clean + 0.1, "better": clean + 0.01}}
     plot_images(clean, levels, tmp_path / "grid.png", "a note")
@@ -205,12 +214,12 @@ def test_denoising_grid_prints_the_psnr_of_each_picture(figures, tmp_path):
     assert shown.count("40.0 dB") == 2
     assert "$\\sigma$ = 25/255" in shown
     assert "a note" in shown
-    drawn = figures[0].axes[0].images[0]
-    assert drawn.get_interpolation() == "nearest"
-    assert np.allclose(drawn.get_array(), clean[0].movedim(0, -1))
+    shown_image = figures[0].axes[0].images[0]
+    assert shown_image.get_interpolation() == "nearest"
+    assert np.allclose(shown_image.get_array(), clean[0].movedim(0, -1))
 
 
-def test_bars_carry_values_and_intervals(figures, tmp_path):
+def test_psnr_bars_show_values_and_skip_missing_ones(figures, tmp_path):
     estimate = {"value": 30.04, "low": 29.0, "high": 31.0}
     unknown = {"value": None, "low": None, "high": None}
     denoisers = {

@@ -1,5 +1,4 @@
-"""The suite diffusion-path: accuracy and energies of a model that is known exactly, and what it
-refuses."""
+"""Suite ``diffusion-path``: accuracy and energies of an exact model, and refused settings."""
 
 import json
 from dataclasses import replace
@@ -29,7 +28,7 @@ from ebmkit.noise import make_schedule
 
 
 class Blind(GaussianMixture):
-    """The mixture of clean images, whatever the noise."""
+    """The density of clean images at any sigma."""
 
     noise_conditional = False
 
@@ -38,12 +37,12 @@ class Blind(GaussianMixture):
 
 
 @pytest.fixture
-def far():
-    """Two classes far apart, on 2x2 images: the exact accuracy is a Gaussian integral."""
+def distant_means():
+    """Means of two distant classes of 2x2 images; the exact accuracy is a Gaussian integral."""
     return torch.stack([torch.full((1, 2, 2), 0.35), torch.full((1, 2, 2), 0.65)])
 
 
-def drawn_of(mixture, count=400):
+def samples_of(mixture, count=400):
     x, labels = mixture.sample(count, torch.Generator().manual_seed(5))
     return Drawn(x, labels, class_names=tuple("ab"))
 
@@ -55,8 +54,8 @@ def evaluate(model, images, folder, settings=(), **options):
     ]
 
 
-def test_views_are_those_of_the_diffusion_model():
-    """Against the forward process itself, drawn in its own coordinates."""
+def test_views_match_forward_process_of_diffusion_model():
+    """Against the forward process in the coordinates of the diffusion model."""
     schedule = make_schedule("cosine")
     g = torch.Generator().manual_seed(0)
     x, eps = torch.rand(3, 1, 4, 4, generator=g), torch.randn(3, 1, 4, 4, generator=g)
@@ -64,7 +63,7 @@ def test_views_are_those_of_the_diffusion_model():
         abar, sigma = schedule.abar(t), schedule.sigma(t)
         found = views_at(schedule, t, x, x + sigma * eps)
         u = abar**0.5 * (2 * x - 1) + (1 - abar) ** 0.5 * eps
-        # float32, of images that are sigma (30 at t = 900) large before they are scaled
+        # float32 rounding of images of size sigma (30 at t = 900) before scaling
         assert torch.allclose(found["timestep"][0], (u + 1) / 2, atol=1e-5)
         assert found["timestep"][1] == pytest.approx((1 - abar) ** 0.5 / 2)
         assert torch.allclose(found["dark"][0], abar**0.5 * x)
@@ -73,17 +72,17 @@ def test_views_are_those_of_the_diffusion_model():
     assert found.keys() == VIEWS.keys()
 
 
-def test_accuracy_falls_as_the_exact_posterior_says(far, tmp_path):
-    """Of two isotropic classes the best rule is a half-space, which noise crosses by Phi(-d/2s).
+def test_accuracy_along_path_matches_exact_posterior(distant_means, tmp_path):
+    """The Bayes classifier of two isotropic classes is a half-space, with error Phi(-d/2s).
 
-    Told the noise in them, images in image units are judged by the exact posterior; so is x_t by a
-    blind rule, since the half-space is symmetric about gray, where contrast shrinks to.
+    The noise-conditional model classifies images in image units by the exact posterior. The blind
+    model has the same half-space, also for x_t, since x_t contracts to gray, on the boundary.
     """
     variance, half = 0.01, 0.15 * 2.0  # half the distance of the means, sqrt(4) * 0.15
     normal = torch.distributions.Normal(0.0, 1.0)
-    images = drawn_of(GaussianMixture(far, variance), 2000)
+    images = samples_of(GaussianMixture(distant_means, variance), 2000)
     for kind, view in ((GaussianMixture, "image"), (Blind, "timestep"), (Blind, "image")):
-        found = evaluate(kind(far, variance), images, tmp_path, {"step": 250}).document
+        found = evaluate(kind(distant_means, variance), images, tmp_path, {"step": 250}).document
         for row in found["models"]["this run"]["path"][view]:
             deviation = (variance + row["sigma"] ** 2) ** 0.5
             exact = float(normal.cdf(torch.tensor(half / deviation)))
@@ -97,12 +96,14 @@ def test_accuracy_falls_as_the_exact_posterior_says(far, tmp_path):
     assert found["timesteps"] == [0, 250, 500, 750, 999]
 
 
-def test_image_units_are_the_suite_classify_at_the_same_noise(network, squares, tmp_path):
+def test_image_view_equals_suite_classify_at_the_same_noise(network, random_images, tmp_path):
     schedule = make_schedule("linear", 100)
     sigmas = [schedule.sigma(t) for t in (0, 40, 80)]
-    path = evaluate(network, squares, tmp_path, {"steps": 100, "step": 40, "until": 80}).document
+    path = evaluate(
+        network, random_images, tmp_path, {"steps": 100, "step": 40, "until": 80}
+    ).document
     other = evaluation.evaluate(
-        network, squares, ["classify"], tmp_path, noise_levels=sigmas, plots=False
+        network, random_images, ["classify"], tmp_path, noise_levels=sigmas, plots=False
     )["classify"].document
     found = path["models"]["this run"]
     against = {level["sigma"]: level["accuracy"] for level in other["against_noise"]}
@@ -112,9 +113,9 @@ def test_image_units_are_the_suite_classify_at_the_same_noise(network, squares, 
         assert row["accuracy"] == against[row["sigma"]]
 
 
-def test_energies_are_those_of_images_built_by_hand(far, tmp_path):
-    mixture = GaussianMixture(far, 0.02, weights=[0.7, 0.3])
-    images = drawn_of(mixture, 60)
+def test_energies_match_mixture_on_directly_computed_views(distant_means, tmp_path):
+    mixture = GaussianMixture(distant_means, 0.02, weights=[0.7, 0.3])
+    images = samples_of(mixture, 60)
     document = evaluate(mixture, images, tmp_path, {"step": 400, "until": 400}, seed=3).document
     found, schedule = document["models"]["this run"], make_schedule("linear")
     assert found["reading"] == "model"
@@ -142,25 +143,25 @@ def test_energies_are_those_of_images_built_by_hand(far, tmp_path):
         assert entry["energy"]["std"] == pytest.approx(float(own.std()), rel=1e-4)
 
 
-def test_logits_are_read_where_no_objective_trained_the_density(network, squares):
-    """-logsumexp and -logit of `ce` alone; the model's own density wherever it was trained."""
-    y = squares.images
+def test_energy_is_from_logits_if_no_objective_trained_the_density(network, random_images):
+    """-logsumexp and -logit for ``ce`` alone, the model's density if an objective trained it."""
+    y = random_images.images
     for objective, reading in (("ce", "logits"), ("ce+dsm", "model"), ("published", "model")):
         network.card = ModelCard(objective=objective, channels=1, classifies=True)
         assert energy_source(network) == reading
     network.card = ModelCard(objective="2*ce", channels=1, classifies=True)
     assert LogitEnergy.of(network, "model") is network
     found, logits = LogitEnergy.of(network).energies(y), network.logits(y)
-    energy, own = -logits.logsumexp(1), -logits.gather(1, squares.labels[:, None])
-    measured = energy_statistics(found, squares.labels)
+    energy, own = -logits.logsumexp(1), -logits.gather(1, random_images.labels[:, None])
+    measured = energy_statistics(found, random_images.labels)
     assert measured["energy"]["value"] == pytest.approx(float(energy.double().mean()), abs=1e-6)
     assert measured["joint_energy"]["value"] == pytest.approx(float(own.double().mean()), abs=1e-5)
 
 
-def test_labels_are_predicted_where_energies_are_too_large_to_tell(far):
-    """Float32 energies of 1e6 hide log p(c|y); the posterior does not."""
-    y = far + 300.0
-    model = GaussianMixture(far, 0.05)
+def test_labels_are_predicted_correctly_at_large_energies(distant_means):
+    """Energies of 1e6 in float32 do not resolve log p(c|y); `log_posterior` does."""
+    y = distant_means + 300.0
+    model = GaussianMixture(distant_means, 0.05)
     found = model.energies(y, 0.0)
     assert found.log_density.max() < -1e6
     assert torch.equal(found.log_posterior().argmax(1), model.logits(y).argmax(1))
@@ -168,7 +169,7 @@ def test_labels_are_predicted_where_energies_are_too_large_to_tell(far):
 
 @pytest.fixture
 def runs(tmp_path):
-    """Two run folders of one name, of random weights; one has JEM's head."""
+    """Two run folders of the same name with random weights; one has JEM's head."""
     folders = []
     for place, kind in (("one", "logit"), ("two", "linear-quadratic")):
         folder = tmp_path / place / "beside"
@@ -196,9 +197,9 @@ def write(path, images, labels=None):
 
 
 @pytest.mark.slow
-def test_runs_beside_samples_and_pictures(network, squares, runs, tmp_path):
-    quantised = replace(squares, images=(255 * squares.images).round() / 255)
-    samples = write(tmp_path / "s.h5", squares.images, squares.labels)
+def test_other_runs_and_samples_are_measured_and_plotted(network, random_images, runs, tmp_path):
+    quantised = replace(random_images, images=(255 * random_images.images).round() / 255)
+    samples = write(tmp_path / "s.h5", random_images.images, random_images.labels)
     settings = {"step": 500, "beside": runs, "samples": samples, "schedule": "cosine"}
     result = evaluate(network, quantised, tmp_path / "e", settings, plots=True)
     document = json.loads(result.path.read_text())
@@ -207,7 +208,7 @@ def test_runs_beside_samples_and_pictures(network, squares, runs, tmp_path):
     readings = [found["reading"] for found in document["models"].values()]
     assert readings == ["model", "logits", "logits"]
     for found in document["models"].values():
-        # the data themselves as samples have the data's energies
+        # samples equal to the data have the energies of the data
         for measure in ("energy", "joint_energy"):
             assert found["samples"][measure] == pytest.approx(found["clean"][measure], rel=1e-4)
         for sampled, own in zip(found["samples"]["classes"], found["classes"], strict=True):
@@ -224,23 +225,23 @@ def test_runs_beside_samples_and_pictures(network, squares, runs, tmp_path):
     assert f"{document['models']['beside-2']['clean']['accuracy']['value']:.1%}" in text
     assert "chance from" in text
 
-    unlabelled = write(tmp_path / "u.h5", squares.images[:7])
+    unlabelled = write(tmp_path / "u.h5", random_images.images[:7])
     found = evaluate(network, quantised, tmp_path / "e", {"step": 999, "samples": unlabelled})
     assert found.document["models"]["this run"]["samples"].keys() == {"energy"}
 
 
-def test_processes_share_the_work_and_the_progress_ends(network, squares, tmp_path):
-    path = write(tmp_path / "s.h5", squares.images[:11], squares.labels[:11])
+def test_two_processes_agree_and_progress_reaches_the_end(network, random_images, tmp_path):
+    path = write(tmp_path / "s.h5", random_images.images[:11], random_images.labels[:11])
     options = {DiffusionPathConfig: DiffusionPathConfig(step=300, until=300, samples=path)}
-    told = []
-    setting = EvaluationContext(
-        network, squares, options=options, advance=told.append, batch_size=7
+    advanced = []
+    context = EvaluationContext(
+        network, random_images, options=options, advance=advanced.append, batch_size=7
     )
-    setting.left = DIFFUSION_PATH.passes(setting) * len(squares)
+    context.left = DIFFUSION_PATH.passes(context) * len(random_images)
     with torch.no_grad():
-        alone = DIFFUSION_PATH.run(setting)
-    assert (sum(told), setting.left) == (4 * 30, 0)
-    quiet = replace(setting, left=0, advance=lambda count: None)
+        alone = DIFFUSION_PATH.run(context)
+    assert (sum(advanced), context.left) == (4 * 30, 0)
+    quiet = replace(context, left=0, advance=lambda count: None)
     for found in run_shared(DIFFUSION_PATH.run, quiet):
         assert found == alone
 
@@ -257,24 +258,24 @@ def test_processes_share_the_work_and_the_progress_ends(network, squares, tmp_pa
         ({"samples": "fourth.h5"}, "has label 3, and this model has labels 0 to 2"),
     ],
 )
-def test_what_cannot_be_measured_is_told(change, words, network, squares, tmp_path, monkeypatch):
+def test_illegal_settings_are_refused(change, words, network, random_images, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "four").mkdir()
     config = ModelConfig(backbone=GradResNetConfig(width=8), in_channels=1, num_classes=4)
     card = ModelCard(objective="ce", channels=1, classifies=True)
     save_model(tmp_path / "four", config.build(), config, card)
-    write("fourth.h5", squares.images[:2], [0, 3])
+    write("fourth.h5", random_images.images[:2], [0, 3])
     with pytest.raises(UserError, match=words):
-        evaluate(network, squares, tmp_path / "e", change)
+        evaluate(network, random_images, tmp_path / "e", change)
 
 
-def test_models_without_labels_have_an_energy_alone(squares):
+def test_models_without_labels_have_only_an_energy(random_images):
     model = create_model("gradresnet18", num_classes=0, in_channels=1, width=8, image_size=8)
     model.eval().requires_grad_(False)
-    found = model.energies(squares.images, 0.0)
-    measured = energy_statistics(found, squares.labels)
+    found = model.energies(random_images.images, 0.0)
+    measured = energy_statistics(found, random_images.labels)
     assert measured.keys() == {"energy"}
-    energy = float(model.energy(squares.images).double().mean())
+    energy = float(model.energy(random_images.images).double().mean())
     assert measured["energy"]["value"] == pytest.approx(energy, abs=1e-6)
     with pytest.raises(UserError, match="cannot be computed from logits"):
         energy_source(model, "logits")

@@ -19,8 +19,8 @@ from ebmkit.evaluation.features import (
 from ebmkit.evaluation.statistics import jackknife
 
 
-class Given(nn.Module):
-    """Features that are given, for torchmetrics."""
+class IdentityFeatures(nn.Module):
+    """An identity feature extractor for torchmetrics."""
 
     num_features = 6
 
@@ -34,8 +34,8 @@ def draws(count, dim=6, seed=0, mean=0.0, spread=1.0):
     return mean + spread * mixing * torch.randn(count, dim, generator=g, dtype=torch.float64)
 
 
-def test_frechet_distance_is_that_of_two_gaussians():
-    """Means apart by a shift in each dimension and deviations that differ: sum of squares."""
+def test_frechet_distance_of_gaussians_matches_closed_form():
+    """Sum of squared differences of means and standard deviations; 2 % is 3 standard errors."""
     a, b = draws(200_000, 3, 1), draws(200_000, 3, 2, mean=0.5, spread=1.4)
     deviations = torch.linspace(0.5, 1.5, 3)
     exact = 3 * 0.5**2 + float((0.4 * deviations).square().sum())
@@ -43,22 +43,22 @@ def test_frechet_distance_is_that_of_two_gaussians():
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
 
 
-BUFFERS = pytest.mark.filterwarnings(
+IGNORE_TORCHMETRICS_WARNINGS = pytest.mark.filterwarnings(
     "ignore:Metric .* will save all extracted features", "ignore:std.*degrees of freedom"
 )
 
 
 @pytest.mark.parametrize("count", [50, 5])
 def test_frechet_distance_agrees_with_scipy_and_torchmetrics(count):
-    """Also where covariances are singular, of 5 draws in 6 dimensions."""
+    """Also for singular covariances, from 5 draws in 6 dimensions."""
     from torchmetrics.image.fid import FrechetInceptionDistance
 
     a, b = draws(count, seed=1), draws(count, seed=2, mean=0.3) @ torch.eye(6).double().roll(1, 0)
     found = frechet_distance(a, b)
-    metric = FrechetInceptionDistance(feature=Given()).set_dtype(torch.float64)
+    metric = FrechetInceptionDistance(feature=IdentityFeatures()).set_dtype(torch.float64)
     metric.update(b, real=True)
     metric.update(a, real=False)
-    # roots of eigenvalues that are 0 but for rounding, 1e-16, are of 1e-8
+    # eigenvalues of 0 are rounded to 1e-16, and their square roots to 1e-8
     assert found == pytest.approx(float(metric.compute()), abs=1e-6)
     s, t = (np.cov(x.numpy().T) for x in (a, b))
     root = scipy.linalg.sqrtm(s @ t + 1e-14 * np.eye(6)).real
@@ -66,12 +66,12 @@ def test_frechet_distance_agrees_with_scipy_and_torchmetrics(count):
     assert found == pytest.approx(float(by_scipy), abs=1e-5)
 
 
-@BUFFERS
-def test_kernel_distance_is_unbiased_and_torchmetrics():
+@IGNORE_TORCHMETRICS_WARNINGS
+def test_kernel_distance_is_unbiased_and_equals_torchmetrics():
     from torchmetrics.image.kid import KernelInceptionDistance
 
     a, b = draws(9, seed=1), draws(9, seed=2, mean=0.4)
-    metric = KernelInceptionDistance(feature=Given(), subsets=1, subset_size=9)
+    metric = KernelInceptionDistance(feature=IdentityFeatures(), subsets=1, subset_size=9)
     metric.set_dtype(torch.float64)
     metric.update(b, real=True)
     metric.update(a, real=False)
@@ -90,7 +90,7 @@ def test_precision_and_recall_of_constructed_sets():
     assert [e.value for e in same] == [1, 1]
     far = precision_recall(real + 100, real)
     assert [e.value for e in far] == [0, 0]
-    modes = torch.cat([draws(150, 2, 1), draws(150, 2, 2) + 100])  # two, of which one is sampled
+    modes = torch.cat([draws(150, 2, 1), draws(150, 2, 2) + 100])  # samples cover one of two
     one = precision_recall(draws(300, 2, 3), modes[torch.randperm(300)])
     assert one[0].value > 0.8
     assert one[1].value == pytest.approx(0.5, abs=0.05)
@@ -98,32 +98,33 @@ def test_precision_and_recall_of_constructed_sets():
         precision_recall(real[:3], real)
 
 
-def test_radii_reach_the_third_neighbour():
-    """Real ones at 0, 1, 2, 3: the ball of 0 reaches to 3, those of 1 and 2 two far."""
+def test_radius_of_precision_is_distance_to_third_neighbour():
+    """Real points at 0, 1, 2, 3: the radius is 3 at 0 and 3, and 2 at 1 and 2."""
     real = torch.tensor([[0.0], [1.0], [2.0], [3.0]])
     samples = torch.tensor([[-3.01], [-2.9], [5.9], [6.1]])
     assert precision_recall(samples, real)[0].value == 0.5
 
 
-@BUFFERS
-def test_score_is_one_for_what_is_alike_and_the_classes_for_what_is_sure():
+@IGNORE_TORCHMETRICS_WARNINGS
+def test_inception_score_is_one_to_number_of_classes_and_equals_torchmetrics():
     from torchmetrics.image.inception import InceptionScore
 
     assert inception_score(torch.ones(10, 4)) == pytest.approx(1)
     assert inception_score(1000 * torch.eye(4).repeat(5, 1)) == pytest.approx(4)
     logits = draws(200, 6, 1)
-    metric = InceptionScore(feature=Given(), splits=1).set_dtype(torch.float64)
+    metric = InceptionScore(feature=IdentityFeatures(), splits=1).set_dtype(torch.float64)
     metric.update(logits)
     assert inception_score(logits) == pytest.approx(float(metric.compute()[0]), rel=1e-6)
 
 
 def test_jackknife_of_a_difference_of_means():
-    """Of two samples its variance is the sum of theirs: Student's, with 9 degrees of freedom."""
+    """Variances of both means add up; the quantile of Student's t with 9 degrees is 2.262."""
     a, b = draws(5000, 1, 1), draws(3000, 1, 2, mean=1.0)
     found = jackknife(lambda x, y: float(x.mean() - y.mean()), a, b)
     error = math.sqrt(float(a.var()) / 5000 + float(b.var()) / 3000)
     assert found.value == pytest.approx(float(a.mean() - b.mean()))
-    assert (found.high - found.low) / 2 == pytest.approx(2.262 * error, rel=0.6)  # of 20 groups
+    # the standard error is estimated from 20 groups
+    assert (found.high - found.low) / 2 == pytest.approx(2.262 * error, rel=0.6)
     few = jackknife(lambda x: float(x.mean()), a[:10])
     assert math.isnan(few.low)
 

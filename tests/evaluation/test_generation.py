@@ -1,4 +1,4 @@
-"""The suite generation: what it reads, what it calls its figures, and what it refuses."""
+"""Suite ``generation``: measures, names of extractors and measures, refused input."""
 
 import json
 import urllib.error
@@ -26,8 +26,8 @@ def digits():
 
 
 @pytest.fixture
-def judge(tmp_path):
-    """A classifier's run folder, of random weights: how well it judges does not matter here."""
+def classifier_run(tmp_path):
+    """A classifier's run folder with random weights; its accuracy does not matter here."""
     folder = tmp_path / "judge"
     folder.mkdir()
     config = ModelConfig(
@@ -54,10 +54,10 @@ def evaluate(model, images, folder, settings, **options):
 
 
 @pytest.mark.slow
-def test_real_images_as_samples(network, digits, judge, tmp_path):
-    """Training images reach the floor exactly, as it is made of the same; one black image does not.
+def test_training_images_as_samples_reach_the_floor(network, digits, classifier_run, tmp_path):
+    """Training images have the measures of the floor, which uses the same images.
 
-    Three samples have NaN or Inf and are skipped.
+    Repeated black images do not. Three samples have NaN or Inf and are skipped.
     """
     train = load_dataset("digits", None, "train").first(200)
     finite = np.arange(203) >= 3
@@ -65,7 +65,7 @@ def test_real_images_as_samples(network, digits, judge, tmp_path):
     labels = torch.cat([torch.zeros(3, dtype=torch.int64), train.labels])
     made = {"run": "somewhere", "settings": json.dumps({"steps": 5}), "filter": "p > 0.9"}
     path = write(tmp_path / "samples.h5", images, finite, labels, **made)
-    settings = {"samples": str(path), "extractor": str(judge)}
+    settings = {"samples": str(path), "extractor": str(classifier_run)}
     result = evaluate(network, digits, tmp_path / "e", settings, plots=True)
     document = json.loads(result.path.read_text())
     assert document == result.document
@@ -76,18 +76,18 @@ def test_real_images_as_samples(network, digits, judge, tmp_path):
     names = ["FD", "KD", "score", "precision", "recall"]
     assert list(document["measures"]) == [f"classifier-{name}" for name in names]
     for name, found in document["measures"].items():
-        floor = document["floor"][name]  # of the same images in other batches: float32
+        floor = document["floor"][name]  # same images in other batches, in float32
         for end in ("value", "low", "high"):
             assert found[end] == pytest.approx(floor[end], rel=1e-4, abs=1e-6)
         assert found["low"] < found["value"] < found["high"]
-    own = load(judge)
+    own = load(classifier_run)
     exact = (own.logits(digits.floats()).argmax(1) == digits.labels).double().mean()
     assert document["extractor"]["accuracy"]["value"] == pytest.approx(float(exact))
     shown = (own.logits(train.floats()).argmax(1) == train.labels).double().mean()
     assert document["labels"]["accuracy"]["value"] == pytest.approx(float(shown))
     assert len(document["labels"]["classes"]) == 10
     assert all(0.7 < c["diversity"] < 1.4 for c in document["labels"]["classes"])
-    for entry in document["labels"]["classes"]:  # the floor is of the same images
+    for entry in document["labels"]["classes"]:  # the floor uses the same images
         assert entry["frechet"]["value"] == pytest.approx(entry["floor"]["frechet"], rel=1e-3)
         assert entry["count"] == entry["floor"]["count"]
         assert entry["count"] == int((train.labels == entry["label"]).sum())
@@ -98,11 +98,11 @@ def test_real_images_as_samples(network, digits, judge, tmp_path):
     means = torch.stack([known[digits.labels == c].mean() for c in train.labels])
     gap = float((made - means).mean())
     assert document["energy_gap"]["energy"]["value"] == pytest.approx(gap, abs=1e-5)
-    assert document["energy_gap"]["joint_energy"] is None  # this network knows other labels
+    assert document["energy_gap"]["joint_energy"] is None  # the network has other labels
     assert document["pictures"] == ["generation-classes.png", "generation.png"]
-    few, left = document["warnings"]
+    few, skipped = document["warnings"]
     assert "biased upwards" in few
-    assert left == "3 of 203 samples have NaN or Inf and are skipped"
+    assert skipped == "3 of 203 samples have NaN or Inf and are skipped"
     console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(*tables({"generation": result}))
     console.file.close()
@@ -127,29 +127,33 @@ def test_real_images_as_samples(network, digits, judge, tmp_path):
     assert measures["classifier-KD"] > floor["classifier-KD"]["high"]
 
 
-def test_a_model_that_judges_itself_is_told_and_halves_are_a_floor(judge, tmp_path):
+def test_extractor_equal_to_model_gives_warning_and_floor_is_half_reference(
+    classifier_run, tmp_path
+):
     images = torch.rand(60, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     path = write(tmp_path / "s.h5", (255 * images).byte())
-    settings = {"samples": str(path), "extractor": str(judge)}
-    found = evaluate(load(judge), Drawn(images, None), tmp_path, settings).document
+    settings = {"samples": str(path), "extractor": str(classifier_run)}
+    found = evaluate(load(classifier_run), Drawn(images, None), tmp_path, settings).document
     assert any("not independent" in line for line in found["warnings"])
     assert found["floor"]["of"].startswith("half of the reference")
     assert found["floor"]["count"] == 30
     assert found["extractor"]["accuracy"] is None
 
 
-def test_processes_share_the_work_and_the_progress_ends(network, digits, judge, tmp_path):
+def test_two_processes_agree_and_progress_reaches_the_end(
+    network, digits, classifier_run, tmp_path
+):
     path = write(tmp_path / "s.h5", digits.images[:100], labels=digits.labels[:100])
-    config = GenerationConfig(samples=path, extractor=str(judge))
-    told = []
-    setting = EvaluationContext(
-        network, digits, options={GenerationConfig: config}, advance=told.append, batch_size=50
+    config = GenerationConfig(samples=path, extractor=str(classifier_run))
+    advanced = []
+    context = EvaluationContext(
+        network, digits, options={GenerationConfig: config}, advance=advanced.append, batch_size=50
     )
-    setting.left = GENERATION.passes(setting) * len(digits)
+    context.left = GENERATION.passes(context) * len(digits)
     with torch.no_grad():
-        alone = GENERATION.run(setting)
-    assert (sum(told), setting.left) == (3 * 360, 0)
-    for found in run_shared(GENERATION.run, replace(setting, left=0, advance=lambda count: None)):
+        alone = GENERATION.run(context)
+    assert (sum(advanced), context.left) == (3 * 360, 0)
+    for found in run_shared(GENERATION.run, replace(context, left=0, advance=lambda count: None)):
         for name, measure in alone["measures"].items():
             assert found["measures"][name]["value"] == pytest.approx(measure["value"], abs=1e-6)
         assert found["labels"]["accuracy"] == alone["labels"]["accuracy"]
@@ -168,7 +172,9 @@ def test_processes_share_the_work_and_the_progress_ends(network, digits, judge, 
         ({"weights": "w.pth"}, "leave it out for a run"),
     ],
 )
-def test_what_cannot_be_measured_is_told(change, words, network, digits, judge, tmp_path):
+def test_illegal_settings_and_samples_are_refused(
+    change, words, network, digits, classifier_run, tmp_path
+):
     images = digits.images[:5]
     write(tmp_path / "right.h5", images)
     write(tmp_path / "few.h5", images[:2])
@@ -176,14 +182,14 @@ def test_what_cannot_be_measured_is_told(change, words, network, digits, judge, 
     write(tmp_path / "broken.h5", images, np.zeros(5, bool))
     with h5py.File(write(tmp_path / "anyones.h5", images), "a") as file:
         del file.attrs["source"]
-    settings = {"samples": "right.h5", "extractor": str(judge)} | change
+    settings = {"samples": "right.h5", "extractor": str(classifier_run)} | change
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)
         with pytest.raises(UserError, match=words):
             evaluate(network, digits, tmp_path / "e", settings)
 
 
-def test_missing_inception_is_told_with_what_to_do(network, digits, tmp_path, monkeypatch):
+def test_missing_inception_error_names_alternatives(network, digits, tmp_path, monkeypatch):
     settings = {"samples": str(write(tmp_path / "s.h5", digits.images[:5]))}
     monkeypatch.setattr(features, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"ebmkit-vision\[generation\].*generation.extractor=RUN"):
@@ -196,7 +202,7 @@ def test_missing_inception_is_told_with_what_to_do(network, digits, tmp_path, mo
 
 
 @pytest.mark.slow
-def test_weights_that_cannot_be_fetched_are_told(network, digits, tmp_path, monkeypatch):
+def test_failed_download_of_weights_error_names_setting(network, digits, tmp_path, monkeypatch):
     inception = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
 
     def offline(*arguments, **options):
@@ -209,8 +215,8 @@ def test_weights_that_cannot_be_fetched_are_told(network, digits, tmp_path, monk
 
 
 @pytest.mark.slow
-def test_inception_takes_its_weights_from_a_file(tmp_path, monkeypatch):
-    """Random weights, as the published ones are no part of the tests; gray becomes colour."""
+def test_inception_loads_weights_from_a_file(tmp_path, monkeypatch):
+    """Random weights, since tests do not download the published ones; gray becomes colour."""
     inception = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
     kind = inception.FeatureExtractorInceptionV3
     with monkeypatch.context() as patch:

@@ -1,4 +1,4 @@
-"""What is said of samples that were asked for by label: identities, and closed forms."""
+"""Measures of class-conditional samples, against identities and closed forms."""
 
 import json
 import math
@@ -24,8 +24,8 @@ from ebmkit.models import create_model
 NAMES = {"frechet": "FD", "kernel": "KD"}
 
 
-def plain(model):
-    """An extractor whose features are the pixels, and whose logits are the mixture's."""
+def pixel_extractor(model):
+    """An extractor with pixels as features and the logits of ``model``."""
 
     def extract(x):
         return {"features": x.flatten(1), "logits": model.logits(x, 0.0)}
@@ -34,7 +34,7 @@ def plain(model):
 
 
 @pytest.fixture
-def world():
+def model_and_images():
     """Three classes of 4x4 gray images, 40 images of each, rounded to 255ths."""
     means = torch.full((3, 1, 4, 4), 0.4)
     means[1], means[2] = 0.5, 0.6
@@ -46,15 +46,17 @@ def world():
     return model, Drawn(x, labels, class_names=tuple("abc"))
 
 
-def test_real_images_as_samples_have_no_distance_and_no_gap(world):
-    model, real = world
-    found = measure_guided(real.images, real.labels, real, plain(model), model, batch_size=50)
+def test_real_images_as_samples_have_zero_distance_and_zero_gap(model_and_images):
+    model, real = model_and_images
+    found = measure_guided(
+        real.images, real.labels, real, pixel_extractor(model), model, batch_size=50
+    )
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     exact = (model.logits(real.images, 0.0).argmax(1) == real.labels).double().mean()
     assert found["accuracy"]["value"] == pytest.approx(float(exact))
     for entry in (found, *found["classes"]):
         assert entry["frechet"]["value"] == pytest.approx(0, abs=1e-9)
-        assert entry["kernel"]["value"] < 0  # unbiased, and as near as sets can be
+        assert entry["kernel"]["value"] < 0  # the unbiased estimate for equal sets
         for gap in entry["energy_gap"].values():
             assert gap["value"] == pytest.approx(0, abs=1e-6)
             assert gap["low"] < 0 < gap["high"]
@@ -68,29 +70,29 @@ def test_real_images_as_samples_have_no_distance_and_no_gap(world):
     assert found["means"]["diversity"] == 1
 
 
-def test_each_class_is_compared_with_its_own_images(world):
-    """Samples that show the next class: far away class by class, though not as a whole."""
-    model, real = world
+def test_each_class_is_compared_with_its_own_images(model_and_images):
+    """Samples of the next class: distant in each class, but not over all classes."""
+    model, real = model_and_images
     wrong = (real.labels + 1) % 3
-    found = measure_guided(real.images, wrong, real, plain(model), model, others=real)
+    found = measure_guided(real.images, wrong, real, pixel_extractor(model), model, others=real)
     assert found["frechet"]["value"] == pytest.approx(0, abs=1e-9)
     assert found["accuracy"]["value"] < 0.1
-    shift = 16 * 0.1**2  # squared distance of the means of neighbours, in pixels
-    # the mean of 40 has an error of sqrt(0.003 / 40) in each of 16 pixels and both sets
+    shift = 16 * 0.1**2  # squared distance between means of neighbouring classes
+    # a mean of 40 has standard error sqrt(0.003 / 40) in each of 16 pixels, in both sets
     error = 2 * (shift**0.5) * (2 * 0.003 / 40) ** 0.5
     for entry in found["classes"][1:]:
         assert entry["frechet"]["value"] == pytest.approx(shift, abs=0.03 + 4 * error)
         assert entry["frechet"]["low"] < entry["frechet"]["value"] < entry["frechet"]["high"]
-    # as many other real images, here the same ones
+    # the floor uses ``others``, here the same images
     assert all(e["floor"]["frechet"] == pytest.approx(0, abs=1e-9) for e in found["classes"])
-    # E(x, y) of the wrong label is higher by the log-odds; E(x) only by the labels' order
+    # the log-odds raise E(x, y) of the wrong label; E(x) differs only by the order of summation
     gap = found["energy_gap"]
     assert gap["joint_energy"]["low"] > 10
     assert abs(gap["energy"]["value"]) < 1e-4
 
 
 def test_saturation_of_constructed_images():
-    """Half black or white; the saturation of HSV as the standard library's colorsys has it."""
+    """Share of black and white values, and HSV saturation against ``colorsys``."""
     import colorsys
 
     x = torch.rand(2, 3, 5, 4, generator=torch.Generator().manual_seed(0)) * 0.8 + 0.1
@@ -109,7 +111,7 @@ def test_saturation_of_constructed_images():
     assert pixel_columns(torch.tensor([1.0, 0, 0]).reshape(1, 3, 1, 1))["colour"].item() == 1
 
 
-def test_the_gap_of_one_label_is_welch_and_of_several_weighs_by_samples():
+def test_energy_gap_is_welch_interval_weighted_by_labels_of_samples():
     g = torch.Generator().manual_seed(1)
     made, known = torch.randn(30, generator=g) - 2, 3 * torch.randn(50, generator=g)
     ones, others = torch.ones(30).long(), torch.ones(50).long()
@@ -120,7 +122,7 @@ def test_the_gap_of_one_label_is_welch_and_of_several_weighs_by_samples():
     assert gap["energy"].value == pytest.approx(float(made.mean() - known.mean()), abs=1e-6)
     assert (gap["energy"].low, gap["energy"].high) == pytest.approx(tuple(interval), rel=1e-6)
     assert energy_gap(Features({"energy": made}, None), Features({"energy": known}, None)) == gap
-    # classes at -10 and 10: samples of the first alone have no gap, though real means are at 0
+    # classes at -10 and 10: samples of the first have no gap, though the mean of all images is 0
     real = Features({"energy": torch.tensor([-11.0, -9, 9, 11])}, torch.tensor([0, 0, 1, 1]))
     first = Features({"energy": torch.tensor([-10.0, -10])}, torch.tensor([0, 0]))
     assert energy_gap(first, real)["energy"].value == 0
@@ -128,8 +130,8 @@ def test_the_gap_of_one_label_is_welch_and_of_several_weighs_by_samples():
     assert math.isnan(energy_gap(none, real)["energy"].value)
 
 
-def test_gaps_cover_the_truth(world):
-    """Of 200 sets of samples 5 % of intervals may miss: at most 22, at 4 standard errors."""
+def test_intervals_of_energy_gap_cover_the_truth(model_and_images):
+    """At most 22 of 200 intervals miss: the expected 10 and 4 standard errors."""
     g = torch.Generator().manual_seed(3)
     missed = 0
     for _ in range(200):
@@ -142,10 +144,10 @@ def test_gaps_cover_the_truth(world):
     assert missed <= 22
 
 
-def test_few_samples_have_numbers_where_there_are_any(world):
-    model, real = world
+def test_undefined_measures_of_few_samples_are_null(model_and_images):
+    model, real = model_and_images
     labels = torch.tensor([0, 1, 1])
-    found = measure_guided(real.images[[0, 1, 4]], labels, real, plain(model), model)
+    found = measure_guided(real.images[[0, 1, 4]], labels, real, pixel_extractor(model), model)
     one, two = found["classes"]
     assert (one["count"], one["frechet"]["value"], one["diversity"]) == (1, None, None)
     assert one["energy_gap"]["energy"]["value"] is not None
@@ -154,22 +156,22 @@ def test_few_samples_have_numbers_where_there_are_any(world):
     assert two["frechet"]["low"] is None
     assert two["floor"]["count"] == 2
     assert found["means"]["frechet"] == two["frechet"]["value"]
-    assert found["real_count"] == 80  # of the labels asked for
+    assert found["real_count"] == 80  # of the labels of the samples
     json.dumps(found, allow_nan=False)
 
 
-def test_floats_are_rounded_as_files_have_them(world):
-    model, real = world
+def test_float_samples_are_rounded_to_8_bits(model_and_images):
+    model, real = model_and_images
     floats = real.images + 0.4 / 255
     bytes_ = (255 * real.images).round().byte()
-    extractor = plain(model)
+    extractor = pixel_extractor(model)
     a, b = (measure_guided(x, real.labels, real, extractor, model) for x in (floats, bytes_))
     assert a == b
 
 
-def test_without_labels_or_a_model_the_rest_is_measured(world):
-    model, real = world
-    unknown = replace(plain(model), model=None)
+def test_missing_labels_or_model_omit_only_their_measures(model_and_images):
+    model, real = model_and_images
+    unknown = replace(pixel_extractor(model), model=None)
     found = measure_guided(real.images, None, replace(real, labels=None), unknown)
     assert (found["accuracy"], found["classes"], found["energy_gap"]) == (None, None, None)
     assert found["frechet"]["value"] == pytest.approx(0, abs=1e-9)
@@ -178,18 +180,22 @@ def test_without_labels_or_a_model_the_rest_is_measured(world):
     assert len(labelled["classes"]) == 3
 
 
-def test_a_network_is_an_extractor_and_a_model_with_other_labels_has_no_joint_gap(squares):
-    judge, other = (
+def test_network_as_extractor_and_no_joint_gap_with_other_labels(random_images):
+    classifier, other = (
         create_model("gradresnet18", num_classes=c, in_channels=1, width=8, image_size=8).eval()
         for c in (3, 5)
     )
     found = measure_guided(
-        squares.images, squares.labels, squares, classifier_of(judge, "judge"), other
+        random_images.images,
+        random_images.labels,
+        random_images,
+        classifier_of(classifier, "judge"),
+        other,
     )
     with torch.no_grad():
-        rounded = (255 * squares.images).round() / 255
-        right = (judge.logits(rounded).argmax(1) == squares.labels).double().mean()
-        gap = other.energy(rounded).mean() - other.energy(squares.images).mean()
+        rounded = (255 * random_images.images).round() / 255
+        right = (classifier.logits(rounded).argmax(1) == random_images.labels).double().mean()
+        gap = other.energy(rounded).mean() - other.energy(random_images.images).mean()
     assert found["accuracy"]["value"] == pytest.approx(float(right))
     assert found["energy_gap"]["joint_energy"] is None
     assert found["energy_gap"]["energy"]["value"] == pytest.approx(float(gap), abs=1e-5)
@@ -206,10 +212,10 @@ def test_a_network_is_an_extractor_and_a_model_with_other_labels_has_no_joint_ga
         ({"real": "unlabelled"}, "has none: compare with a labelled"),
     ],
 )
-def test_what_does_not_fit_is_told(change, words, world):
-    model, real = world
+def test_incompatible_input_is_refused(change, words, model_and_images):
+    model, real = model_and_images
     given = {"samples": real.images[:2], "labels": real.labels[:2], "real": real} | change
     if given["real"] == "unlabelled":
         given["real"] = replace(real, labels=None)
     with pytest.raises(UserError, match=words):
-        measure_guided(**given, extractor=plain(model))
+        measure_guided(**given, extractor=pixel_extractor(model))

@@ -1,4 +1,4 @@
-"""Linearity and its suite against homogeneous models, whose degree is known by Euler's identity."""
+"""`linearity` and its suite on homogeneous models, whose degree follows from Euler's identity."""
 
 import pytest
 import torch
@@ -50,13 +50,13 @@ def test_a_cubic_density_has_degree_three(evaluate, tmp_path):
         assert degree["count"] == 12
         assert level["of_change"]["value"] == pytest.approx(1, abs=1e-4)
         assert level["explained"]["value"] == pytest.approx(1, abs=1e-6)
-        assert level["euler_degree"] is None  # only where log p has no unknown constant
+        assert level["euler_degree"] is None  # log p may have an unknown constant
     assert document["theory"] is None
     assert (tmp_path / "linearity.png").stat().st_size > 10_000
 
 
-class Hill(EnergyModel):
-    """log p(y) = -(y - m)^2 / 2: D - y = -sigma^2 (y - m) and D - J y = sigma^2 m, of no degree."""
+class ShiftedGaussian(EnergyModel):
+    """log p(y) = -(y - m)^2 / 2: D - y = -sigma^2 (y - m), D - J y = sigma^2 m; not homogeneous."""
 
     m = 0.5
 
@@ -65,20 +65,20 @@ class Hill(EnergyModel):
         return Energies(flat[:, :0], -(flat - self.m).square().sum(1) / 2)
 
 
-def test_no_single_image_decides_a_pooled_ratio(evaluate):
-    """One image is hardly changed, so that its own ratios are far off: the sums do not mind."""
+def test_degree_is_a_ratio_of_sums_over_images(evaluate):
+    """Denoising hardly changes one image: its own ratio is an outlier, the ratio of sums is not."""
     images = Drawn(torch.linspace(0, 1, 12).reshape(12, 1, 1, 1), None)
-    for level in evaluate(Hill().eval(), images)["levels"]:
+    for level in evaluate(ShiftedGaussian().eval(), images)["levels"]:
         sigma = level["sigma"]
         ((_, y, *_),) = noisy_batches(images, sigma, batch_size=12)
         y = y.flatten().double()
-        off = y - Hill.m
-        own = 2 + Hill.m / off
-        pooled = 2 + Hill.m * float(off.sum() / off.square().sum())
+        off = y - ShiftedGaussian.m
+        own = 2 + ShiftedGaussian.m / off
+        pooled = 2 + ShiftedGaussian.m * float(off.sum() / off.square().sum())
         assert (own - pooled).abs().max() > 10
         assert level["degree"]["value"] == pytest.approx(pooled, abs=1e-3)
         assert level["degree"]["low"] < pooled < level["degree"]["high"]
-        size = float((12 * Hill.m**2 / off.square().sum()).sqrt())
+        size = float((12 * ShiftedGaussian.m**2 / off.square().sum()).sqrt())
         assert level["of_change"]["value"] == pytest.approx(size, rel=1e-3)
         assert level["of_change"]["low"] >= 0
 
@@ -91,11 +91,11 @@ def test_one_image_has_a_degree_and_no_interval(tmp_path):
     assert degree["low"] is None
 
 
-def test_levels_sum_up_the_first_images(network, squares, evaluate):
-    document = evaluate(network, squares, images=10)
+def test_levels_summarise_the_first_images(network, random_images, evaluate):
+    document = evaluate(network, random_images, images=10)
     for level in document["levels"]:
         sigma = level["sigma"]
-        ((_, y, *_),) = noisy_batches(squares.first(10), sigma, batch_size=10)
+        ((_, y, *_),) = noisy_batches(random_images.first(10), sigma, batch_size=10)
         found = linearity(network, y, sigma)
         moved = (network.denoise(y, sigma) - y).flatten(1).double().square().sum(1)
         means = {n: getattr(found, n).mean() for n in ("error", "unexplained", "explained")}
@@ -112,10 +112,10 @@ def test_levels_sum_up_the_first_images(network, squares, evaluate):
 
 @pytest.mark.filterwarnings("ignore:a score is differentiated through ReLU")
 @pytest.mark.parametrize("norm", ["group", "scale"])
-def test_both_degrees_meet_the_theory(norm, squares, evaluate):
+def test_both_degrees_match_theory(norm, random_images, evaluate):
     model = create_model(num_classes=3, in_channels=1, width=8, norm=norm, activation="relu")
-    model.backbone.stem.weight.data *= 100  # so that the norms' eps is far below variances
-    document = evaluate(model.eval().requires_grad_(False), squares, images=6)
+    model.backbone.stem.weight.data *= 100  # eps of the norms is far below variances
+    document = evaluate(model.eval().requires_grad_(False), random_images, images=6)
     expected = {"group": 0, "scale": 2}[norm]
     assert document["theory"]["degree"] == expected
     for level in document["levels"]:
@@ -123,19 +123,19 @@ def test_both_degrees_meet_the_theory(norm, squares, evaluate):
         assert level["euler_degree"]["value"] == pytest.approx(expected, abs=0.05)
 
 
-def test_a_locally_linear_denoiser_leaves_only_rounding(evaluate):
-    class Bowl(EnergyModel):
+def test_locally_linear_denoiser_has_only_rounding_error(evaluate):
+    class CenteredGaussian(EnergyModel):
         def forward(self, y, sigma=None):
             return Energies(y.flatten(1)[:, :0], -y.flatten(1).square().sum(1))
 
-    document = evaluate(Bowl().eval(), Drawn(torch.rand(4, 1, 4, 4), None))
+    document = evaluate(CenteredGaussian().eval(), Drawn(torch.rand(4, 1, 4, 4), None))
     for level in document["levels"]:
         assert level["error"]["value"] < 1e-5
         assert level["explained"] is None
 
 
-def test_the_grid_shows_each_network_beside_its_theory(network, squares, evaluate, tmp_path):
-    levels = evaluate(network, squares, images=4)["levels"]
+def test_grid_figure_is_written(network, random_images, evaluate, tmp_path):
+    levels = evaluate(network, random_images, images=4)["levels"]
     cells = [
         {
             "norm": norm,
@@ -156,14 +156,14 @@ def test_the_grid_shows_each_network_beside_its_theory(network, squares, evaluat
     ("options", "words"),
     [({"sigmas": []}, "sigmas"), ({"images": 1}, "images"), ({"sigmas": ["25"]}, "25/255")],
 )
-def test_illegal_settings_are_refused(options, words, network, squares, evaluate):
+def test_illegal_settings_are_refused(options, words, network, random_images, evaluate):
     with pytest.raises(UserError, match=words):
-        evaluate(network, squares, **options)
+        evaluate(network, random_images, **options)
 
 
 @pytest.fixture
-def world(mixture):
-    """The mixture in float64, and a noisy image between its components."""
+def mixture_and_noisy_image(mixture):
+    """The mixture in float64 and one of its samples with noise."""
     mixture.double()
     x, _ = mixture.sample(1)
     return mixture, x[0] + SIGMA * torch.randn_like(x[0])
@@ -183,7 +183,7 @@ class Homogeneous(EnergyModel):
         return Energies(flat[:, :0], -form * size ** (self.degree / 2 - 1))
 
 
-def test_without_symmetry_the_product_is_not_the_transposed_one():
+def test_product_with_asymmetric_jacobian_is_not_transposed():
     y, v = torch.rand(2, 1, 3, 4, dtype=torch.float64), torch.randn(2, 1, 3, 4).double()
     clean, product = directional(lambda y: y * y * y.roll(1, -1), y, v, symmetric=False)
     after = y.roll(1, -1)
@@ -196,19 +196,19 @@ def test_homogeneous_densities_have_their_degree(degree):
     y = torch.rand(5, 1, 4, 4, dtype=torch.float64) + 0.1
     model = Homogeneous(degree)
     found = linearity(model, y, SIGMA)
-    whole = torch.ones(5, dtype=torch.float64)
-    assert torch.allclose(found.degree, degree * whole, atol=1e-10)
-    assert torch.allclose(found.of_change, abs(2 - degree) * whole, atol=1e-10)
+    ones = torch.ones(5, dtype=torch.float64)
+    assert torch.allclose(found.degree, degree * ones, atol=1e-10)
+    assert torch.allclose(found.of_change, abs(2 - degree) * ones, atol=1e-10)
     assert found.unexplained.max() < 1e-12
     assert torch.allclose(found.along, degree * model.log_density(y), atol=1e-10)
     if degree == 2:
         assert found.error.max() < 1e-12  # locally linear: D(y) = J(y) y
     else:
-        assert torch.allclose(found.explained, whole)
+        assert torch.allclose(found.explained, ones)
 
 
-def test_what_is_not_homogeneous_is_left_over(world):
-    mixture, y = world
+def test_unexplained_part_of_inhomogeneous_density_is_the_fit_residual(mixture_and_noisy_image):
+    mixture, y = mixture_and_noisy_image
     found = linearity(mixture, y[None], SIGMA)
     clean = mixture.posterior_mean(y[None], SIGMA).flatten()
     rest = clean - jacobian(mixture, y, SIGMA).dense() @ y.flatten()
@@ -218,7 +218,7 @@ def test_what_is_not_homogeneous_is_left_over(world):
     assert found.explained.item() == pytest.approx(float(share), rel=1e-5)
     left = rest - (2 - found.degree) * change
     assert found.unexplained.item() == pytest.approx(float(left.norm() / clean.norm()), rel=1e-5)
-    assert abs(float(left @ change)) < 1e-6  # the best fit leaves nothing along the change
+    assert abs(float(left @ change)) < 1e-6  # the residual of the fit is orthogonal to the change
 
 
 def test_a_bias_free_relu_denoiser_is_locally_linear():
@@ -239,26 +239,26 @@ def test_a_bias_free_relu_denoiser_is_locally_linear():
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 @pytest.mark.parametrize("norm", ["group", "scale"])
 @pytest.mark.filterwarnings("ignore:a score is differentiated through ReLU")
-def test_theory_holds_for_networks(norm, activation, bias):
+def test_degree_of_networks_matches_theory(norm, activation, bias):
     model = create_model(
         num_classes=3, in_channels=1, width=8, norm=norm, activation=activation, bias=bias
     )
     model = model.eval().requires_grad_(False).double()
     for module in model.modules():
         if isinstance(module, GroupNorm):
-            module.eps = 0.0  # with it, the degree is missed in the third digit or so
+            module.eps = 0.0  # a positive eps changes the degree in the third digit
     expected = theory(norm, activation, bias)
     assert theory_of(model) == expected
     found = linearity(model, torch.rand(2, 1, 8, 8, dtype=torch.float64), SIGMA)
     if expected.degree is None:
         assert found.explained.max() < 0.99
     else:
-        # statistics of groups cancel digits: far above rounding, far below any other degree
+        # group statistics lose digits by cancellation; other degrees differ by far more
         assert (found.degree - expected.degree).abs().max() < 1e-8
         assert found.unexplained.max() < 1e-9
 
 
-def test_theory_knows_what_else_breaks_it():
+def test_batch_norm_logit_head_and_input_mean_have_no_degree():
     assert theory("none", "relu", False).degree == 2
     for broken in (
         theory("batch", "relu", False),

@@ -1,4 +1,4 @@
-"""Pictures show the figures they were given, and are written in one move."""
+"""Plots show the given values, need no pyplot, and report paths that cannot be written."""
 
 import sys
 
@@ -13,18 +13,18 @@ from ebmkit.training.metrics import learning_curves
 
 @pytest.fixture
 def figures(monkeypatch):
-    """The figures drawn, kept after they are saved."""
-    kept = []
+    """Figures passed to `save_figure`, which still saves them."""
+    found = []
     save = plots.save_figure
 
-    def keep(figure, path, *a, **k):
+    def record(figure, path, *a, **k):
         save(figure, path, *a, **k)
         with Image.open(path) as image:
             image.verify()
-        kept.append(figure)
+        found.append(figure)
 
-    monkeypatch.setattr(plots, "save_figure", keep)
-    return kept
+    monkeypatch.setattr(plots, "save_figure", record)
+    return found
 
 
 def texts(figure):
@@ -47,19 +47,19 @@ def test_learning_curves_draw_each_measure_once(figures, tmp_path):
     raw, smoothed, held_out = panels["loss ce (nats)"].lines
     assert len(raw.get_ydata()) == 40
     assert np.allclose(smoothed.get_ydata(), 2)
-    assert held_out.get_xydata().tolist() == [[20, 1.5]]  # what is not finite is left out
+    assert held_out.get_xydata().tolist() == [[20, 1.5]]  # NaN is skipped
     learning_curves([], tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
 
 
-def test_a_picture_that_cannot_be_written_is_told(tmp_path):
+def test_path_that_cannot_be_written_is_refused(tmp_path):
     rows = [{"step": 1, "kind": "train", "ce": 2.0}]
     with pytest.raises(UserError, match="cannot write"):
         learning_curves(rows, tmp_path / "absent" / "curves.png")
 
 
-def test_pyplot_and_displays_are_not_touched(tmp_path, monkeypatch):
-    """A picture is drawn where pyplot, which looks for a display, cannot be imported."""
+def test_figures_are_written_without_pyplot(tmp_path, monkeypatch):
+    """A figure is written although pyplot, which looks for a display, cannot be imported."""
     monkeypatch.delattr(matplotlib, "pyplot", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     row = {"step": 1, "kind": "train", "ce": 2.0}
@@ -68,13 +68,13 @@ def test_pyplot_and_displays_are_not_touched(tmp_path, monkeypatch):
 
 
 def test_bars_stay_within_limits(tmp_path):
-    """One wild row does not press the others flat, and says that it is wild."""
+    """An outlier does not extend the axis: it is cut, marked by carets and labelled."""
     axes = plots.new_figure(3, 3).add_subplot()
-    calm, wild = {"value": 2, "low": 1.5, "high": 2.5}, {"value": 30, "low": -35, "high": 95}
+    normal, outlier = {"value": 2, "low": 1.5, "high": 2.5}, {"value": 30, "low": -35, "high": 95}
     unknown = {"value": None, "low": None, "high": None}
-    assert not plots.bars_within(axes, [0, 1], [calm, unknown], (-2, 5), fmt="o")
+    assert not plots.bars_within(axes, [0, 1], [normal, unknown], (-2, 5), fmt="o")
     assert axes.get_lines()[0].get_xydata().tolist() == [[0, 2]]
-    assert plots.bars_within(axes, [0, 1], [calm, wild], (-2, 5), fmt="o")
+    assert plots.bars_within(axes, [0, 1], [normal, outlier], (-2, 5), fmt="o")
     assert axes.get_ylim()[0] > -3
     assert axes.get_ylim()[1] < 6
     assert "30" in texts(axes)

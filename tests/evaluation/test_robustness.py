@@ -1,4 +1,4 @@
-"""The suite robustness: what it writes, whether its figures are right, and what makes it doubt."""
+"""Suite ``robustness``: curves against known distances, files, and gradient-masking checks."""
 
 import json
 import math
@@ -32,9 +32,10 @@ QUICK |= {"noise_levels": [0, 0.02], "sigma": "0.02"}
 
 @pytest.fixture
 def plane():
+    """A linear classifier, 40 images (4 with wrong labels) and their distances to the boundary."""
     model = two_gaussians()
     x, labels, distances = near_the_plane(model, 40)
-    labels[:4] = 1 - labels[:4]  # wrong without an attack
+    labels[:4] = 1 - labels[:4]  # misclassified without an attack
     return model, Drawn(x, labels, class_names=("below", "above")), distances
 
 
@@ -48,7 +49,7 @@ def values(curve):
 
 
 def test_curves_are_shares_of_images_farther_from_the_boundary(plane, tmp_path):
-    """The defence direct exactly: 40 images of known distance, 4 of which are wrong anyway."""
+    """Exact for ``direct``: 40 images of known distance, 4 misclassified without an attack."""
     model, images, distances = plane
     result = evaluate(model, images, tmp_path, plots=True)
     document = json.loads(result.path.read_text())
@@ -64,7 +65,8 @@ def test_curves_are_shares_of_images_farther_from_the_boundary(plane, tmp_path):
         first, second = document["map"][norm]
         assert (first["sigma"], second["sigma"]) == (0, 0.02)
         assert first["accuracy"] == document["curves"][norm]["direct"]
-        assert second["accuracy"] == document["curves"][norm]["noise"]  # sigma is that level
+        # sigma equals this noise level
+        assert second["accuracy"] == document["curves"][norm]["noise"]
         for kind in ("direct", "noise"):
             check = document["checks"][norm][kind]
             assert check["gray"]["accuracy"]["value"] == 0
@@ -78,10 +80,11 @@ def test_curves_are_shares_of_images_farther_from_the_boundary(plane, tmp_path):
     assert {path.stem for path in tmp_path.glob("*.png")} == {"robustness", "robustness-map"}
 
 
-def test_refinement_gets_a_curve_for_each_number_of_steps(plane, tmp_path):
-    """JEM's protocol. Stable steps keep the plane where it is, so curves agree with direct's.
+def test_refinement_has_a_curve_for_each_number_of_steps(plane, tmp_path):
+    """JEM's protocol. Stable steps do not move the boundary, so curves equal that of ``direct``.
 
-    Chains make noise of 0.01 and all images within it of the plane unsure: there are none.
+    The noise of the chains matters only near the boundary; images within 0.003 of a strength are
+    excluded.
     """
     model, images, distances = plane
     clear = ((distances["linf"][:, None] - torch.tensor([0, 5 / 255, 0.04])).abs() > 0.003).all(1)
@@ -101,10 +104,10 @@ def test_refinement_gets_a_curve_for_each_number_of_steps(plane, tmp_path):
     assert "too large" in warning
 
 
-def test_the_same_seed_gives_the_same_in_any_batches(plane, tmp_path, monkeypatch):
+def test_results_depend_on_seed_and_not_on_batch_size(plane, tmp_path, monkeypatch):
     monkeypatch.setattr("ebmkit.evaluation.robustness.VALUES_PER_STEP", 1)
     model, images, _ = plane
-    settings = QUICK | {"steps": 2, "stepsize": 0.2}  # far from converged: starts matter
+    settings = QUICK | {"steps": 2, "stepsize": 0.2}  # far from convergence, so starts matter
     settings |= {"norms": ["l2"], "noise_levels": [0], "images": 20}
     documents = [
         evaluate(model, images, tmp_path, settings, seed=seed, batch_size=size).document
@@ -115,20 +118,23 @@ def test_the_same_seed_gives_the_same_in_any_batches(plane, tmp_path, monkeypatc
     assert measured[0] != measured[2]
 
 
-def test_progress_ends_where_it_said(plane, tmp_path):
+def test_progress_reaches_announced_total(plane, tmp_path):
     model, images, _ = plane
-    told = []
+    advanced = []
     config = parse_options({"robustness": QUICK | {"images": 9}}, ["robustness"])
-    setting = EvaluationContext(model, images, options=config, batch_size=2, advance=told.append)
-    setting.left = total = ROBUSTNESS.passes(setting) * len(images)
+    context = EvaluationContext(
+        model, images, options=config, batch_size=2, advance=advanced.append
+    )
+    context.left = total = ROBUSTNESS.passes(context) * len(images)
     with torch.no_grad():
-        ROBUSTNESS.run(setting)
-    assert sum(told) == total
-    assert setting.left == 0
-    assert len([count for count in told if count]) >= 2 * 2 * 3  # each round of bisection moves it
+        ROBUSTNESS.run(context)
+    assert sum(advanced) == total
+    assert context.left == 0
+    # every round of bisection advances it
+    assert len([count for count in advanced if count]) >= 2 * 2 * 3
 
 
-def test_few_images_are_attacked_and_that_is_said(plane, tmp_path):
+def test_limited_number_of_images_is_reported(plane, tmp_path):
     model, images, _ = plane
     settings = QUICK | {"images": 10, "norms": ["l2"], "defences": ["direct"], "noise_levels": [0]}
     result = evaluate(model, images, tmp_path, settings, plots=True)
@@ -170,11 +176,12 @@ def test_the_table_fits_eighty_columns(count):
     assert ("100.0 (95 to 100)" in "".join(lines)) == (count == 2)
     assert ("robustness.json" in "".join(lines)) == (count == 4)
     second = [line.split() for line in lines if "16/255" in line]
-    assert [row.count("-") for row in second] == ([] if count == 2 else [3])  # noise alone
+    # only noise is checked at 16/255
+    assert [row.count("-") for row in second] == ([] if count == 2 else [3])
 
 
-class Steps(EnergyModel):
-    """The label of a plane, by probabilities that are flat but for a jump: no gradient anywhere."""
+class PiecewiseConstant(EnergyModel):
+    """The labels of ``model`` with piecewise constant logits, whose gradients are 0."""
 
     num_classes = 2
     noise_conditional = True
@@ -189,19 +196,21 @@ class Steps(EnergyModel):
         return Energies(torch.stack([-height, height], 1), logits.logsumexp(1))
 
 
-class Steep(Steps):
-    """The same label, so confident that float32 has no gradient left."""
+class Saturated(PiecewiseConstant):
+    """The same labels with a softmax that is saturated in float32, so gradients are 0."""
 
     def forward(self, y, sigma=None):
         logits = self.model(y, sigma).logits
         return Energies(1e5 * logits, logits.logsumexp(1))
 
 
-@pytest.mark.parametrize("mask", [Steps, Steep])
-def test_masked_gradients_are_told(mask, tmp_path):
-    """Images 0.3 from the plane in l_inf, and in l2 four deviations of the widest random start.
+@pytest.mark.parametrize("mask", [PiecewiseConstant, Saturated])
+def test_masked_gradients_give_warning(mask, tmp_path):
+    """Images have l_inf distance 0.3 to the boundary, beyond the grid and the random starts.
 
-    On this grid both are as robust. In the gray ball PGD crosses the plane, but for the mask.
+    In l2 the distance is four standard deviations of the largest random start. Attacks on the grid
+    fail with and without masking. In the ball that contains gray, PGD crosses the boundary unless
+    gradients are masked.
     """
     model = two_gaussians()
     labels = torch.arange(20) % 2
@@ -210,45 +219,47 @@ def test_masked_gradients_are_told(mask, tmp_path):
     images = Drawn(x, labels, class_names=("below", "above"))
     settings = QUICK | {"defences": ["direct"], "noise_levels": [0], "norms": ["linf"]}
     settings |= {"linf": [0.1, 0.25]}
-    honest = evaluate(model, images, tmp_path, settings).document
+    unmasked = evaluate(model, images, tmp_path, settings).document
     masked = evaluate(mask(model), images, tmp_path, settings).document
-    assert values(honest["curves"]["linf"]["direct"]) == [1, 1, 1]
-    assert honest["checks"]["linf"]["direct"]["gray"]["accuracy"]["value"] == 0
-    assert honest["warnings"] == []
+    assert values(unmasked["curves"]["linf"]["direct"]) == [1, 1, 1]
+    assert unmasked["checks"]["linf"]["direct"]["gray"]["accuracy"]["value"] == 0
+    assert unmasked["warnings"] == []
     assert values(masked["curves"]["linf"]["direct"]) == [1, 1, 1]
     (warning,) = masked["warnings"]
     assert warning.startswith("direct, l_inf: at 127.5/255 every image can be turned gray")
     assert "the accuracy is at most 50.0%, but it is 100.0% under PGD" in warning
 
 
-def test_a_weaker_attack_that_breaks_more_is_told():
+def test_weaker_attack_that_succeeds_more_often_gives_warning():
     smallest = torch.ones(100)
     broken = torch.arange(100) < 30
 
-    def doubts(**others):
+    def compare(**others):
         return compare_attacks("l2", 0.5, smallest, {"pgd": broken, **others})
 
-    lucky = doubts(few_steps=broken.roll(3), one_step=broken & False, random_noise=broken.roll(-4))
-    assert lucky[1] == []  # 3 against 3, 0 against 30, 4 against 4
-    assert lucky[0]["one_step"].value == 1
+    similar = compare(
+        few_steps=broken.roll(3), one_step=broken & False, random_noise=broken.roll(-4)
+    )
+    assert similar[1] == []  # images that only one attack breaks: 3 to 3, 0 to 30, 4 to 4
+    assert similar[0]["one_step"].value == 1
     more = torch.arange(100) < 40
-    masked = doubts(few_steps=more, one_step=more.roll(5), random_noise=broken)
-    assert len(masked[1]) == 1  # 10 against 0, but 15 against 5 at 2 %
+    masked = compare(few_steps=more, one_step=more.roll(5), random_noise=broken)
+    assert len(masked[1]) == 1  # 10 to 0 is significant, 15 to 5 (p = 2 %) is not
     assert "PGD of a quarter of the steps at 0.5 breaks 10 images that PGD does not" in masked[1][0]
-    stronger = doubts(autoattack=more)
+    stronger = compare(autoattack=more)
     assert stronger[0]["gap"] == 0.1
     assert "at 0.5 is 60.0% under AutoAttack and 70.0% under PGD" in stronger[1][0]
-    assert doubts(autoattack=torch.arange(100) < 34)[1] == []
+    assert compare(autoattack=torch.arange(100) < 34)[1] == []
 
 
-def test_checks_are_made_where_half_of_the_images_are_left():
+def test_checks_use_epsilon_that_half_of_the_images_survive():
     smallest = torch.tensor([0, 0, 0.1, 0.2, 0.4, math.inf])
-    assert most_informative_epsilon(smallest, [0, 0.1, 0.2, 0.4]) == 0.2  # 3, 2, 1 of 4 are left
+    assert most_informative_epsilon(smallest, [0, 0.1, 0.2, 0.4]) == 0.2  # 3, 2 and 1 of 4 survive
     assert most_informative_epsilon(torch.tensor([math.inf] * 3), [0, 0.1, 0.2]) == 0.2
     assert most_informative_epsilon(torch.zeros(3), [0, 0.1]) is None
 
 
-def test_a_model_that_is_always_wrong_has_a_document(plane, tmp_path):
+def test_model_that_is_always_wrong_has_zero_accuracy_and_no_checks(plane, tmp_path):
     model, images, _ = plane
     images = Drawn(images.images[4:], 1 - images.labels[4:], class_names=images.class_names)
     settings = QUICK | {"noise_levels": [0], "defences": ["direct"]}
@@ -272,12 +283,12 @@ def test_a_model_that_is_always_wrong_has_a_document(plane, tmp_path):
         ({"defences": []}, "defences"),
     ],
 )
-def test_illegal_settings_are_told(settings, words):
+def test_illegal_settings_are_refused(settings, words):
     with pytest.raises(UserError, match=words):
         parse_options({"robustness": settings}, ["robustness"])
 
 
-def test_strengths_are_read_as_people_write_them():
+def test_epsilons_are_parsed_sorted_and_include_zero():
     options = parse_options(
         {"robustness": {"linf": ["8/255", 0.5], "l2": [2, "1.5", 0]}}, ["robustness"]
     )
@@ -286,7 +297,7 @@ def test_strengths_are_read_as_people_write_them():
     assert config.l2 == (0, 1.5, 2)
 
 
-def test_a_missing_autoattack_is_told_before_any_attack(plane, tmp_path, monkeypatch):
+def test_missing_autoattack_is_refused_before_any_attack(plane, tmp_path, monkeypatch):
     model, images, _ = plane
     monkeypatch.setattr(attacks, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="autoattack"):
@@ -294,22 +305,24 @@ def test_a_missing_autoattack_is_told_before_any_attack(plane, tmp_path, monkeyp
     assert not list(tmp_path.glob("*.json"))
 
 
-def test_models_are_compared_and_missing_ones_named(plane, tmp_path, monkeypatch):
+def test_comparison_plots_models_and_names_missing_ones(plane, tmp_path, monkeypatch):
     model, images, _ = plane
     settings = QUICK | {"noise_levels": [0], "checks": False, "steps": 1}
     document = evaluate(model, images, tmp_path, settings).document
-    drawn = []
+    figures = []
     save = plots.save_figure
     monkeypatch.setattr(
-        plots, "save_figure", lambda figure, *a, **k: (drawn.append(figure), save(figure, *a, **k))
+        plots,
+        "save_figure",
+        lambda figure, *a, **k: (figures.append(figure), save(figure, *a, **k)),
     )
     paper = {"JEM": {"linf": [(0.0, 0.9), (4 / 255, 0.5)]}}
     plot_comparison({"ours": document, "JEM": None}, tmp_path / "compare.png", paper)
     plot_comparison({"JEM": None}, tmp_path / "none.png")
     assert (tmp_path / "compare.png").stat().st_size > 5000
-    labels = [text.get_text() for text in drawn[0].legends[0].get_texts()]
+    labels = [text.get_text() for text in figures[0].legends[0].get_texts()]
     assert labels[0].startswith("ours (mixture test, 40 images")
     assert {"JEM: not run", "JEM, paper", "chance"} <= set(labels)
-    left = drawn[0].axes[0].get_lines()[0]
+    left = figures[0].axes[0].get_lines()[0]
     assert left.get_xdata().tolist() == pytest.approx([0, 5, 0.04 * 255])
     assert left.get_ydata()[0] == 90

@@ -1,4 +1,4 @@
-"""Suite robustness-grid: two networks whose robustness is known, columns, names, mistakes."""
+"""Suite ``robustness-grid``: accuracy of known classifiers, columns, names, errors."""
 
 import json
 import math
@@ -21,14 +21,14 @@ SHAPE = (1, 2, 2)
 
 
 def images(values):
-    """Constant images of these gray values (255ths); label 1 above the middle."""
+    """Constant images of these gray values (255ths); label 1 above 127."""
     pixels = torch.tensor(values, dtype=torch.uint8)[:, None, None, None].expand(-1, *SHAPE)
     labels = (torch.tensor(values) > 127).long()
     return ImageSet(pixels.contiguous(), labels, ("dark", "light"), "gray", "test")
 
 
-def separated(threshold=0.5):
-    """Two Gaussians along the diagonal: the boundary is the hyperplane of this mean gray value."""
+def gray_classifier(threshold=0.5):
+    """Two Gaussians with constant means: the boundary is the hyperplane of this mean gray value."""
     means = torch.tensor([threshold - 0.25, threshold + 0.25])[:, None, None, None].expand(
         2, *SHAPE
     )
@@ -47,12 +47,14 @@ def table_text(document):
 
 
 def test_accuracy_is_the_share_of_images_farther_from_the_boundary(tmp_path):
-    """A gray value g is |g - 1/2| sqrt(d) from the boundary, straight along the diagonal."""
+    """A constant image of gray value g has l2 distance |g - 1/2| sqrt(d) to the boundary."""
     values = [10, 60, 100, 120, 135, 160, 200, 250]
     distance = (torch.tensor(values) / 255 - 0.5).abs() * 2
     radii = [0.1, 0.3, 0.6]
     options = {"robustness-grid": {"epsilons": radii}}
-    found = evaluate(separated(), images(values), ["robustness-grid"], tmp_path, options=options)
+    found = evaluate(
+        gray_classifier(), images(values), ["robustness-grid"], tmp_path, options=options
+    )
     document = found["robustness-grid"].document
     (column,) = document["columns"]
     expected = [(distance > r).double().mean().item() for r in [0.0, *radii]]
@@ -67,9 +69,9 @@ def test_accuracy_is_the_share_of_images_farther_from_the_boundary(tmp_path):
     assert "trained 0" in text
     assert "100.0 (68 to 100)" in text
     linf = {"robustness-grid": {"norm": "linf", "epsilons": [r / 2 for r in radii]}}
-    again = evaluate(separated(), images(values), ["robustness-grid"], tmp_path, options=linf)
+    again = evaluate(gray_classifier(), images(values), ["robustness-grid"], tmp_path, options=linf)
     (column,) = again["robustness-grid"].document["columns"]
-    assert [e["value"] for e in column["accuracy"]] == expected  # sqrt(d) = 2 times the length
+    assert [e["value"] for e in column["accuracy"]] == expected  # l2 distance: sqrt(d) = 2 times
 
 
 def run_folder(path, attack="", objective="adv", **config):
@@ -86,7 +88,7 @@ def run_folder(path, attack="", objective="adv", **config):
     return str(path)
 
 
-def test_runs_beside_are_columns_by_what_they_were_trained_with(tmp_path):
+def test_other_runs_are_columns_in_order_of_their_training_attack(tmp_path):
     beside = [
         run_folder(tmp_path / "strong", "l2 1"),
         run_folder(tmp_path / "weak", "l2 0.25"),
@@ -95,7 +97,7 @@ def test_runs_beside_are_columns_by_what_they_were_trained_with(tmp_path):
         run_folder(tmp_path / "imported", objective=""),
     ]
     options = {"robustness-grid": {"beside": beside, "epsilons": [0.25], "steps": 2}}
-    own = separated()
+    own = gray_classifier()
     own.card = own.card.model_copy(update={"dataset": "gray"})
     found = evaluate(own, images([60, 200]), ["robustness-grid"], tmp_path / "e", options=options)
     document = found["robustness-grid"].document
@@ -118,19 +120,20 @@ def test_runs_beside_are_columns_by_what_they_were_trained_with(tmp_path):
     json.loads(found["robustness-grid"].path.read_text())
 
 
-def test_what_a_card_says_of_the_training():
+def test_training_attack_is_read_from_card():
     assert trained(ModelCard(objective="adv", attack="l2 0.5")) == ("l2", 0.5)
     assert trained(ModelCard(objective="ce+dsm")) == ("", 0.0)
     assert trained(ModelCard()) is None
     assert trained(None) is None
-    assert ModelCard.model_validate({"objective": "ce"}).attack == ""  # as saved before
+    # cards saved before the field existed
+    assert ModelCard.model_validate({"objective": "ce"}).attack == ""
 
 
-def test_the_thesis_s_table_stands_beside_on_cifar10(tmp_path):
+def test_table_of_thesis_is_shown_for_cifar10(tmp_path):
     source = images([60, 200])
     cifar = ImageSet(source.images, source.labels, source.class_names, "cifar10", "test")
     options = {"robustness-grid": {"steps": 1}}
-    found = evaluate(separated(), cifar, ["robustness-grid"], tmp_path, options=options)
+    found = evaluate(gray_classifier(), cifar, ["robustness-grid"], tmp_path, options=options)
     text = table_text(found["robustness-grid"])
     assert "thesis 0.25" in text
     assert "70.17" in text
@@ -138,24 +141,26 @@ def test_the_thesis_s_table_stands_beside_on_cifar10(tmp_path):
     assert THESIS[1.0, 0.5] == 0.4048
 
 
-def test_mistakes_are_told_before_any_image(tmp_path):
-    def ask(run, **more):
+def test_illegal_runs_and_settings_are_refused_in_prepare(tmp_path):
+    def prepare(run, **more):
         options = parse_options({"robustness-grid": {"beside": [run]} | more}, ["robustness-grid"])
-        ROBUSTNESS_GRID.prepare(EvaluationContext(separated(), images([60, 200]), options=options))
+        ROBUSTNESS_GRID.prepare(
+            EvaluationContext(gray_classifier(), images([60, 200]), options=options)
+        )
 
     with pytest.raises(UserError, match="there is no run folder 'nowhere'"):
-        ask("nowhere")
+        prepare("nowhere")
     with pytest.raises(UserError, match=r"beside: .*has 3 classes and the evaluated model 2"):
-        ask(run_folder(tmp_path / "three", num_classes=3))
+        prepare(run_folder(tmp_path / "three", num_classes=3))
     with pytest.raises(UserError, match="takes images of 3 channel"):
-        ask(run_folder(tmp_path / "colour", in_channels=3))
+        prepare(run_folder(tmp_path / "colour", in_channels=3))
     with pytest.raises(UserError, match="norm = 'l3' is not legal"):
-        ask("nowhere", norm="l3")
+        prepare("nowhere", norm="l3")
 
 
 @pytest.mark.slow
-def test_a_robust_run_beside_a_plain_one_from_the_command_line(tmp_path):
-    """On digits: the attack of training costs the plain network far more than the robust one."""
+def test_robust_run_has_higher_accuracy_than_plain_run_on_command_line(tmp_path):
+    """On digits, adversarial training raises the accuracy under its own attack by over 20 %."""
     for objective in ("adv", "ce"):
         ended = ebmkit_command(
             "train", "--recipe=digits-robust", f"--objective={objective}", "--steps=250",

@@ -12,16 +12,16 @@ SIGMA = 0.1
 
 
 @pytest.fixture
-def world(mixture):
-    """The mixture in float64, and a noisy image between its components."""
+def mixture_and_noisy_image(mixture):
+    """The mixture in float64 and one of its samples with noise."""
     mixture.double()
     x, _ = mixture.sample(1)
     return mixture, x[0] + SIGMA * torch.randn_like(x[0])
 
 
 @pytest.fixture
-def digit(network):
-    """A network of convolutions in float64, and an image as large as a digit."""
+def network_and_image(network):
+    """A convolutional network in float64 and an 8x8 image."""
     return network.double(), torch.rand(1, 8, 8, dtype=torch.float64)
 
 
@@ -36,14 +36,14 @@ class Linear(nn.Module):
         return (y.flatten(1) @ self.matrix.T).reshape(y.shape)
 
 
-def test_gaussian_shrinks_each_axis_by_wiener(world):
-    _, y = world
+def test_jacobian_of_gaussian_has_wiener_gains_on_its_axes(mixture_and_noisy_image):
+    _, y = mixture_and_noisy_image
     axes = torch.linalg.qr(torch.randn(16, 16, dtype=torch.float64))[0]
     variances = torch.logspace(-4, -1, 16, dtype=torch.float64)
     gains = variances / (variances + SIGMA**2)
     gaussian = Gaussian(torch.zeros_like(y), axes @ variances.diag() @ axes.T)
     operator = jacobian(gaussian, y, SIGMA)
-    # float64 through a matrix product or two
+    # rounding of matrix products in float64
     assert torch.allclose(operator.dense(), axes @ gains.diag() @ axes.T, atol=1e-11)
     found = spectrum(operator, 3, 2)
     assert torch.allclose(found.values, gains.flip(0), atol=1e-11)
@@ -54,19 +54,19 @@ def test_gaussian_shrinks_each_axis_by_wiener(world):
     assert torch.allclose(overlaps, torch.eye(3, dtype=torch.float64), atol=1e-6)
 
 
-def test_a_mixture_agrees_with_finite_differences_of_the_regression(world):
-    mixture, y = world
+def test_jacobian_of_mixture_matches_finite_differences_of_posterior_mean(mixture_and_noisy_image):
+    mixture, y = mixture_and_noisy_image
     steps = 1e-6 * torch.eye(16, dtype=torch.float64).reshape(16, *y.shape)
     up, down = (mixture.posterior_mean(y + s * steps, SIGMA).flatten(1) for s in (1, -1))
     expected = ((up - down) / 2e-6).T
     found = jacobian(mixture, y, SIGMA).dense()
-    assert torch.allclose(found, expected, atol=1e-6)  # its axes were rounded to float32
+    assert torch.allclose(found, expected, atol=1e-6)  # the mixture's axes are rounded to float32
     assert torch.linalg.eigvalsh(found).min() > 0  # sigma^2 J is a covariance
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 100])
-def test_chunks_change_nothing(digit, chunk):
-    model, y = digit
+def test_products_do_not_depend_on_chunk_size(network_and_image, chunk):
+    model, y = network_and_image
     v = torch.randn(7, *y.shape, dtype=torch.float64)
     whole = jacobian(model, y, SIGMA).vjp(v)
     operator = jacobian(model, y, SIGMA, chunk=chunk)
@@ -74,8 +74,8 @@ def test_chunks_change_nothing(digit, chunk):
     assert operator.products == 7
 
 
-def test_products_are_finite_differences_of_the_denoiser(digit):
-    model, y = digit
+def test_products_match_finite_differences_of_the_denoiser(network_and_image):
+    model, y = network_and_image
     v = torch.randn_like(y)
     step = 1e-5 * v
     moved = model.denoise(torch.stack([y + step, y - step]), SIGMA)
@@ -83,7 +83,7 @@ def test_products_are_finite_differences_of_the_denoiser(digit):
     assert torch.allclose(product, (moved[0] - moved[1]) / 2e-5, atol=1e-7)
 
 
-def test_a_gradients_jacobian_is_symmetric_to_rounding(network):
+def test_jacobian_of_a_gradient_is_symmetric_up_to_rounding(network):
     y = torch.rand(1, 8, 8)
     single = spectrum(jacobian(network, y, SIGMA)).asymmetry
     assert 0 < single < 1e-5  # float32
@@ -91,8 +91,8 @@ def test_a_gradients_jacobian_is_symmetric_to_rounding(network):
 
 
 @pytest.mark.slow
-def test_iterative_equals_dense_on_digits(digit):
-    model, y = digit
+def test_iterative_spectrum_equals_dense_spectrum(network_and_image):
+    model, y = network_and_image
     dense = spectrum(jacobian(model, y, 0.5), 3, 2, "dense")
     found = spectrum(jacobian(model, y, 0.5), 3, 2, "iterative", tolerance=1e-5)
     assert dense.values is not None
@@ -108,7 +108,7 @@ def test_iterative_equals_dense_on_digits(digit):
     assert abs(found.trace - dense.trace) < 5 * found.trace_error
 
 
-def test_little_work_gives_residuals_and_no_convergence():
+def test_too_few_products_give_residuals_and_no_convergence():
     rotation = torch.linalg.qr(torch.randn(400, 400, dtype=torch.float64))[0]
     values = torch.linspace(-1, 2, 400, dtype=torch.float64)
     net = Linear(rotation @ values.diag() @ rotation.T)
@@ -132,10 +132,11 @@ def test_probes_estimate_trace_and_asymmetry():
     assert abs(found.trace - float(matrix.trace())) < 5 * found.trace_error
     expected = float((matrix - matrix.T).norm() / matrix.norm())
     assert exact.asymmetry == pytest.approx(expected, rel=1e-12)
-    assert found.asymmetry == pytest.approx(expected, rel=0.3)  # 120 pairs: 6.5 %; norm: 1 %
+    # standard errors: 6.5 % of 120 pairs, 1 % of the norm
+    assert found.asymmetry == pytest.approx(expected, rel=0.3)
 
 
-def test_a_plain_denoiser_has_singular_values():
+def test_direct_denoiser_has_singular_values():
     matrix = torch.randn(16, 16, dtype=torch.float64)
     y = torch.rand(1, 4, 4, dtype=torch.float64)
     operator = jacobian(DirectDenoiser(Linear(matrix)), y, SIGMA)
@@ -157,20 +158,20 @@ def test_a_plain_denoiser_has_singular_values():
         ({"smallest": 0}, "0 smallest cannot be computed"),
     ],
 )
-def test_impossible_numbers_of_eigenvalues_are_refused(world, arguments, words):
-    mixture, y = world
+def test_impossible_numbers_of_eigenvalues_are_refused(mixture_and_noisy_image, arguments, words):
+    mixture, y = mixture_and_noisy_image
     with pytest.raises(UserError, match=words):
         spectrum(jacobian(mixture, y, SIGMA), **arguments)
 
 
-def test_large_jacobians_are_not_written_out():
+def test_dense_method_refuses_large_jacobians():
     operator = Jacobian(lambda y: 2 * y, torch.rand(1, 56, 56), chunk=1)
     with pytest.raises(UserError, match=r"3136 values is too large .*at most 3072"):
         spectrum(operator, method="dense")
 
 
 @pytest.mark.parametrize("method", ["dense", "iterative"])
-def test_a_diverged_model_is_told(method):
+def test_nan_jacobian_is_refused(method):
     operator = Jacobian(lambda y: y * float("nan"), torch.rand(1, 4, 4))
     with pytest.raises(UserError, match="NaN or Inf: its training diverged"):
         spectrum(operator, method=method)

@@ -1,4 +1,4 @@
-"""Intervals agree with independent formulas and cover the truth as often as they say."""
+"""Confidence intervals agree with independent formulas and have their nominal coverage."""
 
 import math
 
@@ -15,7 +15,7 @@ SLACK = 4 * math.sqrt(0.95 * 0.05 / DRAWS)  # four standard errors of a coverage
 
 
 @pytest.mark.parametrize(("hits", "count"), [(0, 10), (7, 10), (10, 10), (963, 1000)])
-def test_proportion_is_wilsons_formula(hits, count):
+def test_interval_of_a_proportion_is_wilson(hits, count):
     z, p = stats.norm.ppf(0.975), hits / count
     middle = (p + z**2 / (2 * count)) / (1 + z**2 / count)
     half = z / (1 + z**2 / count) * math.sqrt(p * (1 - p) / count + z**2 / (4 * count**2))
@@ -24,7 +24,7 @@ def test_proportion_is_wilsons_formula(hits, count):
     assert (found.low, found.high) == pytest.approx((middle - half, middle + half), abs=1e-12)
 
 
-def test_mean_is_students_interval():
+def test_interval_of_a_mean_is_student():
     values = torch.randn(37, dtype=torch.float64)
     expected = stats.ttest_1samp(values.numpy(), 0).confidence_interval(0.95)
     found = statistics.mean(values)
@@ -32,21 +32,22 @@ def test_mean_is_students_interval():
     assert (found.low, found.high) == pytest.approx(tuple(expected))
 
 
-def test_intervals_cover_the_truth():
+def test_intervals_have_nominal_coverage():
     rng = np.random.default_rng(0)
     accuracies = [statistics.proportion(int(k), 200) for k in rng.binomial(200, 0.9, DRAWS)]
     means = [statistics.mean(torch.from_numpy(v)) for v in rng.normal(3, 2, (DRAWS, 12))]
     for estimates, truth in [(accuracies, 0.9), (means, 3)]:
         covered = np.mean([e.low <= truth <= e.high for e in estimates])
-        assert covered == pytest.approx(0.95, abs=SLACK + 0.01)  # a count jumps by more
+        # coverage of a discrete count is not exactly 95 %
+        assert covered == pytest.approx(0.95, abs=SLACK + 0.01)
 
 
-def test_bootstrap_of_a_mean_is_nearly_its_interval():
+def test_bootstrap_of_a_mean_approximates_student_interval():
     values = np.random.default_rng(0).normal(3, 2, 2000)
     found = statistics.bootstrap(lambda rows: float(values[rows].mean()), len(values), seed=1)
     expected = statistics.mean(torch.from_numpy(values))
     width = expected.high - expected.low
-    # ends of the quantiles of 1000 resamples: standard error about 4 % of the width
+    # standard error of quantiles of 1000 resamples: about 4 % of the width
     assert found.low == pytest.approx(expected.low, abs=0.12 * width)
     assert found.high == pytest.approx(expected.high, abs=0.12 * width)
 
@@ -59,7 +60,7 @@ def test_interval_of_a_calibration_error_covers_the_truth():
         right = rng.random(1000) < confidence - 0.05  # over-confident by 5 % everywhere
         found = calibration_error(torch.from_numpy(confidence), torch.from_numpy(right), seed=seed)
         covered.append(found.low <= 0.05 <= found.high)
-    # asymptotic and of a biased statistic, so less than 95 %; the percentile interval covers 15 %
+    # asymptotic, of a biased statistic: coverage below 95 %; a percentile interval has 15 %
     assert np.mean(covered) > 0.85
 
 
