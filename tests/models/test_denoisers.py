@@ -76,8 +76,8 @@ def test_parameter_counts_match_published_sizes(config, size):
 def test_gs_drunet_matches_its_formula(y):
     """D = N + J^T (y - N) of the network N and its Jacobian J."""
     model = make("gs-drunet")
-    n, pull = torch.func.vjp(lambda image: model.potential.network(image, SIGMA), y)
-    torch.testing.assert_close(model.denoise(y, SIGMA), n + pull(y - n)[0])
+    n, vjp_fn = torch.func.vjp(lambda image: model.potential.network(image, SIGMA), y)
+    torch.testing.assert_close(model.denoise(y, SIGMA), n + vjp_fn(y - n)[0])
 
 
 def test_gradncnn_matches_its_formula(y):
