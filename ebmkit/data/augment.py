@@ -222,7 +222,7 @@ class Cut(NamedTuple):
     """The random crops of a batch: drawn numbers and the distribution of the boxes.
 
     Attributes:
-        draws: (B, DRAWS) float64, uniform in [0, 1).
+        draws: (B, RANDOM_NUMBERS_PER_CROP) float64, uniform in [0, 1).
         size: height and width of the output, pixels.
         scale: smallest and largest share of the image area; None: crop to ``size`` without
             resizing.

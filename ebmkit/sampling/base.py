@@ -206,7 +206,7 @@ def check_positive(name: str, value: float, zero: bool = False) -> float:
     Raises:
         UserError: if it is not a finite number above 0 (or 0, if ``zero``).
     """
-    if not (0 if zero else math.ulp(0.0)) <= value < math.inf:
+    if not 0 <= value < math.inf or (value == 0 and not zero):
         legal = "of 0 or more" if zero else "above 0"
         raise UserError(f"{name} {value} must be a finite number {legal}")
     return value

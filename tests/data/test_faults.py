@@ -62,7 +62,7 @@ def small_config(folder, **data):
 
 
 def test_unreadable_image_is_named_in_the_error(folder):
-    with pytest.raises(UserError, match=r"(03|07)\.png' is .* \(dataset\.unreadable=skip leaves"):
+    with pytest.raises(UserError, match=r"(03|07)\.png' is .* \(dataset\.unreadable=skip skips"):
         assemble(small_config(folder)).fit()
 
 

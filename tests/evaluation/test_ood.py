@@ -258,7 +258,7 @@ def test_cifar100_stands_against_cifar10_where_it_is_found(squares, tmp_path):
         ("/nowhere/at/all", "no folder or HDF5 file '/nowhere/at/all'"),
         ("nothing.h5", "no folder or HDF5 file"),
         ("cifar100", "cifar100"),
-        ("digits", "data set that is evaluated"),
+        ("digits", "is the evaluated data set"),
     ],
 )
 def test_sets_that_are_not_there_are_told_before_anything_runs(
