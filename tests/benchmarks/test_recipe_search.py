@@ -1,4 +1,4 @@
-"""The network of the recipe search is the library's, and its step the library's step."""
+"""The network and the optimiser step of the recipe search match those of the library."""
 
 import importlib.util
 import sys
@@ -26,7 +26,7 @@ def search():
 
 
 def gradients(forward, parameters):
-    """Of the joint loss in its mean form, by the parameters."""
+    """Parameter gradients of the joint loss in its mean form."""
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(3, 3, 16, 16, dtype=torch.double, generator=generator)
     eps = torch.randn(x.shape, dtype=torch.double, generator=generator)
@@ -41,7 +41,7 @@ def gradients(forward, parameters):
     ("blocks", "name"), [((1,) * 4, "gradresnet10"), ((2,) * 4, "gradresnet18")]
 )
 @pytest.mark.parametrize("norm", ["group", "scale"])
-def test_the_network_is_the_library_s_to_the_second_derivative(search, blocks, name, norm):
+def test_network_matches_the_library_up_to_second_derivatives(search, blocks, name, norm):
     ours = search.Net(search.Trial(width=8, blocks=blocks, norm=norm)).double()
     theirs = create_model(name, 10, in_channels=3, width=8, norm=norm).double()
     own = dict(ours.named_parameters())
@@ -60,6 +60,6 @@ def test_the_network_is_the_library_s_to_the_second_derivative(search, blocks, n
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
-def test_the_orthogonalisation_is_the_library_s(search):
+def test_orthogonalisation_matches_the_library(search):
     x = torch.randn(3, 6, 20, dtype=torch.double, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(search.orthogonalize(x, 5), orthogonalize(x), rtol=1e-5, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Time to quality on invented runs: when a mark is reached, and by which length first."""
+"""Time to quality on synthetic runs: when a mark is reached, and the shortest length for it."""
 
 import importlib.util
 import json
@@ -28,7 +28,7 @@ def run(who="ours", steps=100, seed=0, accuracy=0.9, psnr=(3.0, 4.0, 5.0)):
     return own | {"accuracy": accuracy, "psnr": list(psnr)}
 
 
-def test_a_mark_is_reached_by_the_mean_over_seeds_in_all_four_qualities(benchmark):
+def test_mark_requires_the_mean_over_seeds_of_all_four_metrics(benchmark):
     assert benchmark.reaches([run()], MARK)
     assert benchmark.reaches([run(accuracy=0.8), run(accuracy=1.0, seed=1)], MARK)
     assert not benchmark.reaches([run(accuracy=0.8), run(accuracy=0.99, seed=1)], MARK)
@@ -47,7 +47,7 @@ def runs():
     ]
 
 
-def test_the_summary_has_the_shortest_length_that_reached_each_mark(benchmark):
+def test_summary_has_the_shortest_length_that_reaches_each_mark(benchmark):
     hard = (0.98, (3.0, 4.0, 5.0))
     rows = benchmark.summary(runs(), [MARK, hard])
     adamw, ours = rows[:2]
@@ -61,7 +61,7 @@ def test_the_summary_has_the_shortest_length_that_reached_each_mark(benchmark):
     ]
 
 
-def test_the_documentation_shows_what_was_measured(benchmark, monkeypatch, tmp_path):
+def test_documentation_page_shows_the_measured_values(benchmark, monkeypatch, tmp_path):
     hooks = module(ROOT / "docs" / "hooks.py")
     monkeypatch.setattr(hooks, "RESULTS", tmp_path)
     assert hooks.on_page_markdown("<!-- time-to-quality -->").count("Not measured yet.") == 2

@@ -1,4 +1,4 @@
-"""Augmentation against torchvision's own: its law, and its pixels."""
+"""Augmentation: distributions and pixels, with torchvision as reference."""
 
 import math
 
@@ -30,8 +30,8 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-class Drawn:
-    """Stands in for torchvision's Beta distribution: gives the lambda that we drew."""
+class FixedBeta:
+    """Replaces torchvision's Beta distribution; returns the given lambda."""
 
     def __init__(self, lam):
         self.lam = lam
@@ -45,16 +45,16 @@ def batch(count, height=8, width=8):
     return images, torch.nn.functional.one_hot(torch.arange(count) % 10, 10).float()
 
 
-def test_flips_mirror_half_of_the_images():
+def test_flip_mirrors_half_of_the_images():
     images = torch.rand(2000, 1, 2, 5)
     flipped = flip(images, generator())
     mirrored = (flipped == functional.hflip(images)).flatten(1).all(1)
-    kept = (flipped == images).flatten(1).all(1)
-    assert (mirrored ^ kept).all()
+    unchanged = (flipped == images).flatten(1).all(1)
+    assert (mirrored ^ unchanged).all()
     assert abs(int(mirrored.sum()) - 1000) < 4 * (2000 / 4) ** 0.5
 
 
-def test_padded_crops_are_torchvisions_at_uniform_offsets():
+def test_padded_crops_match_torchvision_at_uniform_offsets():
     count, padding = 2500, 2
     images = torch.rand(count, 1, 4, 6)
     cropped = random_crop(pad_images(images, padding), (4, 6), generator())
@@ -64,13 +64,13 @@ def test_padded_crops_are_torchvisions_at_uniform_offsets():
         for left in range(2 * padding + 1):
             window = functional.crop(wide, top, left, 4, 6)
             found[top, left] = (cropped == window).flatten(1).all(1).sum()
-    assert found.sum() == count  # every image is one of them, and only one
+    assert found.sum() == count  # each crop matches exactly one offset
     expected = count / found.numel()
     chi2 = ((found - expected) ** 2 / expected).sum()
-    assert chi2 < 52  # 24 degrees of freedom, 0.1 %
+    assert chi2 < 52  # 24 degrees of freedom, p = 1e-3
 
 
-def test_random_crops_are_torchvisions_per_image():
+def test_random_crops_match_torchvision_per_image():
     images = torch.rand(400, 3, 6, 7)
     cropped = random_crop(images, 5, generator())
     matches = torch.zeros(400, dtype=torch.long)
@@ -81,17 +81,17 @@ def test_random_crops_are_torchvisions_per_image():
     assert (matches == 1).all()
 
 
-def test_reflected_padding_is_torchs():
+def test_reflect_padding_matches_pytorch():
     images = torch.rand(3, 2, 5, 7)
     expected = torch.nn.functional.pad(images, (4,) * 4, mode="reflect")
     assert torch.equal(pad_images(images, 4, "reflect"), expected)
-    whole = (images * 255).to(torch.uint8)  # which torch's does not take
+    integers = (images * 255).to(torch.uint8)  # PyTorch's padding does not support them
     assert torch.equal(
-        pad_images(whole, 4, "reflect").float(), pad_images(whole.float(), 4, "reflect")
+        pad_images(integers, 4, "reflect").float(), pad_images(integers.float(), 4, "reflect")
     )
 
 
-def test_cutout_paints_one_square_around_each_centre():
+def test_cutout_fills_one_square_per_image():
     images = torch.rand(4000, 2, 6, 5)
     found = cutout(images, 3, generator())
     changed = (found != images).any(1)
@@ -99,41 +99,41 @@ def test_cutout_paints_one_square_around_each_centre():
     assert torch.equal(found, torch.where(changed[:, None], mean, images))
     rows, columns = changed.any(2).sum(1), changed.any(1).sum(1)
     assert torch.equal(changed.sum((1, 2)), rows * columns)  # a rectangle
-    whole = int(((rows == 3) & (columns == 3)).sum())  # centres that are no rim's
+    unclipped = int(((rows == 3) & (columns == 3)).sum())  # squares that the border does not clip
     expected = 4000 * (4 / 6) * (3 / 5)
-    assert abs(whole - expected) < 4 * (expected * 0.6) ** 0.5
+    assert abs(unclipped - expected) < 4 * (expected * 0.6) ** 0.5
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "message"),
     [
         ({"crop_fill": "reflect"}, "set crop_padding"),
         ({"mix_probability": 0.5}, "set mix to mixup"),
     ],
 )
-def test_options_of_what_is_not_done_are_refused(options, words):
-    with pytest.raises(Exception, match=words):
+def test_options_of_a_disabled_augmentation_are_refused(options, message):
+    with pytest.raises(Exception, match=message):
         Augmentation(**options)
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_mixup_is_torchvisions(seed):
+def test_mixup_matches_torchvision(seed):
     images, soft = batch(7)
     ours, labels = mix(images, soft, "mixup", generator(seed))
     theirs = tv.MixUp(num_classes=10)
-    theirs._dist = Drawn(torch.rand((), generator=generator(seed)))
+    theirs._dist = FixedBeta(torch.rand((), generator=generator(seed)))
     expected, expected_labels = theirs(images, soft)
     torch.testing.assert_close(ours, expected, rtol=0, atol=2e-7)  # one rounding
     torch.testing.assert_close(labels, expected_labels, rtol=0, atol=2e-7)
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_cutmix_is_torchvisions(seed, monkeypatch):
+def test_cutmix_matches_torchvision(seed, monkeypatch):
     images, soft = batch(5, height=9, width=12)
     ours, labels = mix(images, soft, "cutmix", generator(seed))
     replay = generator(seed)
     theirs = tv.CutMix(num_classes=10)
-    theirs._dist = Drawn(torch.rand((), generator=replay))
+    theirs._dist = FixedBeta(torch.rand((), generator=replay))
     randint = torch.randint
     monkeypatch.setattr(torch, "randint", lambda top, size: randint(top, size, generator=replay))
     expected, expected_labels = theirs(images, soft)
@@ -141,7 +141,7 @@ def test_cutmix_is_torchvisions(seed, monkeypatch):
     torch.testing.assert_close(labels, expected_labels, rtol=0, atol=2e-7)
 
 
-def test_both_chooses_each_half_of_the_time():
+def test_mix_both_chooses_mixup_and_cutmix_equally_often():
     images, soft = batch(3)
     cut = 0
     for seed in range(400):
@@ -151,7 +151,7 @@ def test_both_chooses_each_half_of_the_time():
 
 
 @pytest.mark.parametrize("kind", MIXES)
-def test_soft_labels_stay_probabilities_and_follow_the_pixels(kind):
+def test_soft_labels_equal_the_pixel_fractions(kind):
     images = torch.eye(4)[:, :, None, None].expand(4, 4, 6, 6)[:, :3].contiguous()
     images = torch.cat([images, 1 - images.sum(1, keepdim=True)], 1)  # image i is 1 in channel i
     for seed in range(10):
@@ -167,7 +167,7 @@ def test_soft_labels_stay_probabilities_and_follow_the_pixels(kind):
         lambda x, g, rows=None: random_crop(x, 4, g, rows),
     ],
 )
-def test_a_part_of_a_batch_gets_what_the_whole_would_give_it(operation):
+def test_part_of_a_batch_is_augmented_like_the_full_batch(operation):
     images = torch.rand(8, 3, 6, 6)
     positions = torch.tensor([7, 2, 3])
     whole = operation(images, generator())
@@ -175,13 +175,13 @@ def test_a_part_of_a_batch_gets_what_the_whole_would_give_it(operation):
     assert torch.equal(part, whole[positions])
 
 
-def drawn(count: int, seed: int = 0) -> torch.Tensor:
+def random_numbers(count: int, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(count, RANDOM_NUMBERS_PER_CROP, generator=generator, dtype=torch.float64)
 
 
-class GivenNumbers:
-    """Stands in for torch inside torchvision: uniform numbers come from a list."""
+class FixedRandomNumbers:
+    """Replaces ``torch`` inside torchvision; uniform numbers come from a list."""
 
     def __init__(self, u):
         self.attempts, self.place = iter(u[:-2].tolist()), iter(u[-2:].tolist())
@@ -204,23 +204,23 @@ class GivenNumbers:
 @pytest.mark.parametrize(
     ("height", "width"), [(375, 500), (60, 40), (28, 28), (20, 300), (300, 20)]
 )
-def test_boxes_are_torchvision_s_from_the_same_numbers(height, width, monkeypatch):
-    u = drawn(100)
+def test_crop_boxes_match_torchvision_for_the_same_random_numbers(height, width, monkeypatch):
+    u = random_numbers(100)
     law = (0.08, 1.0), (3 / 4, 4 / 3)
     boxes = crop_boxes(height, width, Cut(u, (24, 24), *law))
     transform = tv.RandomResizedCrop(24, *law)
     module = __import__(type(transform).__module__, fromlist=["torch"])
     for row, box in zip(u, boxes.tolist(), strict=True):
         with monkeypatch.context() as patch:
-            patch.setattr(module, "torch", GivenNumbers(row))
+            patch.setattr(module, "torch", FixedRandomNumbers(row))
             expected = transform.make_params([torch.zeros(3, height, width)])
         assert box == [expected[k] for k in ("top", "left", "height", "width")]
 
 
 @pytest.mark.parametrize("size", [(8, 8), (20, 24)])
-def test_batches_are_cut_and_resized_as_torchvision_does_one_by_one(size):
+def test_batched_resized_crops_match_torchvision_per_image(size):
     images = make_set(count=40, size=16).images
-    boxes = crop_boxes(16, 16, Cut(drawn(40), size, (0.08, 1.0)))
+    boxes = crop_boxes(16, 16, Cut(random_numbers(40), size, (0.08, 1.0)))
     found = resize_boxes(images, boxes, size)
     expected = torch.stack(
         [
@@ -228,11 +228,11 @@ def test_batches_are_cut_and_resized_as_torchvision_does_one_by_one(size):
             for image, box in zip(images, boxes.tolist(), strict=True)
         ]
     )
-    assert (found - expected).abs().max() < 0.51  # rounded to a grey level
+    assert (found - expected).abs().max() < 0.51  # rounded to integers
 
 
-def test_windows_are_uniform_and_change_no_pixel():
-    u = drawn(4000)
+def test_windows_are_uniform_and_copy_pixels_unchanged():
+    u = random_numbers(4000)
     boxes = crop_boxes(7, 9, Cut(u, (4, 4)))
     assert boxes[:, 2:].unique().tolist() == [4]
     places = boxes[:, 0] * 6 + boxes[:, 1]  # 4 rows, 6 columns
@@ -247,7 +247,7 @@ def test_windows_are_uniform_and_change_no_pixel():
 
 
 @pytest.mark.parametrize("make", [lambda s: s, as_streamed])
-def test_a_stream_resizes_its_crops_the_same_on_any_number_of_processes(make):
+def test_resized_crops_do_not_depend_on_the_number_of_processes(make):
     augmentation = Augmentation(crop_scale=(0.2, 0.9), crop_size=4, mix="both")
     config = StreamConfig(batch_size=8, augmentation=augmentation)
     source = make(make_set())
@@ -262,7 +262,7 @@ def test_a_stream_resizes_its_crops_the_same_on_any_number_of_processes(make):
 
 
 @pytest.mark.parametrize(
-    ("fields", "told"),
+    ("fields", "message"),
     [
         ({"crop_scale": (0, 1)}, "must rise within 0 to 1"),
         ({"crop_scale": (0.5, 0.2)}, "must rise"),
@@ -270,6 +270,6 @@ def test_a_stream_resizes_its_crops_the_same_on_any_number_of_processes(make):
         ({"crop_ratio": (2, 1)}, "must rise from above 0"),
     ],
 )
-def test_crops_that_make_no_sense_are_told(fields, told):
-    with pytest.raises(ValueError, match=told):
+def test_invalid_crop_settings_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
         Augmentation(**fields)

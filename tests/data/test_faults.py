@@ -1,4 +1,4 @@
-"""Reading images under faults: what cannot be read is named, or left out and counted."""
+"""Unreadable images: the error names the file, or the image is skipped and counted."""
 
 import multiprocessing
 import os
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("counted_once")
 
 @pytest.fixture
 def folder(tmp_path):
-    """Twenty-four pictures of two classes, of which two are no pictures, in training and test."""
+    """Training and test parts of 24 files in two classes, two of them unreadable in each part."""
     g = np.random.default_rng(0)
     for part in ("train", "val"):
         for label in ("cats", "dogs"):
@@ -31,7 +31,7 @@ def folder(tmp_path):
             for i in range(12):
                 pixels = g.integers(0, 256, (24, 20, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(place / f"{i:02}.png")
-        spoil(tmp_path / "set" / part / "cats" / "03.png")
+        truncate(tmp_path / "set" / part / "cats" / "03.png")
         (tmp_path / "set" / part / "dogs" / "07.png").write_bytes(b"not a picture")
     return tmp_path / "set"
 
@@ -39,11 +39,11 @@ def folder(tmp_path):
 AUGMENTATION = {"crop_size": 16, "crop_padding": 0}
 
 
-def spoil(path):
+def truncate(path):
     path.write_bytes(path.read_bytes()[:200])
 
 
-def small(folder, **data):
+def small_config(folder, **data):
     return resolve(
         {
             "dataset": {"name": "imagenet", "data_dir": folder, "image_size": 16, **data},
@@ -61,12 +61,12 @@ def small(folder, **data):
     )
 
 
-def test_an_image_that_cannot_be_read_names_itself(folder):
+def test_unreadable_image_is_named_in_the_error(folder):
     with pytest.raises(UserError, match=r"(03|07)\.png' is .* \(dataset\.unreadable=skip skips"):
-        assemble(small(folder)).fit()
+        assemble(small_config(folder)).fit()
 
 
-def left_out(folder, split):
+def load_with_skip(folder, split):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         found = load_dataset(
@@ -80,20 +80,20 @@ def left_out(folder, split):
     return found, [str(w.message) for w in caught]
 
 
-def test_by_option_images_in_memory_are_left_out_and_counted(folder):
-    found, told = left_out(folder, "test")
+def test_skipped_images_in_memory_are_counted_in_a_warning(folder):
+    found, messages = load_with_skip(folder, "test")
     assert len(found) == 22
     assert found.labels.bincount().tolist() == [11, 11]
-    (sentence,) = told
+    (message,) = messages
     assert len(found.left_out) == 2
-    assert "2 of 24 images of set/test cannot be read and are skipped: " in sentence
-    assert "03.png" in sentence
-    assert "07.png" in sentence
+    assert "2 of 24 images of set/test cannot be read and are skipped: " in message
+    assert "03.png" in message
+    assert "07.png" in message
 
 
-def test_labels_stay_with_their_images(folder):
-    """What is read with faults left out is what is read where they never were."""
-    with_faults, _ = left_out(folder, "test")
+def test_labels_match_their_images_after_skipping(folder):
+    """Skipping unreadable files gives the same set as deleting them."""
+    with_faults, _ = load_with_skip(folder, "test")
     for name in ("cats/03.png", "dogs/07.png"):
         (folder / "val" / name).unlink()
     clean = load_dataset("folder", folder, "test", image_size=16, progress=False)
@@ -106,7 +106,7 @@ def test_labels_stay_with_their_images(folder):
 
 
 def batches(folder, workers, world_size=1):
-    source = images_of(small(folder, unreadable="skip").dataset, "train")
+    source = images_of(small_config(folder, unreadable="skip").dataset, "train")
     config = StreamConfig(batch_size=8, augmentation={"crop_size": 16})
     drawn = []
     for rank in range(world_size):
@@ -116,7 +116,7 @@ def batches(folder, workers, world_size=1):
 
 
 @pytest.mark.filterwarnings("ignore:skipped in stream")
-def test_another_image_takes_the_place_the_same_for_workers_and_ranks(folder):
+def test_unreadable_images_are_replaced_identically_for_workers_and_ranks(folder):
     ((here, skipped),) = batches(folder, 0)
     ((there, others),) = batches(folder, 2)
     assert len(skipped) == 2
@@ -126,31 +126,31 @@ def test_another_image_takes_the_place_the_same_for_workers_and_ranks(folder):
         assert torch.equal(a.x, b.x)
         assert torch.equal(a.labels, b.labels)
     ranks = [own for own, _ in batches(folder, 0, 2)]
-    for whole, *halves in zip(here, *ranks, strict=True):
-        assert torch.equal(whole.labels, torch.cat([half.labels for half in halves]))
-        assert torch.equal(whole.x, torch.cat([half.x for half in halves]))
+    for whole, *shares in zip(here, *ranks, strict=True):
+        assert torch.equal(whole.labels, torch.cat([share.labels for share in shares]))
+        assert torch.equal(whole.x, torch.cat([share.x for share in shares]))
 
 
-def test_training_counts_what_it_left_out(folder, tmp_path):
-    config = small(folder, unreadable="skip")
+def test_training_counts_skipped_images(folder, tmp_path):
+    config = small_config(folder, unreadable="skip")
     run = RunFolder.create(tmp_path / "run", config)
     with pytest.warns(UserWarning, match="skipped in stream 'classify': .*png"):
         assemble(config, run).fit()
-    *rows, told = run.metrics()
+    *rows, summary = run.metrics()
     assert rows[-1]["unreadable_images"] == 2
-    assert told["kind"] == "unreadable"
-    assert told["count"] == 2
-    assert sorted(why.partition(".png")[0][-7:] for why in told["reasons"]) == [
+    assert summary["kind"] == "unreadable"
+    assert summary["count"] == 2
+    assert sorted(why.partition(".png")[0][-7:] for why in summary["reasons"]) == [
         "cats/03",
         "dogs/07",
     ]
 
 
 @pytest.mark.filterwarnings("ignore:skipped in stream")
-def test_a_run_that_goes_on_counts_as_one_that_never_stopped(folder, tmp_path):
-    config = small(folder, unreadable="skip")
-    whole, cut = (RunFolder.create(tmp_path / name, config) for name in ("whole", "cut"))
-    assemble(config, whole).fit()
+def test_resumed_run_counts_skipped_images_like_an_uninterrupted_one(folder, tmp_path):
+    config = small_config(folder, unreadable="skip")
+    reference, resumed = (RunFolder.create(tmp_path / name, config) for name in ("whole", "cut"))
+    assemble(config, reference).fit()
 
     class Stop(Exception):
         pass
@@ -161,44 +161,44 @@ def test_a_run_that_goes_on_counts_as_one_that_never_stopped(folder, tmp_path):
                 raise Stop
 
     with pytest.raises(Stop):
-        assemble(config, cut, StopAt()).fit()
-    assert cut.load_checkpoint()["step"] == 8
-    assemble(config, cut).fit()
+        assemble(config, resumed, StopAt()).fit()
+    assert resumed.load_checkpoint()["step"] == 8
+    assemble(config, resumed).fit()
 
-    def told(run):
+    def counts(run):
         return [(row["step"], row.get("unreadable_images"), row["kind"]) for row in run.metrics()]
 
-    assert told(cut) == told(whole)
+    assert counts(resumed) == counts(reference)
 
 
-def test_training_images_of_any_size_are_left_out_of_an_evaluation(folder):
-    images = images_of(small(folder, unreadable="skip").dataset, "train")
+def test_readable_excludes_unreadable_training_images(folder):
+    images = images_of(small_config(folder, unreadable="skip").dataset, "train")
     found = images.readable()
     assert len(found) == len(images) - len(found.left_out)
-    assert 1 <= len(found.left_out) <= 2  # the other may be held out
+    assert 1 <= len(found.left_out) <= 2  # the other may be a validation image
     assert sum(len(x) for x, _ in images.batches(5)) == len(found)
     assert {len(x) for x, _ in found.batches(len(found))} == {len(found)}
 
 
 @pytest.mark.filterwarnings("ignore:skipped in stream")
-def test_a_run_that_met_one_goes_on_with_skip(folder, tmp_path):
-    """The option changes nothing but that, so a run may take it later."""
-    run = RunFolder.create(tmp_path / "run", small(folder))
+def test_run_stopped_by_an_unreadable_image_resumes_with_skip(folder, tmp_path):
+    """A run may change this option later, because it only affects unreadable images."""
+    run = RunFolder.create(tmp_path / "run", small_config(folder))
     with pytest.raises(UserError, match="unreadable=skip"):
-        assemble(small(folder), run).fit()
-    run.check_config(small(folder, unreadable="skip"))
-    assemble(small(folder, unreadable="skip"), run).fit()
+        assemble(small_config(folder), run).fit()
+    run.check_config(small_config(folder, unreadable="skip"))
+    assemble(small_config(folder, unreadable="skip"), run).fit()
 
 
-def test_a_folder_without_a_readable_image_is_an_error(folder):
+def test_folder_without_readable_images_is_refused(folder):
     for path in folder.rglob("*.png"):
         path.write_bytes(b"")
     with pytest.raises(UserError, match="none of 24 images"):
-        left_out(folder, "test")
+        load_with_skip(folder, "test")
 
 
-class KillReader:
-    """Kills the processes that read images, as the system does when memory is short."""
+class KillWorkers:
+    """Kills the worker processes at step 5, as the kernel does when memory is short."""
 
     def report(self, row):
         if row["step"] == 5:
@@ -207,23 +207,23 @@ class KillReader:
 
 
 @pytest.mark.slow
-def test_a_reading_process_that_is_killed_is_told_and_nothing_hangs(folder, tmp_path):
-    config = small(folder, unreadable="skip", workers=1)
+def test_killed_worker_raises_an_error_instead_of_hanging(folder, tmp_path):
+    config = small_config(folder, unreadable="skip", workers=1)
     run = RunFolder.create(tmp_path / "run", config)
-    told = r"was killed by a signal, Killed; .*dataset\.workers; the last checkpoint is .*0*4\.pt"
-    with warnings.catch_warnings(), pytest.raises(UserError, match=told):
+    error = r"was killed by a signal, Killed; .*dataset\.workers; the last checkpoint is .*0*4\.pt"
+    with warnings.catch_warnings(), pytest.raises(UserError, match=error):
         warnings.simplefilter("ignore")
-        assemble(config.model_copy(update={"steps": 500}), run, KillReader()).fit()
+        assemble(config.model_copy(update={"steps": 500}), run, KillWorkers()).fit()
     assert run.load_checkpoint()["step"] == 4
 
 
 @pytest.mark.slow
-def test_a_disk_that_does_not_answer_ends_the_wait(folder, monkeypatch):
+def test_unresponsive_disk_raises_an_error_after_a_timeout(folder, monkeypatch):
     from ebmkit.data import workers
 
     monkeypatch.setattr(workers, "WORKER_TIMEOUT", 1.0)
     monkeypatch.setattr("ebmkit.data.folders.open_image", lambda *_: signal.pause())
-    source = images_of(small(folder, unreadable="skip").dataset, "train")
+    source = images_of(small_config(folder, unreadable="skip").dataset, "train")
     config = StreamConfig(batch_size=8, augmentation={"crop_size": 16})
     stream = Stream(source, config, "classify", 0, "cpu", 1)
     with (
@@ -233,7 +233,7 @@ def test_a_disk_that_does_not_answer_ends_the_wait(folder, monkeypatch):
         next(stream.batches(0, 2))
 
 
-def test_links_stay_inside_or_are_followed_when_asked(folder, tmp_path):
+def test_links_out_of_the_folder_are_refused_unless_followed(folder, tmp_path):
     secret = tmp_path / "secret.png"
     (folder / "val" / "cats" / "00.png").rename(secret)
     link = folder / "val" / "cats" / "00.png"
@@ -242,17 +242,17 @@ def test_links_stay_inside_or_are_followed_when_asked(folder, tmp_path):
         (folder / "val" / name).unlink()
     with pytest.raises(UserError, match=r"00\.png' is a link out of the folder, .*links=follow"):
         load_dataset("folder", folder, "test", image_size=16, progress=False)
-    ask = {"image_size": 16, "progress": False}
-    followed = load_dataset("folder", folder, "test", faults=FaultPolicy(follow=True), **ask)
+    options = {"image_size": 16, "progress": False}
+    followed = load_dataset("folder", folder, "test", faults=FaultPolicy(follow=True), **options)
     link.unlink()
     link.symlink_to("01.png")
-    inside = load_dataset("folder", folder, "test", **ask)
+    inside = load_dataset("folder", folder, "test", **options)
     assert len(followed) == len(inside) == 22
     (tmp_path / "elsewhere").symlink_to(folder)  # the folder itself may be a link
-    assert len(load_dataset("folder", tmp_path / "elsewhere", "test", **ask)) == 22
+    assert len(load_dataset("folder", tmp_path / "elsewhere", "test", **options)) == 22
 
 
-def test_a_data_file_that_vanishes_is_named(tmp_path, monkeypatch):
+def test_deleted_data_file_is_named_in_the_error(tmp_path, monkeypatch):
     import h5py
 
     from ebmkit.data import imagesets
@@ -267,7 +267,7 @@ def test_a_data_file_that_vanishes_is_named(tmp_path, monkeypatch):
         streamed.read([0])
 
 
-def test_a_data_file_that_is_changed_is_named(tmp_path, monkeypatch):
+def test_data_file_changed_during_use_is_named_in_the_error(tmp_path, monkeypatch):
     import h5py
 
     from ebmkit.data import imagesets

@@ -1,4 +1,4 @@
-"""Pictures of the user's: read as a person sees them, or refused in one sentence."""
+"""Image files: pixels are read and written exactly, other files give a one-line error."""
 
 import os
 import struct
@@ -39,27 +39,27 @@ def png(width, height, depth, colour, data):
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif", "tiff", "bmp", "webp"])
-def test_pixels_are_the_files_over_255(tmp_path, suffix):
+def test_pixels_are_file_values_over_255(tmp_path, suffix):
     options = {"lossless": True} if suffix == "webp" else {}
-    picture = read_image(save(COLOUR, tmp_path / f"a.{suffix}", **options))
-    assert torch.equal(picture.image, torch.from_numpy(COLOUR).permute(2, 0, 1) / 255)
-    assert (picture.bits, picture.mode) == (8, "RGB")
+    decoded = read_image(save(COLOUR, tmp_path / f"a.{suffix}", **options))
+    assert torch.equal(decoded.image, torch.from_numpy(COLOUR).permute(2, 0, 1) / 255)
+    assert (decoded.bits, decoded.mode) == (8, "RGB")
 
 
-def test_jpeg_reads_as_pillow_decodes_it(tmp_path):
+def test_jpeg_matches_pillow(tmp_path):
     path = save(COLOUR, tmp_path / "a.JPG", format="JPEG")
     decoded = torch.from_numpy(np.array(Image.open(path)))
     assert torch.equal(read_image(path).image, decoded.permute(2, 0, 1) / 255)
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif"])
-def test_16_bit_gray_keeps_its_bits_there_and_back(tmp_path, suffix):
+def test_16_bit_gray_round_trip_is_exact(tmp_path, suffix):
     values = (np.arange(48) * 1365).astype(np.uint16).reshape(6, 8)
-    picture = read_image(save(values, tmp_path / f"a.{suffix}"))
-    assert picture.bits == 16
+    decoded = read_image(save(values, tmp_path / f"a.{suffix}"))
+    assert decoded.bits == 16
     expected = torch.from_numpy(values.astype(np.float32) / 65535)
-    assert torch.equal(picture.image[0], expected)
-    write_image(picture.image, tmp_path / f"b.{suffix}", bits=16)
+    assert torch.equal(decoded.image[0], expected)
+    write_image(decoded.image, tmp_path / f"b.{suffix}", bits=16)
     assert np.array_equal(np.array(Image.open(tmp_path / f"b.{suffix}")), values)
 
 
@@ -67,16 +67,16 @@ def test_big_endian_16_bit_tiff(tmp_path):
     values = (np.arange(48) * 1365).astype(np.uint16).reshape(6, 8)
     path = tmp_path / "a.tif"
     Image.frombytes("I;16B", (8, 6), values.astype(">u2").tobytes()).save(path)
-    picture = read_image(path)
-    assert torch.equal(picture.image[0], torch.from_numpy(values.astype(np.float32) / 65535))
+    decoded = read_image(path)
+    assert torch.equal(decoded.image[0], torch.from_numpy(values.astype(np.float32) / 65535))
 
 
 def test_16_bit_colour_is_read_with_a_warning(tmp_path):
     path = tmp_path / "a.png"
     path.write_bytes(png(1, 1, 16, 2, b"\x00" + struct.pack(">HHH", 65535, 0, 0x8000)))
     with pytest.warns(UserWarning, match="16-bit colour"):
-        picture = read_image(path)
-    assert torch.equal(picture.image.flatten(), torch.tensor([255.0, 0.0, 128.0]) / 255)
+        decoded = read_image(path)
+    assert torch.equal(decoded.image.flatten(), torch.tensor([255.0, 0.0, 128.0]) / 255)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -84,7 +84,7 @@ def test_exif_orientation_is_applied(tmp_path, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = save(GRAY, tmp_path / "a.png", exif=exif)
-    upright = {  # what the tag means, by the EXIF standard
+    upright = {  # meaning of the tag in the EXIF standard
         1: GRAY,
         2: GRAY[:, ::-1],
         3: GRAY[::-1, ::-1],
@@ -98,30 +98,30 @@ def test_exif_orientation_is_applied(tmp_path, orientation):
     assert image_header(path) == (1, upright.shape)
 
 
-def test_a_palette_is_resolved(tmp_path):
+def test_palette_is_converted_to_rgb(tmp_path):
     path = tmp_path / "a.png"
     paletted = Image.fromarray(COLOUR).quantize(16)
     paletted.save(path)
     expected = torch.from_numpy(np.array(paletted.convert("RGB"))).permute(2, 0, 1) / 255
-    picture = read_image(path)
-    assert picture.mode == "P"
-    assert torch.equal(picture.image, expected)
+    decoded = read_image(path)
+    assert decoded.mode == "P"
+    assert torch.equal(decoded.image, expected)
 
 
-def test_one_bit_pictures_are_black_and_white(tmp_path):
+def test_one_bit_images_are_black_and_white(tmp_path):
     path = tmp_path / "a.png"
     Image.fromarray(GRAY > 100).save(path)
     assert torch.equal(read_image(path).image[0], torch.from_numpy(GRAY > 100).float())
 
 
-def test_opaque_alpha_is_left_out_with_a_warning(tmp_path):
+def test_opaque_alpha_is_dropped_with_a_warning(tmp_path):
     opaque = np.concatenate([COLOUR, np.full((6, 8, 1), 255, np.uint8)], 2)
     with pytest.warns(UserWarning, match="alpha"):
-        picture = read_image(save(opaque, tmp_path / "a.png"))
-    assert torch.equal(picture.image, torch.from_numpy(COLOUR).permute(2, 0, 1) / 255)
+        decoded = read_image(save(opaque, tmp_path / "a.png"))
+    assert torch.equal(decoded.image, torch.from_numpy(COLOUR).permute(2, 0, 1) / 255)
 
 
-def test_gray_is_repeated_and_colour_is_not_made_gray(tmp_path):
+def test_gray_is_repeated_to_rgb_and_colour_is_not_converted_to_gray(tmp_path):
     gray = read_image(save(GRAY, tmp_path / "gray.png"), channels=3).image
     assert gray.shape == (3, 6, 8)
     assert torch.equal(gray, gray[:1].expand(3, 6, 8))
@@ -131,15 +131,15 @@ def test_gray_is_repeated_and_colour_is_not_made_gray(tmp_path):
     assert torch.equal(read_image(same, channels=1).image, gray[:1])
 
 
-def test_a_cameras_jpeg_with_a_preview_is_one_picture(tmp_path):
+def test_jpeg_with_a_preview_is_read_as_one_image(tmp_path):
     path = tmp_path / "a.jpg"
     first, preview = Image.fromarray(COLOUR), Image.fromarray(COLOUR[:2, :2])
     first.save(path, format="MPO", save_all=True, append_images=[preview])
     assert read_image(path).image.shape == (3, 6, 8)
 
 
-def hostile(tmp_path, what):
-    """A file, or other thing, that is not a picture to be read."""
+def unreadable_path(tmp_path, what):
+    """A path that is not a readable image."""
     path = tmp_path / f"{what}.png"
     if what == "missing":
         return path
@@ -193,7 +193,7 @@ def hostile(tmp_path, what):
     return path
 
 
-HOSTILE = {
+UNREADABLE = {
     "missing": "there is no file",
     "folder": "is a folder",
     "pipe": "not an ordinary file",
@@ -216,27 +216,27 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize("what", HOSTILE)
-def test_what_is_no_picture_is_told_in_one_sentence(tmp_path, what):
-    path = hostile(tmp_path, what)
+@pytest.mark.parametrize("what", UNREADABLE)
+def test_unreadable_paths_give_a_one_line_error(tmp_path, what):
+    path = unreadable_path(tmp_path, what)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # Pillow's warnings do not leak
-        with pytest.raises(UserError, match=HOSTILE[what]) as caught:
+        warnings.simplefilter("error")  # Pillow's warnings do not reach the user
+        with pytest.raises(UserError, match=UNREADABLE[what]) as caught:
             read_image(path)
     assert path.name in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_a_bomb_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
+def test_decompression_bomb_is_refused_before_decoding(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_decoded", lambda *_: pytest.fail("decoded"))
     for what in ("bomb", "smaller bomb"):
         with pytest.raises(UserError, match="170 megapixels"):
-            read_image(hostile(tmp_path, what))
+            read_image(unreadable_path(tmp_path, what))
 
 
 @pytest.mark.parametrize("suffix", [".png", ".tif", ".tiff"])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_written_pictures_read_back_exactly(tmp_path, suffix, channels):
+def test_written_images_round_trip_exactly(tmp_path, suffix, channels):
     image = torch.randint(256, (channels, 5, 7)) / 255
     write_image(image, tmp_path / f"a{suffix}")
     assert torch.equal(read_image(tmp_path / f"a{suffix}").image, image)
@@ -247,13 +247,13 @@ def test_writing_rounds_and_clips(tmp_path):
     assert np.array(Image.open(tmp_path / "a.png")).tolist() == [[0, 128, 128, 255]]
 
 
-def test_jpeg_is_close_and_colour_has_8_bits(tmp_path):
+def test_jpeg_round_trip_is_close(tmp_path):
     smooth = torch.linspace(0, 1, 64).expand(3, 64, 64)
     write_image(smooth, tmp_path / "a.jpg", bits=16)
     assert (read_image(tmp_path / "a.jpg").image - smooth).abs().max() < 4 / 255
 
 
-def test_a_file_is_not_overwritten_unless_asked(tmp_path):
+def test_existing_file_is_replaced_only_with_overwrite(tmp_path):
     path = tmp_path / "a.png"
     path.write_bytes(b"precious")
     with pytest.raises(UserError, match="exists"):
@@ -265,7 +265,7 @@ def test_a_file_is_not_overwritten_unless_asked(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("image", "name", "told"),
+    ("image", "name", "message"),
     [
         (torch.zeros(1, 2, 2), "a.gif", "must end in"),
         (torch.zeros(2, 2, 2), "a.png", "1 or 3"),
@@ -274,7 +274,7 @@ def test_a_file_is_not_overwritten_unless_asked(tmp_path):
         (torch.zeros(1, 1, 70_000), "a.jpg", "cannot write"),
     ],
 )
-def test_what_cannot_be_written_is_told(tmp_path, image, name, told):
-    with pytest.raises(UserError, match=told):
+def test_invalid_images_and_paths_are_not_written(tmp_path, image, name, message):
+    with pytest.raises(UserError, match=message):
         write_image(image, tmp_path / name)
     assert not os.listdir(tmp_path)

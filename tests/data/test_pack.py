@@ -1,4 +1,4 @@
-"""Packing into HDF5 loses nothing, and leaves nothing behind when it fails."""
+"""Packing into HDF5 is lossless and leaves no files when it fails."""
 
 import os
 import pickle
@@ -31,7 +31,7 @@ def folder(tmp_path):
 
 
 @pytest.mark.parametrize("limit", [2**30, 0])
-def test_a_packed_folder_holds_the_same_images_and_labels(folder, tmp_path, monkeypatch, limit):
+def test_packed_folder_has_the_same_images_and_labels(folder, tmp_path, monkeypatch, limit):
     out = tmp_path / "out.h5"
     pack(folder, out, progress=False)
     monkeypatch.setattr(imagesets, "MEMORY_LIMIT", limit)
@@ -50,7 +50,7 @@ def test_a_packed_folder_holds_the_same_images_and_labels(folder, tmp_path, monk
     assert os.stat(out).st_mode & 0o777 == 0o644
 
 
-def test_a_streamed_file_gives_the_same_bits_with_workers(folder, tmp_path, monkeypatch):
+def test_streamed_file_with_workers_is_bit_identical(folder, tmp_path, monkeypatch):
     out = tmp_path / "out.h5"
     pack(folder, out, progress=False)
     memory = load_dataset("hdf5", out, "train")
@@ -66,7 +66,7 @@ def test_a_streamed_file_gives_the_same_bits_with_workers(folder, tmp_path, monk
     assert torch.equal(again.read([3])[0][0], memory.images[3])
 
 
-def test_each_process_opens_the_file_for_itself(folder, tmp_path, monkeypatch):
+def test_each_process_opens_its_own_file_handle(folder, tmp_path, monkeypatch):
     pack(folder, tmp_path / "out.h5", progress=False)
     reader = read_contents(tmp_path / "out.h5", "train")
     first = reader.read([4])
@@ -76,7 +76,7 @@ def test_each_process_opens_the_file_for_itself(folder, tmp_path, monkeypatch):
     assert reader._images is not handle
 
 
-def test_one_set_is_split_nine_to_one(tmp_path):
+def test_folder_without_parts_is_split_nine_to_one(tmp_path):
     image_folder(tmp_path / "src", 50)
     out = tmp_path / "out.h5"
     pack(tmp_path / "src", out, progress=False)
@@ -88,7 +88,7 @@ def test_one_set_is_split_nine_to_one(tmp_path):
     assert len({key for part in parts for key in keys(part)}) == 100
 
 
-def test_a_file_by_another_program_needs_no_class_names(tmp_path):
+def test_class_names_of_an_hdf5_file_are_optional(tmp_path):
     path = tmp_path / "a.h5"
     write_h5(path, 40, classes=4, group="train")
     write_h5(path, 10, classes=3, group="test")
@@ -99,7 +99,7 @@ def test_a_file_by_another_program_needs_no_class_names(tmp_path):
 
 
 @pytest.mark.parametrize("src", ["folder", "torchvision:CIFAR10"])
-def test_cifar_is_packed_whole(tmp_path, monkeypatch, src):
+def test_cifar_is_packed_completely(tmp_path, monkeypatch, src):
     _, written = fake_torchvision(tmp_path / "src", "cifar10", monkeypatch, count=300)
     source = str(tmp_path / "src")
     out = tmp_path / "out.h5"
@@ -112,14 +112,14 @@ def test_cifar_is_packed_whole(tmp_path, monkeypatch, src):
     assert load_dataset("hdf5", out, "test").class_names[9] == "truck"
 
 
-def test_images_are_brought_to_size(folder, tmp_path):
+def test_images_are_resized(folder, tmp_path):
     pack(folder, tmp_path / "out.h5", image_size=4, progress=False)
     assert load_dataset("hdf5", tmp_path / "out.h5", "test").image_size == (4, 4)
     with pytest.raises(UserError, match="--image-size 8"):
         load_dataset("hdf5", tmp_path / "out.h5", "test", image_size=8)
 
 
-def test_an_existing_file_stays(folder, tmp_path):
+def test_existing_file_is_replaced_only_with_overwrite(folder, tmp_path):
     out = tmp_path / "out.h5"
     out.write_bytes(b"precious")
     with pytest.raises(UserError, match="exists"):
@@ -129,7 +129,7 @@ def test_an_existing_file_stays(folder, tmp_path):
     assert len(load_dataset("hdf5", out, "test")) == 10
 
 
-def test_a_corrupt_image_is_named_and_nothing_is_left(folder, tmp_path):
+def test_corrupt_image_is_named_and_the_old_file_stays(folder, tmp_path):
     (folder / "train" / "bee" / "007.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
     out = tmp_path / "out.h5"
     out.write_bytes(b"precious")
@@ -139,7 +139,7 @@ def test_a_corrupt_image_is_named_and_nothing_is_left(folder, tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["out.h5", "src"]
 
 
-def test_a_full_disk_and_ctrl_c_leave_nothing(folder, tmp_path, monkeypatch):
+def test_full_disk_and_ctrl_c_leave_no_files(folder, tmp_path, monkeypatch):
     full = OSError(28, "No space left on device")
     for error, seen in [(full, UserError), (KeyboardInterrupt(), KeyboardInterrupt)]:
 
@@ -153,7 +153,7 @@ def test_a_full_disk_and_ctrl_c_leave_nothing(folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("src", "out", "told"),
+    ("src", "out", "message"),
     [
         ("absent", "out.h5", "does not exist"),
         ("src", "absent/out.h5", "there is no folder"),
@@ -161,13 +161,13 @@ def test_a_full_disk_and_ctrl_c_leave_nothing(folder, tmp_path, monkeypatch):
         ("torchvision:FakeData", "out.h5", "no training and test parts"),
     ],
 )
-def test_a_wrong_request_is_told(folder, tmp_path, src, out, told):
+def test_invalid_arguments_are_refused(folder, tmp_path, src, out, message):
     source = src if ":" in src else tmp_path / src
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         pack(source, tmp_path / out, progress=False)
 
 
-def test_training_and_test_images_of_different_kinds_are_told(tmp_path):
+def test_training_and_test_images_of_different_kinds_are_refused(tmp_path):
     image_folder(tmp_path / "src" / "train", 3)
     image_folder(tmp_path / "src" / "test", 3, mode="L")
     with pytest.raises(UserError, match="differ in size or colour"):
@@ -175,7 +175,7 @@ def test_training_and_test_images_of_different_kinds_are_told(tmp_path):
 
 
 @pytest.mark.parametrize("what", ["folder", "absent", "text", "no test", "no images"])
-def test_a_bad_hdf5_file_is_told(tmp_path, what):
+def test_invalid_hdf5_files_give_a_one_line_error(tmp_path, what):
     path = tmp_path / "a.h5"
     if what == "folder":
         path.mkdir()
@@ -185,19 +185,19 @@ def test_a_bad_hdf5_file_is_told(tmp_path, what):
         write_h5(path, 10, group="train")
     elif what == "no images":
         write_h5(path, 10, images=None)
-    told = {
+    message = {
         "folder": "is a folder",
         "absent": "ebmkit data pack",
         "text": "something else",
         "no test": "no group 'test'",
         "no images": "must hold images",
     }
-    with pytest.raises(UserError, match=told[what]) as caught:
+    with pytest.raises(UserError, match=message[what]) as caught:
         load_dataset("hdf5", path, "test")
     assert "\n" not in str(caught.value)
 
 
-def test_splits_are_the_same_every_time(folder, tmp_path):
+def test_splits_are_reproducible(folder, tmp_path):
     out = tmp_path / "out.h5"
     pack(folder, out, progress=False)
     for split in SPLITS:

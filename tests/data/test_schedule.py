@@ -1,4 +1,4 @@
-"""Sizes that change along a run leave everything a function of the step and of the sample."""
+"""Phases: batch and crop sizes change during a run; each batch depends only on its step."""
 
 import pytest
 import torch
@@ -30,20 +30,20 @@ def same(a, b):
 
 def test_batches_have_the_sizes_of_their_phase():
     shapes = [tuple(batch.x.shape) for batch in batches(make_set())]
-    first, second, third = (8, 3, 3, 3), (6, 3, 4, 4), (2, 3, 3, 3)  # the last: the stream's crop
+    first, second, third = (8, 3, 3, 3), (6, 3, 4, 4), (2, 3, 3, 3)  # third: the stream's crop
     assert shapes == [first] * 4 + [second] * 5 + [third] * 3
     assert all(batch.eps.shape == batch.x.shape for batch in batches(make_set()))
 
 
-def test_samples_are_numbered_through_so_that_epochs_stay_whole():
+def test_epochs_are_complete_across_phases():
     source = make_set(count=17)  # 68 samples: 32 of 8, 30 of 6, 6 of 2; no epoch ends with a phase
-    whole = CONFIG.model_copy(
+    config = CONFIG.model_copy(
         update={
             "augmentation": Augmentation(),
             "phases": tuple(p.model_copy(update={"crop_size": None}) for p in CONFIG.phases),
         }
     )
-    seen = torch.cat([(b.x * 255).round().flatten(1).sum(1) for b in batches(source, whole)])
+    seen = torch.cat([(b.x * 255).round().flatten(1).sum(1) for b in batches(source, config)])
     assert len(seen) == 68
     every = source.images.flatten(1).sum(1).tolist()
     for epoch in seen.long().reshape(4, 17):
@@ -51,7 +51,7 @@ def test_samples_are_numbered_through_so_that_epochs_stay_whole():
 
 
 @pytest.mark.parametrize("start", [3, 4, 6, 10])
-def test_any_step_can_be_the_first(start):
+def test_stream_can_start_at_any_step(start):
     expected = list(batches(make_set()))[start:]
     found = list(batches(make_set(), start=start))
     assert all(same(a, b) for a, b in zip(expected, found, strict=True))
@@ -59,7 +59,7 @@ def test_any_step_can_be_the_first(start):
     assert all(same(a, b) for a, b in zip(expected, streamed, strict=True))
 
 
-def test_processes_share_the_batches_of_every_phase():
+def test_ranks_split_the_batches_of_every_phase():
     ranks = [batches(make_set(), rank=r, world_size=2) for r in range(2)]
     for whole, first, second in zip(batches(make_set()), *ranks, strict=True):
         assert same(
@@ -82,7 +82,7 @@ def test_stages_are_the_common_phases_of_all_streams():
 
 
 @pytest.mark.parametrize(
-    ("config", "options", "told"),
+    ("config", "options", "message"),
     [
         (CONFIG, {"world_size": 4}, r"phases\[0\]\.batch_size to a multiple of 4"),
         (CONFIG, {"parts": 4}, r"batch of 6 .*phases\[0\]"),
@@ -93,18 +93,18 @@ def test_stages_are_the_common_phases_of_all_streams():
         ),
     ],
 )
-def test_every_phase_is_checked_before_the_first_step(config, options, told):
-    with pytest.raises(UserError, match=told):
+def test_every_phase_is_checked_before_the_first_step(config, options, message):
+    with pytest.raises(UserError, match=message):
         batches(make_set(), config, **options)
 
 
 @pytest.mark.parametrize("after", ["0", "1", "x", "3/2", "1/0", -0.1])
-def test_a_phase_begins_within_the_run(after):
+def test_phase_that_does_not_begin_within_the_run_is_refused(after):
     with pytest.raises(ValueError, match="between 0 and 1, as 150/400"):
         Phase(after=after, batch_size=8)
 
 
-def test_phases_that_do_not_follow_one_another_are_told():
+def test_unordered_phases_and_missing_number_of_steps_are_refused():
     with pytest.raises(ValueError, match="does not rise"):
         StreamConfig(phases=(Phase(after=0.5, batch_size=2), Phase(after=0.5, batch_size=4)))
     with pytest.raises(UserError, match="needs the number of steps"):

@@ -1,4 +1,4 @@
-"""Data sets: what they hold, that splits do not overlap, and what is said of bad files."""
+"""Data sets: contents, disjoint splits, and errors for invalid files."""
 
 import os
 import pickle
@@ -23,7 +23,7 @@ from ebmkit.data.sets import CIFAR
 from ebmkit.errors import UserError
 
 
-def test_digits_are_the_published_scans():
+def test_digits_match_scikit_learn():
     from sklearn.datasets import load_digits
 
     published = load_digits()
@@ -40,7 +40,7 @@ def test_digits_are_the_published_scans():
         assert (share - 0.1).abs().max() < 0.02  # stratified
     assert sets[0].images.max() == 255
     assert sets[0].class_names == tuple("0123456789")
-    # 1,797 scans are all different but for a few, so equal images would show in the split
+    # nearly all of the 1,797 scans are different, so overlapping splits would share an image
     assert not set(keys(sets[0])) & set(keys(sets[2]))
 
 
@@ -63,13 +63,13 @@ def test_patches_of_different_splits_share_no_pixel(size):
         assert (final == photographs[1][bottom : bottom + size, last : last + size]).all()
 
 
-def test_cifar_from_hdf5(tmp_path):
+def test_cifar_is_read_from_hdf5(tmp_path):
     train = write_h5(tmp_path / "cifar10-train.h5", 150)
     test = write_h5(tmp_path / "cifar10-test.h5", 20, seed=1)
     parts = load_all("cifar10", tmp_path)
     assert [len(p) for p in parts] == [147, 3, 20]
-    held = keys(parts[0]) + keys(parts[1])
-    assert sorted(held) == sorted(image.transpose(2, 0, 1).tobytes() for image in train["images"])
+    found = keys(parts[0]) + keys(parts[1])
+    assert sorted(found) == sorted(image.transpose(2, 0, 1).tobytes() for image in train["images"])
     assert torch.equal(parts[2].labels, torch.from_numpy(test["labels"]))
     assert torch.equal(parts[2].images.permute(0, 2, 3, 1), torch.from_numpy(test["images"]))
     assert parts[0].class_names[3] == "cat"
@@ -79,7 +79,7 @@ def test_cifar_from_hdf5(tmp_path):
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
 @pytest.mark.parametrize("inside", [False, True])
-def test_cifar_from_torchvisions_folder(tmp_path, monkeypatch, name, inside):
+def test_cifar_is_read_from_the_torchvision_folder(tmp_path, monkeypatch, name, inside):
     base, written = fake_torchvision(tmp_path, name, monkeypatch)
     parts = load_all(name, base if inside else tmp_path, download=False)
     total = 40 * (5 if name == "cifar10" else 1)
@@ -91,7 +91,7 @@ def test_cifar_from_torchvisions_folder(tmp_path, monkeypatch, name, inside):
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated"])
-def test_an_incomplete_cifar_folder_is_told(tmp_path, monkeypatch, damage):
+def test_incomplete_cifar_folder_is_refused(tmp_path, monkeypatch, damage):
     base, _ = fake_torchvision(tmp_path, "cifar10", monkeypatch)
     file = base / "data_batch_3"
     if damage == "missing":
@@ -102,7 +102,7 @@ def test_an_incomplete_cifar_folder_is_told(tmp_path, monkeypatch, damage):
         load_dataset("cifar10", tmp_path, "test")
 
 
-def test_a_failed_download_says_what_to_put_where_and_leaves_nothing(tmp_path, monkeypatch):
+def test_failed_download_error_names_the_expected_files_and_leaves_no_folder(tmp_path, monkeypatch):
     from torchvision.datasets import CIFAR10
 
     def fail(self):
@@ -116,20 +116,20 @@ def test_a_failed_download_says_what_to_put_where_and_leaves_nothing(tmp_path, m
     assert not folder.exists()
 
 
-def test_cifar_with_one_hdf5_file_loads_that_one(tmp_path):
+def test_single_cifar_hdf5_file_is_read(tmp_path):
     write_h5(tmp_path / "cifar100-test.h5", 200, classes=100)
     assert load_dataset("cifar100", tmp_path, "test").num_classes == 100
     with pytest.raises(UserError, match=r"but not cifar100-train\.h5"):
         load_dataset("cifar100", tmp_path, "train")
 
 
-def test_missing_cifar_without_download_is_told(tmp_path):
+def test_missing_cifar_without_download_is_refused(tmp_path):
     with pytest.raises(UserError, match="--data-dir"):
         load_dataset("cifar10", tmp_path, "train", download=False)
 
 
 @pytest.mark.parametrize(
-    ("replaced", "told"),
+    ("replaced", "message"),
     [
         ({"labels": np.full(20, 10)}, "label 10 is out of range"),
         ({"labels": np.full(20, -1)}, "label -1 is out of range"),
@@ -143,16 +143,16 @@ def test_missing_cifar_without_download_is_told(tmp_path):
         ({"images": np.zeros((20, 16, 16, 3), np.uint8)}, "32, 32, 3"),
     ],
 )
-def test_illegal_arrays_of_cifar_are_told(tmp_path, replaced, told):
+def test_invalid_cifar_arrays_give_a_one_line_error(tmp_path, replaced, message):
     path = tmp_path / "cifar10-test.h5"
     write_h5(path, 20, **replaced)
-    with pytest.raises(UserError, match=told) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         load_dataset("cifar10", tmp_path, "test")
     assert "cifar10-test.h5" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_a_truncated_hdf5_file_is_told(tmp_path):
+def test_truncated_hdf5_file_is_refused(tmp_path):
     path = tmp_path / "cifar10-test.h5"
     write_h5(path, 50)
     path.write_bytes(path.read_bytes()[:20_000])
@@ -161,7 +161,7 @@ def test_a_truncated_hdf5_file_is_told(tmp_path):
 
 
 @pytest.mark.parametrize("limit", [2**30, 0])
-def test_a_folder_in_memory_and_streamed_is_the_same_set(tmp_path, monkeypatch, limit):
+def test_folder_in_memory_and_streamed_is_the_same_set(tmp_path, monkeypatch, limit):
     image_folder(tmp_path / "train", 30)
     image_folder(tmp_path / "test", 5, seed=1)
     monkeypatch.setattr(imagesets, "MEMORY_LIMIT", limit)
@@ -179,27 +179,27 @@ def test_a_folder_in_memory_and_streamed_is_the_same_set(tmp_path, monkeypatch, 
         assert set(part.first(few).labels.tolist()) == {0, 1}  # not sorted by class
 
 
-def test_streamed_sets_pickle_and_index(tmp_path, monkeypatch):
+def test_pickled_streamed_set_reads_the_same_images(tmp_path, monkeypatch):
     image_folder(tmp_path, 30)
-    whole = load_dataset("folder", tmp_path, "train")
+    in_memory = load_dataset("folder", tmp_path, "train")
     monkeypatch.setattr(imagesets, "MEMORY_LIMIT", 0)
     streamed = pickle.loads(pickle.dumps(load_dataset("folder", tmp_path, "train")))
-    for index in (0, 5, len(whole) - 1):
+    for index in (0, 5, len(in_memory) - 1):
         (image,), labels = streamed.read([index])
-        assert torch.equal(image, whole.images[index])
-        assert labels[0] == whole.labels[index]
+        assert torch.equal(image, in_memory.images[index])
+        assert labels[0] == in_memory.labels[index]
 
 
-def test_class_folders_alone_are_split_by_path(tmp_path):
+def test_class_folders_without_parts_are_split_by_path(tmp_path):
     image_folder(tmp_path, 100)
     before = load_dataset("folder", tmp_path, "test")
     parts = load_all("folder", tmp_path)
     every = [key for part in parts for key in keys(part)]
-    assert len(set(every)) == 200  # all of them, none twice
+    assert len(set(every)) == 200  # each image once
     assert abs(len(parts[2]) - 20) < 4 * (200 * 0.09) ** 0.5
     Image.new("RGB", (8, 8)).save(tmp_path / "ant" / "new.png")
     after = set(keys(load_dataset("folder", tmp_path, "test")))
-    assert set(keys(before)) <= after  # adding a file moves no other
+    assert set(keys(before)) <= after  # a new file does not move other files
 
 
 def test_loose_images_make_a_set_without_labels(tmp_path):
@@ -209,7 +209,7 @@ def test_loose_images_make_a_set_without_labels(tmp_path):
     assert (part.labels, part.num_classes, part.channels) == (None, 0, 1)
 
 
-def test_mixed_sizes_are_resized_and_cut_in_the_middle(tmp_path):
+def test_mixed_sizes_are_resized_and_center_cropped(tmp_path):
     folder = tmp_path / "train"
     folder.mkdir()
     wide = np.zeros((10, 30, 3), np.uint8)
@@ -224,13 +224,13 @@ def test_mixed_sizes_are_resized_and_cut_in_the_middle(tmp_path):
         assert ((part.images.float() - 200).abs() < 2)[..., 1:-1].all()
 
 
-def test_colour_among_gray_images_is_told_when_it_is_read(tmp_path):
+def test_colour_image_in_a_gray_set_is_refused_when_read(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     with pytest.raises(UserError, match=r"a\.png.*convert it to gray"):
         FolderReader(tmp_path, ["a.png"], 1, (8, 8)).read([0])
 
 
-def test_files_that_are_no_images_are_mentioned(tmp_path):
+def test_files_that_are_not_images_give_a_warning(tmp_path):
     image_folder(tmp_path, 3)
     (tmp_path / "ant" / "notes.txt").write_text("hello")
     (tmp_path / "ant" / ".DS_Store").write_text("hidden")
@@ -265,7 +265,7 @@ def damaged_folder(root, what):
 
 
 @pytest.mark.parametrize(
-    ("what", "told"),
+    ("what", "message"),
     [
         ("absent", "does not exist"),
         ("file", "is not a folder"),
@@ -277,14 +277,14 @@ def damaged_folder(root, what):
         ("loose", "class folder"),
     ],
 )
-def test_a_bad_folder_is_told(tmp_path, what, told):
-    with pytest.raises(UserError, match=told) as caught:
+def test_invalid_folders_give_a_one_line_error(tmp_path, what, message):
+    with pytest.raises(UserError, match=message) as caught:
         load_dataset("folder", damaged_folder(tmp_path, what), "test")
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "told"),
+    ("name", "options", "message"),
     [
         ("cifer10", {}, "did you mean 'cifar10'"),
         ("digits", {"split": "tests"}, "did you mean 'test'"),
@@ -296,13 +296,13 @@ def test_a_bad_folder_is_told(tmp_path, what, told):
         ("hdf5", {}, "--data-dir"),
     ],
 )
-def test_a_wrong_request_is_told(name, options, told):
-    with pytest.raises(UserError, match=told):
+def test_invalid_arguments_are_refused(name, options, message):
+    with pytest.raises(UserError, match=message):
         load_dataset(name, **options)
 
 
 @pytest.mark.parametrize(
-    ("images", "labels", "told"),
+    ("images", "labels", "message"),
     [
         (torch.zeros(2, 3, 4, 4), None, "uint8"),
         (torch.zeros(2, 4, 4, dtype=torch.uint8), None, r"\(N, C, H, W\)"),
@@ -312,13 +312,13 @@ def test_a_wrong_request_is_told(name, options, told):
         (torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.tensor([0.0, 1.0]), "int64"),
     ],
 )
-def test_an_illegal_set_of_ones_own_is_told(images, labels, told):
-    with pytest.raises(UserError, match=rf"'mine'.*{told}"):
+def test_invalid_image_sets_are_refused(images, labels, message):
+    with pytest.raises(UserError, match=rf"'mine'.*{message}"):
         ImageSet(images, labels, ("a", "b"), "mine")
 
 
 @pytest.mark.parametrize("make", [lambda s: s, as_streamed])
-def test_both_kinds_of_set_have_one_surface(make):
+def test_image_set_and_streamed_set_have_the_same_interface(make):
     images = make(make_set())
     batches = list(images.batches(10))
     assert [len(x) for x, _ in batches] == [10, 10, 3]
@@ -329,7 +329,7 @@ def test_both_kinds_of_set_have_one_surface(make):
     assert len(images.first(99)) == 23
 
 
-def test_every_data_set_has_a_line_about_it():
+def test_every_data_set_has_a_description():
     assert list(DATASETS) == [
         "digits",
         "patches",
@@ -343,7 +343,7 @@ def test_every_data_set_has_a_line_about_it():
     assert all(entry.description for entry in DATASETS.values())
 
 
-def test_some_images_spread_evenly_through_a_sorted_set():
+def test_spread_selects_evenly_from_a_sorted_set():
     images = torch.arange(40, dtype=torch.uint8).reshape(40, 1, 1, 1)
     sorted_set = ImageSet(images, torch.arange(40) // 10, ("a", "b", "c", "d"))
     some = sorted_set.spread(8)
@@ -352,7 +352,7 @@ def test_some_images_spread_evenly_through_a_sorted_set():
     assert sorted_set.spread(100) is sorted_set
 
 
-def test_a_set_from_python_names_its_classes_by_their_numbers():
+def test_default_class_names_are_their_numbers():
     images = torch.randint(256, (6, 3, 8, 8)).to(torch.uint8)
     labels = torch.tensor([0, 2, 1, 0, 1, 2])
     own = ImageSet(images, labels)
@@ -367,7 +367,7 @@ def test_a_set_from_python_names_its_classes_by_their_numbers():
     assert chosen.labels.tolist() == [2, 0]
 
 
-def test_a_data_set_of_a_plugin_is_a_line_in_the_table(monkeypatch, tmp_path):
+def test_registered_data_set_is_loaded_by_name(monkeypatch, tmp_path):
     def load(request):
         assert request.path("a folder") == tmp_path
         request.check_size(8)

@@ -1,4 +1,4 @@
-"""Streams are a function of the step: any start, any number of workers, any number of processes."""
+"""Batches depend only on the step, not on the first step or the number of workers and ranks."""
 
 import multiprocessing
 import os
@@ -46,13 +46,13 @@ def stream(source, config=FULL, name="ce", seed=0, **options):
     return Stream(source, config, name, seed, "cpu", **options)
 
 
-def test_starting_late_gives_the_same_bits(toy):
+def test_start_at_a_later_step_is_bit_identical(toy):
     whole = list(stream(toy).batches(0, 10))
     tail = list(stream(toy).batches(5, 10))
     assert all(same(a, b) for a, b in zip(whole[5:], tail, strict=True))
 
 
-def test_two_interleaved_iterators_do_not_disturb_each_other(toy):
+def test_interleaved_iterators_are_independent(toy):
     one = stream(toy)
     a, b = one.batches(0, 4), one.batches(2, 4)
     mixed = [next(a), next(b), next(a), next(b), next(a), next(a)]
@@ -72,7 +72,7 @@ def test_steps_names_and_seeds_draw_independently(toy):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_reading_on_demand_gives_the_bits_of_memory(toy, streamed, workers):
+def test_streamed_set_is_bit_identical_to_the_set_in_memory(toy, streamed, workers):
     expected = list(stream(toy).batches(3, 9))
     found = list(stream(streamed, workers=workers).batches(3, 9))
     assert len(found) == 6
@@ -81,7 +81,7 @@ def test_reading_on_demand_gives_the_bits_of_memory(toy, streamed, workers):
 
 @pytest.mark.parametrize("mix", ["none", "mixup", "cutmix", "both"])
 @pytest.mark.parametrize("make", [lambda s: s, as_streamed])
-def test_ranks_slice_the_global_draw(toy, mix, make):
+def test_ranks_split_the_global_batch(toy, mix, make):
     config = FULL.model_copy(
         update={"augmentation": Augmentation(flip=True, crop_padding=1, mix=mix)}
     )
@@ -92,7 +92,7 @@ def test_ranks_slice_the_global_draw(toy, mix, make):
         assert same(whole, joined)
 
 
-NEWER = Augmentation(
+ALTERNATING_FLIPS_AND_CUTOUT = Augmentation(
     flip="alternating",
     crop_padding=2,
     crop_fill="reflect",
@@ -103,8 +103,8 @@ NEWER = Augmentation(
 
 
 @pytest.mark.parametrize("make", [lambda s: s, as_streamed])
-def test_ranks_slice_the_global_draw_of_alternating_flips_and_cutout(toy, make):
-    config = FULL.model_copy(update={"augmentation": NEWER})
+def test_ranks_split_the_global_batch_with_alternating_flips_and_cutout(toy, make):
+    config = FULL.model_copy(update={"augmentation": ALTERNATING_FLIPS_AND_CUTOUT})
     source = make(toy)
     ranks = [stream(source, config, rank=r, world_size=2).batches(0, 8) for r in range(2)]
     for whole, first, second in zip(stream(source, config).batches(0, 8), *ranks, strict=True):
@@ -126,16 +126,16 @@ def test_alternating_flips_show_each_image_both_ways_in_two_epochs():
     assert 0 < sum(mirrored) < 10
 
 
-def test_a_share_of_the_batches_is_mixed(toy):
+def test_mix_probability_is_the_share_of_mixed_batches(toy):
     augmentation = Augmentation(mix="mixup", mix_probability=0.3)
     config = StreamConfig(batch_size=2, augmentation=augmentation)
     batches = stream(toy, config).batches(0, 400)
     mixed = sum(bool((b.soft.max(1).values < 1).any()) for b in batches)
-    hidden = 1 - 5 / 22 * 1.0  # two images of one class cannot be told from unmixed
-    assert abs(mixed - 400 * 0.3 * hidden) < 5 * (400 * 0.3 * 0.7) ** 0.5
+    detectable = 1 - 5 / 22 * 1.0  # mixing within a class leaves labels hard
+    assert abs(mixed - 400 * 0.3 * detectable) < 5 * (400 * 0.3 * 0.7) ** 0.5
 
 
-def test_images_too_small_to_reflect_are_refused(toy):
+def test_images_too_small_for_reflect_padding_are_refused(toy):
     config = StreamConfig(augmentation=Augmentation(crop_padding=6, crop_fill="reflect"))
     with pytest.raises(UserError, match="at most 5"):
         stream(toy, config)
@@ -154,8 +154,8 @@ def test_cutout_as_large_as_an_image_or_crop_is_refused(toy):
     assert next(stream(toy, cut(5)).batches(0, 1)).x.shape == (64, 3, 6, 6)
 
 
-def test_the_order_of_an_epoch_is_kept_for_each_device(streamed):
-    """A sampler asks for it on the host, alternating flips on the device of the batch."""
+def test_epoch_order_is_cached_per_device(streamed):
+    """The sampler needs it on the host, alternating flips on the device of the batch."""
     own = stream(streamed)
     order = own._order(0, torch.device("cpu"))
     meta = own._order(0, torch.device("meta"))
@@ -163,7 +163,7 @@ def test_the_order_of_an_epoch_is_kept_for_each_device(streamed):
     assert own._order(0, torch.device("cpu")) is order
 
 
-def test_each_epoch_visits_every_image_once_and_drops_none():
+def test_each_epoch_visits_every_image_once():
     source = make_set(count=10)
     keys = source.images.flatten(1).sum(1)
     seen = torch.cat([b.x for b in stream(source, PLAIN).batches(0, 5)])  # 40 samples, 4 epochs
@@ -174,14 +174,14 @@ def test_each_epoch_visits_every_image_once_and_drops_none():
     assert not torch.equal(orders[0], orders[1])
 
 
-def test_a_set_smaller_than_the_batch_works():
+def test_set_smaller_than_the_batch():
     source = make_set(count=3)
     batch = next(stream(source, PLAIN).batches(0, 1))
     assert len(batch.x) == 8
     assert batch.labels.bincount().tolist() in ([3, 3, 2], [3, 2, 3], [2, 3, 3])
 
 
-def test_labels_belong_to_their_images(toy):
+def test_labels_match_their_images(toy):
     for batch in stream(toy, PLAIN).batches(0, 3):
         for image, label in zip(batch.x, batch.labels, strict=True):
             row = (toy.floats() == image).flatten(1).all(1).nonzero().item()
@@ -189,7 +189,7 @@ def test_labels_belong_to_their_images(toy):
         assert torch.equal(batch.soft, torch.nn.functional.one_hot(batch.labels, 4).float())
 
 
-def test_noise_is_the_law_times_a_standard_normal(toy):
+def test_noise_is_sigma_times_a_standard_normal(toy):
     config = StreamConfig(batch_size=64, noise=NOISE)
     batches = list(stream(toy, config).batches(0, 20))
     for batch in batches:
@@ -219,21 +219,21 @@ def test_crops_to_a_size_with_and_without_padding(toy):
         assert next(stream(toy, config).batches(0, 1)).x.shape == (8, 3, size, size)
 
 
-def test_a_set_without_labels_gives_none():
+def test_set_without_labels_gives_no_labels():
     batch = next(stream(make_set(classes=0), PLAIN).batches(0, 1))
     assert batch.labels is None
     assert batch.soft is None
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_the_processes_own_generator_is_left_alone(streamed, workers):
+def test_global_random_state_is_unchanged(streamed, workers):
     before = torch.get_rng_state()
     list(stream(streamed, workers=workers).batches(0, 2))
     assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_damaged_file_is_told_in_one_sentence(toy, workers):
+def test_damaged_file_gives_a_one_line_error(toy, workers):
     source = as_streamed(toy, damaged=range(23))
     with pytest.raises(UserError) as caught:
         list(stream(source, workers=workers).batches(0, 3))
@@ -241,8 +241,8 @@ def test_a_damaged_file_is_told_in_one_sentence(toy, workers):
     assert "\n" not in str(caught.value)
 
 
-def test_no_reading_process_outlives_its_stream(streamed, monkeypatch):
-    """Nor where it does not end when asked to; on a busy machine it may not in time."""
+def test_closing_a_stream_ends_its_workers(streamed, monkeypatch):
+    """Workers that do not respond, as on a busy machine, are killed; here they are stopped."""
     monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.0)
     batches = stream(streamed, workers=2).batches(0, 1000)
     next(batches)
@@ -261,7 +261,7 @@ def test_no_reading_process_outlives_its_stream(streamed, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("source", "config", "options", "told"),
+    ("source", "config", "options", "message"),
     [
         (make_set().first(0), PLAIN, {}, "no train images"),
         (make_set(classes=0), FULL, {}, "set mix to none"),
@@ -274,18 +274,18 @@ def test_no_reading_process_outlives_its_stream(streamed, monkeypatch):
         ),
     ],
 )
-def test_what_cannot_be_streamed_is_told(source, config, options, told):
-    with pytest.raises(UserError, match=told):
+def test_invalid_streams_are_refused(source, config, options, message):
+    with pytest.raises(UserError, match=message):
         stream(source, config, **options)
 
 
-def test_seeds_are_the_same_on_every_machine():
+def test_keyed_seed_has_the_same_value_on_every_machine():
     assert keyed_seed(0, "ce", "noise", 7) == 1271487706228487403
 
 
 @pytest.mark.slow
-def test_workers_outlive_ctrl_c_and_end_with_the_main_process(tmp_path):
-    """A trainer answers Ctrl-C by finishing its step and saving: that needs the workers."""
+def test_workers_survive_ctrl_c_and_end_with_the_main_process(tmp_path):
+    """On Ctrl-C a trainer finishes its step and saves, which needs the workers."""
     script = tmp_path / "training.py"
     script.write_text(
         textwrap.dedent(

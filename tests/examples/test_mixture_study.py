@@ -1,4 +1,4 @@
-"""The study of a mixture in the plane: each objective finds the density, the labels, the score."""
+"""The study of objectives on a 2-D mixture: density, labels and score are learned."""
 
 import importlib.util
 import json
@@ -31,10 +31,10 @@ def example(study):
 
 
 @pytest.mark.slow
-def test_a_short_training_by_chains_finds_the_mixture(study, example):
-    """About a twentieth of the study's work. A constant density errs by 1.2 nats, 0.5 and 1.0.
+def test_short_jem_training_learns_the_mixture(study, example):
+    """A twentieth of the study's training. The errors of a constant density are 1.2, 0.5 and 1.0.
 
-    By denoising it is `test_examples`.
+    `test_examples` tests denoising score matching.
     """
     row = study.ROWS["jem"]
     model = example.learn(example.truth(), 150, row.objective, batch_size=256)
@@ -46,7 +46,7 @@ def test_a_short_training_by_chains_finds_the_mixture(study, example):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SLOW)
-def test_training_to_the_end_finds_it_closely(study, example, name):
+def test_full_training_learns_the_mixture_closely(study, example, name):
     row = study.ROWS[name]
     model = study.train(example, row, seed=7, steps=500)
     errors = study.measure(example, row, model)["levels"]["0.1"]
@@ -57,8 +57,8 @@ def test_training_to_the_end_finds_it_closely(study, example, name):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.25])
-def test_chains_go_on_to_equilibrium_at_their_temperature(example, temperature):
-    """Of a Gaussian of variance v they have the variance T v, up to 4 standard errors."""
+def test_persistent_chains_reach_equilibrium_at_their_temperature(example, temperature):
+    """For a Gaussian of variance v their variance is T v, within 4 standard errors."""
     variance, count = 0.02, 2000
     model = ebmkit.GaussianMixture(torch.full((1, 2, 1, 1), 0.3), variance)
     chains = example.PersistentChains(model, count, temperature=temperature)
@@ -67,17 +67,17 @@ def test_chains_go_on_to_equilibrium_at_their_temperature(example, temperature):
     exact = temperature * variance
     assert (drawn.mean(0) - 0.3).abs().max() < 4 * (exact / count) ** 0.5
     spread = (drawn - 0.3).square().mean() / exact
-    assert spread == pytest.approx(1, abs=4 * count**-0.5)  # of 2 count squares, of variance 2
+    assert spread == pytest.approx(1, abs=4 * count**-0.5)  # 2 * count squares of variance 2
 
 
-def test_warming_a_power_of_the_density_gives_it_back(study, example):
+def test_warmed_recovers_the_density_from_its_power(study, example):
     joint = example.truth().log_joint(example.plane(9), example.SIGMA)
     power = 0.1 * joint.logsumexp(1)[:, None] + joint.log_softmax(1)
     torch.testing.assert_close(study.warmed(power, 0.1), joint, rtol=1e-4, atol=1e-4)
 
 
-def test_errors_are_zero_at_the_truth_and_what_they_should_be_beside_it(study, example):
-    """Of a density tilted by exp(a y_1) and odds that are e times as high, by hand."""
+def test_errors_are_zero_at_the_truth_and_match_values_computed_by_hand(study, example):
+    """For a density tilted by exp(2 y_1) and odds multiplied by e."""
     mixture, points, sigma = example.truth(), example.plane(41), example.SIGMA
     exact = example.fields(lambda y: mixture.log_joint(y, sigma), points)
     torch.testing.assert_close(exact.score, mixture.score(points, sigma=sigma).flatten(1))
@@ -99,8 +99,8 @@ def test_errors_are_zero_at_the_truth_and_what_they_should_be_beside_it(study, e
     assert errors["p(c|y) (max)"] == pytest.approx(0.2449, abs=0.01)  # at odds of e^-1/2
 
 
-def test_what_the_blind_network_learns_is_the_closed_form(study, example):
-    """The study's truth under a law has `GaussianMixture.blind_score`, and Bayes' labels."""
+def test_blind_log_joint_matches_the_closed_form(study, example):
+    """References: `GaussianMixture.blind_score`, and Bayes' rule over the noise levels."""
     mixture, points = example.truth(), example.plane(9)
     fields = example.fields(lambda y: study.blind_log_joint(mixture, study.LAW, y), points)
     low, high = study.LAW.range
@@ -113,7 +113,7 @@ def test_what_the_blind_network_learns_is_the_closed_form(study, example):
 
 
 @pytest.mark.slow
-def test_the_study_writes_its_results_and_repeats_no_row(study, tmp_path, monkeypatch, capsys):
+def test_study_writes_results_and_skips_finished_rows(study, tmp_path, monkeypatch, capsys):
     arguments = ["mixture", "--out", "rows", "--only", "cdsm", "--seeds", "3"]
     arguments += ["--steps", "2", "--results", "found.json", "--picture", "found.png"]
     monkeypatch.setattr(study, "GRID", {"count": 21, "reach": 0.8})

@@ -1,6 +1,6 @@
 """The commands of all entries. A word such as ``a.b=c`` stands for ``--set a.b=c``.
 
-When options or values get other names, they change here, and the names of the entries stay.
+When options or values are renamed, change them here and keep the names of the entries.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ JOINT = "train/ce+dsm/linear-quadratic"
 DIFFUSION, LABELLED = "train/ddpm/unet", "train/ddpm/unet-labels"
 NEGATIVES, ROBUST = "train/jem/wideresnet10-jem", "train/adv/logit"
 NOISY = "train/recipe/digits-noisy-classifier"
-"""Training runs that samples, evaluations and exports are made of."""
+"""Training runs used by samples, evaluations and exports."""
 
 TRAIN = (
     "train --steps 20 --device cpu --compile off --no-evaluate --out run log_every=1 "
@@ -100,7 +100,7 @@ SAMPLERS = {
     "ks": "kadkhodaie_simoncelli",
     "ascent": None,
 }
-"""Part of an entry's name -> the sampler, where it has another name."""
+"""Name in an entry -> name of the sampler, if it is different."""
 
 SAMPLED = {
     **{
@@ -158,7 +158,7 @@ GUIDED |= {
         f"--label 3 {_DDIM} --guidance classifier-free --scale 1.5 {FEW}",
     ),
 }
-"""Name -> training run, that of the guide, words after `SAMPLE` and `GUIDE`."""
+"""Name -> training run, training run of the guide, words after `SAMPLE` and `GUIDE`."""
 
 RESTORED = ("inpaint", "random-pixels", "superres", "deblur", "compressed")
 

@@ -1,4 +1,4 @@
-"""How entries are computed: by the command line, from the files that it writes.
+"""The entries: each runs the command line and reads the files that it writes.
 
 Only `_outputs` and `_mixture` use the Python interface.
 """
@@ -23,10 +23,10 @@ from ebmkit_tests.freeze.summary import Weights
 
 
 class Entry(NamedTuple):
-    """Something to compute.
+    """A result to record.
 
     Attributes:
-        compute: in the entry's own folder, to nested results (`numbers.summarize`).
+        compute: runs in the entry's own folder; returns nested results for `summary.summarize`.
         runs: entries of training runs whose folders it reads.
     """
 
@@ -49,7 +49,7 @@ def ebmkit(command: str) -> None:
             os._exit(1)
 
 
-def run_of(name: str) -> str:
+def run_path(name: str) -> str:
     """The run folder of a training entry, seen from the folder of another."""
     return f"../{name.replace('/', '~')}/run" if name else ""
 
@@ -64,16 +64,16 @@ def _train(words: str) -> dict[str, Any]:
 
 
 def _resume(name: str) -> dict[str, Any]:
-    """The end of a training run that another version began."""
+    """Resume a training run of an older version to its end."""
     shutil.copytree(Path(__file__).resolve().parents[1] / "old_runs" / name, "run")
     ebmkit(c.RESUME)
     return _trained(Path("run"))
 
 
 def _trained(run: Path) -> dict[str, Any]:
-    """Losses and weights of a run, and what its model gives.
+    """Losses and weights of a run, and outputs of its model.
 
-    Those of the first steps are kept one by one: there a change of rounding is still small.
+    Losses of the first steps are recorded one by one: the effect of rounding is still small there.
     """
     import safetensors.numpy
 
@@ -146,25 +146,25 @@ def _mixture(name: str) -> dict[str, Any]:
 def _sample(run: str, guide: str, words: str) -> dict[str, Any]:
     import h5py
 
-    by = c.GUIDE.format(guide=run_of(guide)) if guide else ""
-    ebmkit(f"{c.SAMPLE.format(run=run_of(run))} {by} {words}")
+    by = c.GUIDE.format(guide=run_path(guide)) if guide else ""
+    ebmkit(f"{c.SAMPLE.format(run=run_path(run))} {by} {words}")
     with h5py.File("drawn/samples.h5") as file:
         arrays = {k: v[()] for k, v in file.items() if v.dtype.kind in "fiub"}
     return {"samples": arrays, "document": _json(Path("drawn/sampling.json"))}
 
 
-def _picture(command: str) -> None:
-    """Run a command on a picture."""
+def _run_on_image(command: str) -> None:
+    """Run a command on a small gray image."""
     from PIL import Image
 
     rows, columns = np.mgrid[0:20, 0:12]
     values = 127 + 90 * np.sin(rows / 3) * np.cos(columns / 2)
     Image.fromarray(values.astype(np.uint8)).save("picture.png")
-    ebmkit(command.format(run=run_of(c.JOINT)))
+    ebmkit(command.format(run=run_path(c.JOINT)))
 
 
 def _images() -> dict[str, Any]:
-    """Those that a command wrote, without plots."""
+    """Images that a command wrote, without plots."""
     from PIL import Image
 
     paths = [p for p in sorted(Path("out").glob("*.png")) if "comparison" not in p.stem]
@@ -172,18 +172,18 @@ def _images() -> dict[str, Any]:
 
 
 def _denoise(words: str) -> dict[str, Any]:
-    _picture(f"{c.DENOISE} {words}")
+    _run_on_image(f"{c.DENOISE} {words}")
     return _images()
 
 
 def _restore(task: str) -> dict[str, Any]:
-    _picture(c.RESTORE.replace("{name}", task))
+    _run_on_image(c.RESTORE.replace("{name}", task))
     return {"images": _images(), "document": _json(Path("out/picture.json"))}
 
 
 def _classify() -> dict[str, Any]:
     """The numbers of the printed table."""
-    _picture(c.CLASSIFY)
+    _run_on_image(c.CLASSIFY)
     sys.stdout.flush()
     return {"table": [float(n) for n in re.findall(r"-?\d+\.\d+", Path("stdout").read_text())]}
 
@@ -193,7 +193,7 @@ def _export(what: str, suffix: str) -> dict[str, Any]:
     import torch
 
     file = what + suffix
-    ebmkit(c.EXPORT.format(run=run_of(c.JOINT), file=file, what=what))
+    ebmkit(c.EXPORT.format(run=run_path(c.JOINT), file=file, what=what))
     y = torch.linspace(0, 1, 2 * 64).sin().reshape(2, 1, 8, 8)
     inputs = [y, torch.tensor([0.1, 0.2])] if what == "denoiser" else [y]
     if suffix == ".pt2":
@@ -209,11 +209,11 @@ def _export(what: str, suffix: str) -> dict[str, Any]:
 
 def _evaluate(suite: str) -> dict[str, Any]:
     run, words = c.SUITES[suite]
-    name = "corruptions" if suite == "shift" else suite  # an entry keeps its name
-    shutil.copytree(run_of(run), "run")
+    name = "corruptions" if suite == "shift" else suite  # the entry keeps its old name
+    shutil.copytree(run_path(run), "run")
     if suite == "generation":
         _sample(run, "", c.GENERATED)
-    words = words.replace("{extractor}", run_of(c.ROBUST))
+    words = words.replace("{extractor}", run_path(c.ROBUST))
     ebmkit(f"{c.EVALUATE.format(name=name)} {words}")
     found = {path.stem: _json(path) for path in sorted(Path("run/evaluation").rglob("*.json"))}
     return {suite if stem == name else stem: document for stem, document in found.items()}
@@ -232,8 +232,8 @@ ENTRIES: dict[str, Entry] = {
     **{name: Entry(partial(_train, words)) for name, words in c.TRAINED.items()},
     **{f"resume/{name}": Entry(partial(_resume, name)) for name in OLD_RUNS},
     **{
-        f"sample/{name}/mixture": Entry(partial(_mixture, today or name))
-        for name, today in c.SAMPLERS.items()
+        f"sample/{name}/mixture": Entry(partial(_mixture, sampler_name or name))
+        for name, sampler_name in c.SAMPLERS.items()
     },
     **{n: Entry(partial(_sample, run, "", words), (run,)) for n, (run, words) in c.SAMPLED.items()},
     **{

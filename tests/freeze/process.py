@@ -1,7 +1,7 @@
-"""Entries computed in processes of their own, and kept in a folder until all are there.
+"""Computes each entry in its own process and stores the results in a folder.
 
-The processes are forked from one that has imported the libraries, which takes longer than most
-entries do.
+The processes are forked from one that has imported the libraries, because the imports take longer
+than most entries.
 """
 
 from __future__ import annotations
@@ -24,31 +24,31 @@ FIXED = {
     "COLUMNS": "1000",
     "NO_COLOR": "1",
 }
-"""Environment of all processes: one thread, and sums whose order depends on nothing else."""
+"""Environment of all processes: one thread and a fixed order of sums."""
 
 IMPORTED = [
     *("ebmkit.cli", "torch._subclasses.fake_tensor", "torch._dynamo"),
     *("torchvision", "torchmetrics", "foolbox", "diffusers", "h5py", "scipy", "PIL.Image"),
     *("sklearn.datasets", "sklearn.metrics", "sklearn.model_selection", "matplotlib.pyplot"),
 ]
-"""Modules that are imported before a process is forked, where they exist."""
+"""Modules imported before a process is forked, if they are installed."""
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def fingerprint() -> str:
-    """Of the source of the package."""
+    """Hash of the source of the package."""
     found = hashlib.sha256()
     for path in sorted((ROOT / "ebmkit").rglob("*.py")):
         found.update(f"{path.relative_to(ROOT)}\n".encode() + path.read_bytes())
     return found.hexdigest()
 
 
-class Workshop:
-    """Computes entries, each once.
+class EntryRunner:
+    """Computes each entry once.
 
     Args:
-        folder: where results and the training runs that entries share are kept.
+        folder: for results, and for the training runs that entries share.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -59,7 +59,7 @@ class Workshop:
         self._context.set_forkserver_preload(IMPORTED)
 
     def compute(self, name: str) -> dict[str, Any]:
-        """The summary of an entry, or its last line of error as ``failed``."""
+        """The summary of an entry, or ``failed`` with the last line of its error."""
         from ebmkit_tests.freeze.entries import ENTRIES
 
         for needed in ENTRIES[name].runs:
@@ -77,8 +77,8 @@ class Workshop:
                 lines = (place / "stderr").read_text(errors="replace").split("\n")
                 last = [line.strip() for line in lines if line.strip()] or ["no message"]
                 killed = process.exitcode < 0
-                said = f"killed by signal {-process.exitcode}" if killed else last[-1]
-                result.write_text(json.dumps({"failed": said}))
+                message = f"killed by signal {-process.exitcode}" if killed else last[-1]
+                result.write_text(json.dumps({"failed": message}))
         found = json.loads(result.read_text())
         if "failed" in found:
             result.unlink()  # the next call tries again

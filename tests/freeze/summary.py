@@ -1,7 +1,7 @@
-"""What is kept of a result: its numbers under flat names, and digests of its arrays.
+"""The summary of a result: its numbers under flat names, and digests of its arrays.
 
-Text is not kept, since wording may change. Neither are measured times, memory, versions, paths,
-and what only repeats the settings of the command.
+It has no text, since wording may change, and no measured times, memory, versions, paths or
+repeated settings of the command.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ VOLATILE = {
     *("seconds", "hours", "images_per_s", "step_seconds", "memory", "processes", "threads"),
     *("batch_size", "created", "date", "git_commit", "device"),
 }
-"""Fields of JSON documents that are measured anew, or given, at each call."""
+"""Fields of JSON documents that are measured at each call or repeat its settings."""
 
 LONG = 8
-"""Length above which a list of numbers is kept as an array."""
+"""Length above which a list of numbers is treated as an array."""
 
 
 def summarize(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The numbers and digests of nested results.
 
     Args:
-        found: name -> number, text, array, tensor, or a mapping or list of these. A `Weights` is
-            kept without the names and the order of its tensors.
+        found: name -> number, text, array, tensor, or a mapping or list of these. The summary of
+            `Weights` does not depend on the names and the order of its tensors.
 
     Returns:
         ``numbers``: flat name -> float, for arrays mean, root mean square and largest magnitude;
@@ -73,7 +73,7 @@ def _leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:
 
 
 def _array(value: Sequence[Any]) -> np.ndarray | None:
-    """A list of numbers, or of such lists of one length, as an array; None if it is none."""
+    """A list of numbers, or of such lists of one length, as an array; None for other values."""
     try:
         array = np.asarray(value)
     except ValueError:
@@ -82,8 +82,8 @@ def _array(value: Sequence[Any]) -> np.ndarray | None:
 
 
 def _digest(array: np.ndarray) -> str:
-    whole = np.ascontiguousarray(array)
-    return hashlib.sha256(f"{whole.dtype} {array.shape}".encode() + whole.tobytes()).hexdigest()
+    flat = np.ascontiguousarray(array)
+    return hashlib.sha256(f"{flat.dtype} {array.shape}".encode() + flat.tobytes()).hexdigest()
 
 
 def _hash(lines: Sequence[str]) -> str:
@@ -91,23 +91,23 @@ def _hash(lines: Sequence[str]) -> str:
 
 
 def _moments(parts: Sequence[np.ndarray]) -> dict[str, float]:
-    """Of all finite entries together; exact sums, so that their order does not matter."""
+    """Moments of all finite values; the sums are exact, so their order does not matter."""
     flat = np.concatenate([np.asarray(p).ravel().astype(np.float64) for p in parts] or [[]])
     finite = flat[np.isfinite(flat)]
-    lost = {"not finite": float(flat.size - finite.size)} if finite.size < flat.size else {}
+    nonfinite = {"not finite": float(flat.size - finite.size)} if finite.size < flat.size else {}
     if not finite.size:
-        return lost
+        return nonfinite
     mean = math.fsum(finite.tolist()) / finite.size
     square = math.fsum((finite**2).tolist()) / finite.size
-    return {"mean": mean, "rms": square**0.5, "largest": float(np.abs(finite).max()), **lost}
+    return {"mean": mean, "rms": square**0.5, "largest": float(np.abs(finite).max()), **nonfinite}
 
 
 def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[str, list[str]]:
-    """How two summaries differ.
+    """Compare two summaries.
 
     Returns:
         ``same``, ``renamed`` (the same values under other names) or ``different``, and lines that
-        say where, the largest relative difference first.
+        describe the differences, the largest relative one first.
     """
     if old["digests"][""] == new["digests"][""]:
         return "same", []

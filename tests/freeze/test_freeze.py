@@ -1,4 +1,4 @@
-"""A recording is repeated bit by bit, and what differs from it is found."""
+"""Recordings are reproducible bit by bit, and differences are reported."""
 
 import json
 
@@ -14,14 +14,14 @@ ENTRY = "sample/langevin/mixture"
 
 @pytest.fixture
 def one_thread(monkeypatch):
-    """The environment that the command sets, for this test alone, and only the imports it needs."""
+    """Sets the environment of the command for one test and preloads only the imports it needs."""
     for name, value in process.FIXED.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(process, "IMPORTED", ["ebmkit.sampling"])
 
 
 @pytest.mark.slow
-def test_a_changed_number_and_a_failure_are_found(one_thread, monkeypatch, tmp_path, capsys):
+def test_changed_numbers_and_failures_are_reported(one_thread, monkeypatch, tmp_path, capsys):
     file = tmp_path / "frozen.json"
     monkeypatch.setitem(ENTRIES, "sample/broken", Entry(dict))  # unknown in other processes
     assert main(["record", str(file), "--only", ENTRY, "--only", "sample/broken"]) == 1
@@ -34,21 +34,21 @@ def test_a_changed_number_and_a_failure_are_found(one_thread, monkeypatch, tmp_p
     summary["digests"][""] = "of other results"
     file.write_text(json.dumps(recorded))
     assert main(["compare", str(file), "--only", ENTRY]) == 1
-    said = capsys.readouterr().out
-    assert f"{ENTRY}: different" in said
-    assert "plain/chains: mean" in said
-    assert "(relative 0.001)" in said
+    output = capsys.readouterr().out
+    assert f"{ENTRY}: different" in output
+    assert "plain/chains: mean" in output
+    assert "(relative 0.001)" in output
 
 
-def test_a_finished_entry_is_not_computed_again(one_thread, tmp_path, monkeypatch):
+def test_recorded_entry_is_not_computed_again(one_thread, tmp_path, monkeypatch):
     file = tmp_path / "frozen.json"
     made = {"source": process.fingerprint(), "machine": "", "commit": ""}
     file.write_text(json.dumps({"made": made, "entries": {ENTRY: {"numbers": {}, "digests": {}}}}))
-    monkeypatch.setattr(process.Workshop, "compute", lambda self, name: pytest.fail("computed"))
+    monkeypatch.setattr(process.EntryRunner, "compute", lambda self, name: pytest.fail("computed"))
     assert main(["record", str(file), "--only", ENTRY]) == 0
 
 
-def test_names_and_order_are_told_from_values():
+def test_changed_names_and_order_are_distinguished_from_changed_values():
     a, b = np.arange(6.0).reshape(2, 3), np.ones(4, np.float32)
     old = summarize({"loss": 0.5, "weights": Weights([a, b]), "seconds": 3.0, "text": "old"})
     new = summarize({"nll": 0.5, "weights": Weights([b, a]), "seconds": 4.0, "text": "new"})

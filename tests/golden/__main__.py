@@ -1,11 +1,11 @@
-"""Short runs whose metrics and bits are kept: ``python -m ebmkit_tests.golden [--write]``.
+"""Short runs with stored metrics and hashes: ``python -m ebmkit_tests.golden [--write]``.
 
-The bits of a run depend on the order of sums, which processors choose differently. So they are
-computed as no processor chooses: ATen's plain kernels, no oneDNN, MKL's compatible branch, one
-thread (`FIXED`, set before PyTorch is loaded). What is left is PyTorch's version and the kind of
-machine, by which the kept bits are named; on others the metrics agree to rounding.
+The bits of a run depend on the order of sums, which differs between processors. The runs therefore
+use ATen's default kernels, no oneDNN, MKL's compatible branch and one thread (`FIXED`, set before
+PyTorch is imported). The bits still depend on PyTorch's version and the type of machine, which are
+the key of the stored hashes; elsewhere the metrics agree up to rounding.
 
-Without ``--write`` the runs are made and printed as JSON.
+``--write`` stores the results; without it they are printed as JSON.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FIXED = {
     "MKL_NUM_THREADS": "1",
 }
 
-KEPT = Path(__file__).resolve().parent / "golden.json"
+STORED_FILE = Path(__file__).resolve().parent / "golden.json"
 
 SMALL: dict[str, Any] = {
     "model": {"backbone": {"width": 4, "channels_per_group": 4}},
@@ -74,7 +74,7 @@ RUNS: dict[str, dict[str, Any]] = {
 
 
 def machine() -> str:
-    """What the kept bits belong to."""
+    """PyTorch's version and the type of machine, the key of the stored hashes."""
     import torch
 
     return f"torch {torch.__version__.partition('+')[0]}, {platform.machine()}"
@@ -88,12 +88,12 @@ def run_all() -> dict[str, Any]:
     from ebmkit.training.cost import Budget
     from ebmkit.training.loop import assemble
 
-    Budget.check = lambda self: None  # counts a step's memory, which takes longer than the run
+    Budget.check = lambda self: None  # the memory estimate takes longer than the run
     torch.backends.mkldnn.enabled = False
     found = {}
     with tempfile.TemporaryDirectory() as place:
         for name, layer in RUNS.items():
-            plain = layer.get("objective") not in ("jem", "adv+dsm")  # which have their own
+            plain = layer.get("objective") not in ("jem", "adv+dsm")  # which have their own recipe
             config = resolve(SMALL, layer, recipe="digits-adamw" if plain else None)
             run = RunFolder.create(Path(place) / name, config)
             assemble(config, run).fit()
@@ -104,37 +104,37 @@ def run_all() -> dict[str, Any]:
     return found
 
 
-def _digest(into: Any, value: Any) -> None:
-    """Add a nested state, the clock on the wall apart."""
+def _digest(digest: Any, value: Any) -> None:
+    """Add a nested state to the digest, without the entries ``seconds`` and ``buffer``."""
     import torch
 
     if isinstance(value, dict):
         for key in sorted(value, key=str):
             if key not in ("seconds", "buffer"):
-                into.update(repr(key).encode())
-                _digest(into, value[key])
+                digest.update(repr(key).encode())
+                _digest(digest, value[key])
     elif isinstance(value, (list, tuple)):
         for part in value:
-            _digest(into, part)
+            _digest(digest, part)
     elif isinstance(value, torch.Tensor):
-        into.update(f"{value.dtype} {tuple(value.shape)}".encode())
-        into.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     else:
-        into.update(repr(value).encode())
+        digest.update(repr(value).encode())
 
 
 def main() -> None:
-    """Print what the runs give, or keep it."""
+    """Compute all runs; print or store the results."""
     if any(os.environ.get(name) != value for name, value in FIXED.items()):
-        words = [sys.executable, "-m", "ebmkit_tests.golden", *sys.argv[1:]]
-        os.execve(sys.executable, words, os.environ | FIXED)
+        command = [sys.executable, "-m", "ebmkit_tests.golden", *sys.argv[1:]]
+        os.execve(sys.executable, command, os.environ | FIXED)
     found = run_all()
     if "--write" in sys.argv:
-        kept = json.loads(KEPT.read_text()) if KEPT.exists() else {"bits": {}}
-        bits = {**kept["bits"], machine(): {name: own["sha256"] for name, own in found.items()}}
+        stored = json.loads(STORED_FILE.read_text()) if STORED_FILE.exists() else {"bits": {}}
+        bits = {**stored["bits"], machine(): {name: own["sha256"] for name, own in found.items()}}
         metrics = {name: own["metrics"] for name, own in found.items()}
         document = {"made_on": machine(), "metrics": metrics, "bits": bits}
-        KEPT.write_text(json.dumps(document, indent=1) + "\n")
+        STORED_FILE.write_text(json.dumps(document, indent=1) + "\n")
     else:
         print(json.dumps({"machine": machine(), "runs": found}))
 

@@ -1,4 +1,4 @@
-"""Small models of every kind, in float64: each backbone preset, under the heads in turn."""
+"""Fixtures for small float64 models: every backbone preset, cycling through the heads."""
 
 import pytest
 import torch

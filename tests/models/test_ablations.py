@@ -1,4 +1,4 @@
-"""BatchNorm and ReLU: allowed, with a warning, and BatchNorm in training on a path of its own."""
+"""Scores with BatchNorm or ReLU give a warning; BatchNorm in training uses eager autograd."""
 
 import warnings
 
@@ -21,20 +21,20 @@ def small(**options):
     ("options", "name", "figure"),
     [({"norm": "batch"}, "BatchNorm", r"11\.9 %"), ({"activation": "relu"}, "ReLU", r"92\.0 %")],
 )
-def test_a_rough_score_warns_once_and_names_the_ablation(options, name, figure):
+def test_batch_norm_or_relu_warns_once_and_cites_the_ablation(options, name, figure):
     model, y = small(**options), images()
     model.log_density(y)  # no score, no warning
     with pytest.warns(UserWarning, match=rf"{name}.*table 3\).*{figure}") as caught:
         model.score(y)
     assert len(caught) == 1
-    assert caught[0].filename == __file__  # the warning points at who asked for the score
+    assert caught[0].filename == __file__  # the warning points at the caller of `score`
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.score(y)
         model.denoise(y, 0.1, c=1)
 
 
-def test_both_together_warn_of_both():
+def test_batch_norm_and_relu_together_give_two_warnings():
     model = small(norm="batch", activation="relu")
     with pytest.warns(UserWarning, match="table 3") as caught:
         model.score(images())
@@ -45,14 +45,14 @@ def test_both_together_warn_of_both():
     }
 
 
-def test_the_papers_network_does_not_warn():
+def test_default_network_does_not_warn():
     small().score(images())  # a warning would be an error
 
 
 @pytest.mark.filterwarnings("ignore:a score is differentiated")
 @pytest.mark.parametrize("num_classes", [0, 3])
-def test_batch_norm_in_training_trains_through_the_score(num_classes):
-    """Against finite differences of the loss in float64, running statistics and all."""
+def test_score_gradients_with_batch_norm_in_training(num_classes):
+    """Reference: finite differences of the loss in float64; each call updates the statistics."""
     model = create_model(width=8, num_classes=num_classes, in_channels=1, norm="batch").double()
     y, noise = images(), torch.randn(3, 1, 8, 8, dtype=torch.float64)
 
@@ -70,12 +70,12 @@ def test_batch_norm_in_training_trains_through_the_score(num_classes):
             for p, d in zip(parameters, directions, strict=True):
                 p.add_(d, alpha=move)
         values.append(loss().detach())
-    # curvature errs by step^2; BatchNorm over 3 images is sharp
+    # the error is of order step^2; BatchNorm over 3 images has large third derivatives
     torch.testing.assert_close(slope, (values[0] - values[1]) / (2 * step), rtol=1e-4, atol=0)
 
 
 @pytest.mark.filterwarnings("ignore:a score is differentiated")
-def test_batch_norm_in_training_updates_its_statistics_and_mixes_images():
+def test_batch_norm_in_training_updates_statistics_and_couples_images():
     model, y = small(norm="batch"), images()
     norm = next(m for m in model.modules() if isinstance(m, nn.BatchNorm2d))
     before = norm.running_mean.clone()
@@ -87,7 +87,7 @@ def test_batch_norm_in_training_updates_its_statistics_and_mixes_images():
 
 
 @pytest.mark.filterwarnings("ignore:a score is differentiated")
-def test_batch_norm_in_evaluation_is_a_score_per_image():
+def test_score_with_batch_norm_in_evaluation_is_per_image():
     model, y = small(norm="batch"), images()
     model.score(y)  # one step of statistics
     model.eval()
@@ -101,11 +101,11 @@ def test_batch_norm_in_evaluation_is_a_score_per_image():
 
 
 @pytest.mark.filterwarnings("ignore:a score is differentiated")
-def test_both_paths_agree_where_both_exist():
-    """The eager path of training, taken with statistics frozen, against the functional one."""
+def test_eager_and_functional_scores_agree_in_evaluation():
+    """The eager path of training, with frozen statistics, against the functional path."""
     model, y = small(norm="batch"), images()
     model.score(y)
     model.eval()
     expected = model.score(y, c=1), model.label_score(y, 2)
-    model.training = True  # sends the score down the eager path; its norms stay in evaluation mode
+    model.training = True  # selects the eager path; the norms stay in evaluation mode
     torch.testing.assert_close((model.score(y, c=1), model.label_score(y, 2)), expected)

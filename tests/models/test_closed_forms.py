@@ -1,4 +1,4 @@
-"""Group norm and GELU with second derivatives in closed form, against PyTorch's own."""
+"""GroupNorm and GELU with second derivatives in closed form, compared with PyTorch's."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ LAYERS = ["norm", "norm with bias", "gelu", "both"]
 
 
 @pytest.fixture(autouse=True)
-def _nothing_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+def _closed_forms_for_every_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layers, "SMALL", 0)
 
 
 def _pair(name: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, nn.Module, Tensor]:
-    """The layer, PyTorch's, and images with a mean and a deviation that are not 0 and 1."""
+    """Our layer, PyTorch's, and images whose mean is not 0 and whose deviation is not 1."""
     torch.manual_seed(0)
     own: nn.Module = GELU()
     if name != "gelu":
-        own = GroupNorm(6, 2, bias="bias" in name, eps=0.1)  # not to be forgotten in a derivative
+        own = GroupNorm(6, 2, bias="bias" in name, eps=0.1)  # large: a derivative without eps fails
         own = nn.Sequential(own, GELU()) if name == "both" else own
     for parameter in own.parameters():
         nn.init.normal_(parameter, 1)
@@ -53,8 +53,8 @@ def _by_autograd(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _by_vjp(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    out, pull = torch.func.vjp(lambda image: _energy(layer, image), x)
-    return out, pull(torch.ones_like(out))[0]
+    out, vjp_fn = torch.func.vjp(lambda image: _energy(layer, image), x)
+    return out, vjp_fn(torch.ones_like(out))[0]
 
 
 Score = Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]
@@ -62,22 +62,22 @@ Score = Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]
 
 @pytest.mark.parametrize("score", [_by_autograd, _by_vjp])
 @pytest.mark.parametrize("name", LAYERS)
-def test_score_and_its_gradient_are_the_plain_ones(name: str, score: Score) -> None:
+def test_score_and_its_gradient_match_pytorch(name: str, score: Score) -> None:
     found = []
     own, plain, x = _pair(name)
     for layer in (own, plain):
         x.requires_grad_(score is _by_vjp)
         out, s = score(layer, x)
         loss = (s + 1).square().mean() + out.mean()
-        wanted = [*layer.parameters(), *([x] if score is _by_vjp else [])]
-        found.append([out, s, *(torch.autograd.grad(loss, wanted) if wanted else ())])
+        inputs = [*layer.parameters(), *([x] if score is _by_vjp else [])]
+        found.append([out, s, *(torch.autograd.grad(loss, inputs) if inputs else ())])
     torch.testing.assert_close(*found, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("graph", [False, True], ids=["values", "graph"])
 @pytest.mark.parametrize("name", LAYERS)
-def test_derivatives_up_to_the_third_order(name: str, graph: bool) -> None:
-    """By image and weights, mixed, with a graph of the second derivative and without."""
+def test_derivatives_up_to_third_order_match_pytorch(name: str, graph: bool) -> None:
+    """By image and weights, including mixed ones; the second with and without `create_graph`."""
     own, plain, x = _pair(name)
     v = torch.randn_like(x)
 
@@ -114,7 +114,7 @@ def test_gradcheck(name: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script`:FutureWarning")  # of forward derivatives
 @pytest.mark.parametrize("name", LAYERS)
-def test_functional_transforms(name: str) -> None:
+def test_functional_transforms_match_pytorch(name: str) -> None:
     own, plain, x = _pair(name)
     x = x[:, :, :2, :3].contiguous()
 
@@ -128,8 +128,8 @@ def test_functional_transforms(name: str) -> None:
             for transform in (torch.func.grad, torch.func.hessian, torch.func.jacfwd)
         ]
         found += torch.func.jvp(torch.func.grad(of_image), (x[0],), (x[1],))
-        pull = torch.func.vjp(torch.func.grad(of_image), x[0])[1]
-        found += torch.func.vmap(pull)(x.cos())
+        vjp_fn = torch.func.vjp(torch.func.grad(of_image), x[0])[1]
+        found += torch.func.vmap(vjp_fn)(x.cos())
         weights = {n: p.detach() for n, p in module.named_parameters()}
 
         def loss(weights: dict[str, Tensor], image: Tensor) -> Tensor:
@@ -158,7 +158,7 @@ def test_functional_transforms(name: str) -> None:
     torch.testing.assert_close(results(own), results(plain), rtol=1e-10, atol=1e-10)
 
 
-class _Operations(TorchDispatchMode):
+class _OperationRecorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.found: list[str] = []
@@ -169,20 +169,20 @@ class _Operations(TorchDispatchMode):
 
 
 def test_score_computes_no_weight_gradient() -> None:
-    """The sum over images is left to autograd, and a score does not ask for it."""
+    """Autograd sums the weight gradient over images; a score does not request that sum."""
     own, _, x = _pair("norm")
     x.requires_grad_()
     out = own(x)
-    with _Operations() as score:
+    with _OperationRecorder() as score:
         (s,) = torch.autograd.grad(out, x, torch.ones_like(out), create_graph=True)
     assert score.found.count("native_group_norm_backward") == 1
     assert "sum" not in score.found
-    with _Operations() as both:
+    with _OperationRecorder() as both:
         torch.autograd.grad(s, own.weight, torch.ones_like(s))
     assert both.found.count("native_group_norm_backward") == 2
 
 
-def test_where_pytorchs_own_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_conditions_that_select_the_pytorch_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     own, _, x = _pair("both")
 
     def names(x: Tensor) -> tuple[bool, bool]:
@@ -207,8 +207,8 @@ def test_where_pytorchs_own_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_layouts(name: str) -> None:
-    """Values, layout and derivatives, also where the cotangents have another layout or stride."""
+def test_memory_layouts_match_pytorch(name: str) -> None:
+    """Values, layout and derivatives, also for cotangents of another layout or stride."""
     own, plain, x = _pair(name)
     last = x.to(memory_format=torch.channels_last)
     assert own(last).is_contiguous(memory_format=torch.channels_last)
@@ -223,8 +223,8 @@ def test_layouts(name: str) -> None:
 
 
 @pytest.mark.parametrize("score", [_by_autograd, _by_vjp])
-def test_autocast(score: Score) -> None:
-    """bfloat16 in, bfloat16 out; statistics and derivatives of the norm are in float32."""
+def test_autocast_matches_pytorch(score: Score) -> None:
+    """Input and output are bfloat16; statistics and derivatives of the norm are float32."""
     own, plain, x = _pair("both", torch.float32)
     found = []
     for layer in (own, plain):
@@ -237,8 +237,8 @@ def test_autocast(score: Score) -> None:
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_network_and_its_baseline(recompute: bool) -> None:
-    """The gradients of a network's score, with activation checkpointing too."""
+def test_network_gradients_match_plain_layers(recompute: bool) -> None:
+    """Gradients of a loss of the score, with and without activation checkpointing."""
     torch.manual_seed(0)
     own = create_model("gradresnet18", 3, in_channels=1, width=8).double().train()
     plain = copy.deepcopy(own)
@@ -256,7 +256,7 @@ def test_network_and_its_baseline(recompute: bool) -> None:
     torch.testing.assert_close(*found, rtol=1e-8, atol=1e-8)
 
 
-def test_baselines_are_plain() -> None:
+def test_benchmark_baseline_uses_pytorch_layers() -> None:
     model = create_model("gradresnet18", 3, in_channels=1, width=8)
     step = PlainStep(model, "dsm", dict)
     kinds = {type(m) for m in step.model.modules()}
@@ -269,7 +269,7 @@ def test_baselines_are_plain() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LAYERS)
-def test_compiled_without_a_graph_break(name: str) -> None:
+def test_compiles_without_a_graph_break(name: str) -> None:
     own, plain, x = _pair(name)
     x.requires_grad_()
     for backend in ("aot_eager", "inductor"):
@@ -278,8 +278,8 @@ def test_compiled_without_a_graph_break(name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script`:FutureWarning")  # of forward derivatives
-def test_the_score_of_a_model_has_forward_derivatives(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The Jacobian of a score is symmetric: J v by forward mode is the reverse mode's."""
+def test_jvp_of_a_score_equals_its_vjp(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Jacobian J of a score is symmetric, so forward mode (J v) equals reverse mode (J^T v)."""
     monkeypatch.setattr(convolution, "SMALL", 0)
     model = create_model("gradresnet18", num_classes=3, in_channels=1, width=8).double()
     y, v = torch.rand(2, 1, 1, 8, 8, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""What every preset owes: gradients everywhere, any size, the same bits, and the paper's facts."""
+"""Contracts of every preset: all gradients, any image size, same bits, and the paper's sizes."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:a score is differentiated throug
 
 
 def create_model(*names, **options):
-    """A model in evaluation mode, in which a BatchNorm is a function of each image alone."""
+    """A model in evaluation mode, where BatchNorm normalises each image independently."""
     return ebmkit.create_model(*names, **options).eval()
 
 
@@ -37,16 +37,16 @@ def joint_loss(model, y, labels):
 
 
 def test_every_parameter_gets_a_gradient(backbone, head, size):
-    every_parameter_gets_a_gradient(backbone, head, size)
+    check_every_parameter_gets_a_gradient(backbone, head, size)
 
 
 @pytest.mark.parametrize("options", [{"norm": "scale"}, {"bias": True}, {"norm": "none"}], ids=str)
 @pytest.mark.parametrize("head", sorted(HEADS))
 def test_every_parameter_of_a_variant_gets_a_gradient(head, options):
-    every_parameter_gets_a_gradient("gradresnet18", head, 8, **options)
+    check_every_parameter_gets_a_gradient("gradresnet18", head, 8, **options)
 
 
-def every_parameter_gets_a_gradient(backbone, head, size, **options):
+def check_every_parameter_gets_a_gradient(backbone, head, size, **options):
     model = create_model(backbone, 3, in_channels=1, head=head, width=8, **options)
     y = torch.rand(2, 1, size, size)
     joint_loss(model, y, torch.tensor([0, 2])).backward()
@@ -55,7 +55,7 @@ def every_parameter_gets_a_gradient(backbone, head, size, **options):
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_state_round_trips(backbone, head, images):
+def test_state_dict_round_trip(backbone, head, images):
     options = {"num_classes": 3, "in_channels": 1, "head": head, "width": 8}
     first, second = (create_model(backbone, **options).double() for _ in range(2))
     assert not torch.equal(first.score(images), second.score(images))
@@ -64,7 +64,7 @@ def test_state_round_trips(backbone, head, images):
     assert torch.equal(first.score(images), second.score(images))
 
 
-def test_the_same_seed_gives_the_same_bits(backbone, head, images):
+def test_same_seed_gives_bit_identical_scores(backbone, head, images):
     scores = []
     for _ in range(2):
         torch.manual_seed(5)
@@ -75,7 +75,7 @@ def test_the_same_seed_gives_the_same_bits(backbone, head, images):
 
 @pytest.mark.parametrize("backbone", sorted(BACKBONES))
 def test_images_of_any_size(backbone):
-    """Features, score and denoised image exist and change with the image, down to one pixel."""
+    """Shapes are right, values are finite and scores are not 0, down to images of one pixel."""
     shapes = {1: [(33, 47), (1, 1), (3, 2)], 3: [(1, 7), (5, 64), (1, 1)]}
     for channels, sizes in shapes.items():
         for size in sizes:
@@ -91,7 +91,7 @@ def test_images_of_any_size(backbone):
             assert model.denoise(y, 0.1 if model.noise_conditional else None).isfinite().all()
 
 
-def test_presets_meet_the_protocols(model):
+def test_presets_satisfy_the_protocols(model):
     assert isinstance(model.backbone, Backbone)
     assert isinstance(model.backbone, WindowedBackbone)
     assert isinstance(model.head, Head)
@@ -100,16 +100,16 @@ def test_presets_meet_the_protocols(model):
 
 @pytest.mark.parametrize("backbone", sorted(BACKBONES))
 def test_pooling_over_windows_averages_the_maps(backbone, size):
-    """Each window's features are those of its part of the maps, and their mean is the plain one."""
+    """Features of a window pool its part of the maps; their mean is the global pooling."""
     network = create_model(backbone, 3, width=8).double().backbone
     features = network(torch.rand(2, 3, 2 * size, 2 * size, dtype=torch.float64))
     windows = network.pool(features.maps, (2, 2))
-    torch.testing.assert_close(windows.mean(1), features.pooled)  # even maps: equal windows
+    torch.testing.assert_close(windows.mean(1), features.pooled)  # even maps have equal windows
     corner = tuple(m[:, :, m.shape[2] // 2 :, : m.shape[3] // 2] for m in features.maps)
     torch.testing.assert_close(windows[:, 2], network.pool(corner, (1, 1)).squeeze(1))
 
 
-def test_denoising_moves_along_the_score(model, images):
+def test_denoise_is_tweedies_formula(model, images):
     expected = images + 0.1**2 * model.score(images, sigma=0.1)
     assert torch.equal(model.denoise(images, 0.1), expected)
 
@@ -117,7 +117,7 @@ def test_denoising_moves_along_the_score(model, images):
 # --- the paper's network -------------------------------------------------------------------------
 
 
-def test_the_papers_network_has_its_size():
+def test_default_network_has_the_papers_size():
     """CDN section 3.2: 11.2 million parameters and K = 736 features at width 64."""
     network = create_model("gradresnet18", 10, width=64).backbone
     assert network.num_features == 736
@@ -129,14 +129,14 @@ def test_the_papers_network_has_its_size():
     assert not any(isinstance(m, nn.MaxPool2d | nn.Dropout) for m in network.modules())
 
 
-def test_the_deeper_network_has_3_4_6_3_blocks():
+def test_depth_34_has_3_4_6_3_blocks():
     network = GradResNet(3, GradResNetConfig(depth=34, width=8))
     assert [len(stage) for stage in network.stages] == [3, 4, 6, 3]
     assert network.num_features == 11.5 * 8
 
 
 @pytest.mark.parametrize(("name", "shrink"), [("gradresnet18", 8), ("gradresnet18-imagenet", 16)])
-def test_strides_are_the_papers(name, shrink):
+def test_widths_and_total_strides_match_the_paper(name, shrink):
     network = create_model(name, 3, width=8).backbone
     maps = network(torch.rand(1, 3, 64, 64)).maps
     assert [m.shape[1] for m in maps] == [8, 16, 32, 64]
@@ -145,7 +145,7 @@ def test_strides_are_the_papers(name, shrink):
 
 @pytest.mark.parametrize("head", sorted(HEADS))
 @pytest.mark.parametrize("backbone", GRADRESNETS)
-def test_presets_have_no_bias_and_bias_adds_them_everywhere(backbone, head):
+def test_presets_have_no_bias_and_option_bias_adds_one_to_every_layer(backbone, head):
     free = create_model(backbone, 3, head=head, width=8)
     assert [n for n, _ in free.named_parameters() if n.endswith("bias")] == []
     biased = create_model(backbone, 3, head=head, width=8, bias=True).backbone
@@ -154,7 +154,7 @@ def test_presets_have_no_bias_and_bias_adds_them_everywhere(backbone, head):
     assert all(m.bias is not None for m in layers)
 
 
-def test_a_head_bias_shifts_the_logits():
+def test_head_bias_shifts_logits_and_log_density():
     head = LinearQuadraticHead(4, 3, bias=True)
     with torch.no_grad():
         head.classifier.bias.copy_(torch.tensor([1.0, 2.0, 3.0]))
@@ -164,7 +164,7 @@ def test_a_head_bias_shifts_the_logits():
     assert energies.log_density.tolist() == [-2.0]
 
 
-def test_no_side_connections_leaves_the_last_stage():
+def test_without_side_connections_only_the_last_stage_is_pooled():
     network = GradResNet(3, GradResNetConfig(width=8, side_connections=False))
     y = torch.rand(2, 3, 8, 8)
     features = network(y)
@@ -173,7 +173,7 @@ def test_no_side_connections_leaves_the_last_stage():
     torch.testing.assert_close(features.pooled, features.maps[0].mean(dim=(2, 3)))
 
 
-def test_norms_are_where_the_configuration_says():
+def test_number_of_norms_by_option():
     def norms(**options):
         network = GradResNet(3, GradResNetConfig(width=8, **options))
         return sum(isinstance(m, GroupNorm | nn.BatchNorm2d) for m in network.modules())
@@ -186,18 +186,18 @@ def test_norms_are_where_the_configuration_says():
 
 
 @pytest.mark.parametrize("backbone", GRADRESNETS)
-def test_a_block_ends_with_its_norm(backbone, size):
-    """CDN figure 2: activation, then norm; so each group of the maps has mean 0 and deviation 1."""
+def test_blocks_end_with_a_norm(backbone, size):
+    """CDN figure 2: a norm follows the activation, so each group has mean 0 and deviation 1."""
     network = create_model(backbone, 3, width=8).double().backbone
     for maps in network(torch.rand(1, 3, 2 * size, 2 * size, dtype=torch.float64)).maps:
         groups = maps.reshape(maps.shape[1] // 8, -1)
         torch.testing.assert_close(groups.mean(1), torch.zeros_like(groups[:, 0]))
-        # eps = 1e-5 beside the variance of the input lowers the deviation a little
+        # eps = 1e-5, added to the variance of the input, lowers the deviation slightly
         assert (groups.std(1, unbiased=False) > 0.98).all()
 
 
 def test_input_normalisation_keeps_scores_in_image_units():
-    """score of f(y / std) is score of f at y / std, divided by std."""
+    """The score of f((y - mean) / std) is the score of f at that point, divided by std."""
     plain = create_model(width=8, num_classes=3).double()
     y = torch.rand(2, 3, 8, 8, dtype=torch.float64)
     expected = plain.score((y - 0.4) / 0.25) / 0.25
@@ -205,14 +205,14 @@ def test_input_normalisation_keeps_scores_in_image_units():
     torch.testing.assert_close(plain.score(y), expected)
 
 
-def test_tables_build_what_they_describe():
+def test_backbone_presets_have_a_description_and_build():
     for name, preset in BACKBONES.items():
         assert preset.description, name
         if preset.config.kind == "gradresnet":
             assert preset.config.build(3).num_features == 11.5 * preset.config.width
 
 
-def test_a_density_without_labels():
+def test_model_without_classes():
     model = create_model(width=8, num_classes=0, in_channels=1).double()
     y = torch.rand(2, 1, 8, 8, dtype=torch.float64)
     assert model.logits(y).shape == (2, 0)

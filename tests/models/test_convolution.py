@@ -1,4 +1,4 @@
-"""The convolution with cheap second derivatives against PyTorch's own."""
+"""The convolution with cheaper second derivatives, compared with PyTorch's."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SHAPES = [
 
 
 @pytest.fixture(autouse=True)
-def _no_convolution_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+def _custom_convolution_for_every_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module_under_test, "SMALL", 0)
 
 
@@ -59,8 +59,8 @@ def _by_autograd(convolution: nn.Module, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _by_vjp(convolution: nn.Module, y: Tensor) -> tuple[Tensor, Tensor]:
-    out, pull = torch.func.vjp(lambda image: _energy(convolution, image), y)
-    return out, pull(torch.ones_like(out))[0]
+    out, vjp_fn = torch.func.vjp(lambda image: _energy(convolution, image), y)
+    return out, vjp_fn(torch.ones_like(out))[0]
 
 
 def _parameter_gradients(convolution: nn.Module, y: Tensor, score: Score) -> list[Tensor]:
@@ -71,16 +71,16 @@ def _parameter_gradients(convolution: nn.Module, y: Tensor, score: Score) -> lis
 
 @pytest.mark.parametrize("score", [_by_autograd, _by_vjp])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_score_and_its_gradient_are_those_of_plain_convolution(shape: dict, score: Score) -> None:
+def test_score_and_its_gradient_match_pytorch(shape: dict, score: Score) -> None:
     own, plain, y = _pair(shape)
     assert torch.equal(own(y), plain(y)) or own(y).allclose(plain(y), rtol=1e-12)
     torch.testing.assert_close(score(own, y), score(plain, y), rtol=1e-10, atol=1e-10)
-    found, wanted = (_parameter_gradients(m, y, score) for m in (own, plain))
-    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+    found, expected = (_parameter_gradients(m, y, score) for m in (own, plain))
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_third_derivatives_are_those_of_plain_convolution(shape: dict) -> None:
+def test_third_derivatives_match_pytorch(shape: dict) -> None:
     own, plain, y = _pair(shape)
     v = torch.randn_like(y)
 
@@ -94,7 +94,7 @@ def test_third_derivatives_are_those_of_plain_convolution(shape: dict) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_gradient_of_weight_gradient(shape: dict) -> None:
+def test_gradients_of_the_weight_gradient_match_pytorch(shape: dict) -> None:
     own, plain, y = _pair(shape)
 
     def gradients(convolution: nn.Module) -> list[Tensor]:
@@ -123,8 +123,8 @@ def test_gradcheck(shape: dict) -> None:
     assert torch.autograd.gradgradcheck(call, (y, weight))
 
 
-class _Convolutions(TorchDispatchMode):
-    """Every convolution that is computed: the size of its kernel, or which gradients it gives."""
+class _ConvolutionRecorder(TorchDispatchMode):
+    """Records each convolution: its kernel size, or its gradient, by input (I) or weight (W)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -140,17 +140,17 @@ class _Convolutions(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("score", [_by_autograd, _by_vjp])
-def test_score_computes_no_weight_gradient_and_no_kernel_is_an_image(score: Score) -> None:
+def test_score_computes_no_weight_gradient_and_no_image_sized_kernel(score: Score) -> None:
     own, _, y = _pair(SHAPES[1])
-    with _Convolutions() as first:
+    with _ConvolutionRecorder() as first:
         out, s = score(own, y)
     assert first.found == [(3, 3), "I"]
-    with _Convolutions() as second:
+    with _ConvolutionRecorder() as second:
         torch.autograd.grad((s + 1).square().mean() + out.mean(), own.weight)
     assert sorted(map(str, second.found)) in (["(3, 3)", "W", "W"], ["(3, 3)", "I", "W", "W"])
 
 
-def test_small_convolutions_take_the_shorter_way(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_convolutions_use_the_pytorch_implementation(monkeypatch: pytest.MonkeyPatch) -> None:
     own, _, y = _pair(SHAPES[0])
     names = []
     for small in (0, 1e9):
@@ -170,10 +170,10 @@ def test_frozen_weights_and_no_grad() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script`:FutureWarning")  # of forward derivatives
-def test_functional_transforms() -> None:
+def test_functional_transforms_match_pytorch() -> None:
     own, plain, y = _pair(SHAPES[0])
     y = y[:, :, :4, :4]
-    hvp = torch.func.jvp
+    jvp = torch.func.jvp
 
     def energy(module: nn.Module) -> Callable[[Tensor], Tensor]:
         return lambda image: _energy(module, image[None])[0]
@@ -182,7 +182,7 @@ def test_functional_transforms() -> None:
         own_values = torch.func.vmap(transform(energy(own)))(y)
         torch.testing.assert_close(own_values, torch.func.vmap(transform(energy(plain)))(y))
     for module in (own, plain):
-        module.products = hvp(torch.func.grad(energy(module)), (y[0],), (y[1],))
+        module.products = jvp(torch.func.grad(energy(module)), (y[0],), (y[1],))
     torch.testing.assert_close(own.products, plain.products)
 
     def of_weights(module: nn.Module) -> Tensor:
@@ -212,7 +212,7 @@ def test_functional_transforms() -> None:
 
 
 @pytest.mark.parametrize("score", [_by_autograd, _by_vjp])
-def test_autocast(score: Score) -> None:
+def test_autocast_matches_pytorch(score: Score) -> None:
     own, plain, y = _pair(SHAPES[1], torch.float32)
     found = []
     for module in (own, plain):
@@ -225,17 +225,17 @@ def test_autocast(score: Score) -> None:
     assert [t.dtype for t in found[0]] == [t.dtype for t in found[1]]
 
 
-def test_channels_last_is_kept() -> None:
+def test_channels_last_is_preserved() -> None:
     own, plain, y = _pair(SHAPES[0], torch.float32)
     own, y = (t.to(memory_format=torch.channels_last) for t in (own, y))
     assert own(y).is_contiguous(memory_format=torch.channels_last)
-    wanted = _parameter_gradients(plain, y.contiguous(), _by_autograd)
+    expected = _parameter_gradients(plain, y.contiguous(), _by_autograd)
     found = _parameter_gradients(own, y, _by_autograd)
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_flops_are_those_of_plain_convolution(device: str) -> None:
+def test_flop_count_matches_pytorch(device: str) -> None:
     own, plain, y = _pair(SHAPES[0], torch.float32)
     counts = []
     for module in (own, plain):
@@ -243,23 +243,23 @@ def test_flops_are_those_of_plain_convolution(device: str) -> None:
             out, s = _by_autograd(module.to(device), y.to(device))
             (s.square().mean() + out.mean()).backward()
         counts.append(counter.get_total_flops())
-    # both weight gradients, counted alike however they are computed
+    # both implementations of the weight gradient count the same
     assert counts[0] == counts[1]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES[:3], ids=str)
-def test_compiled_without_whole_image_kernels(shape: dict) -> None:
+def test_compiled_gradient_has_no_image_sized_kernel(shape: dict) -> None:
     own, plain, y = _pair(shape)
-    kernels = _Convolutions()
+    kernels = _ConvolutionRecorder()
 
     prepare_compiler()
     call = torch.compile(lambda y: _by_vjp(own, y), fullgraph=True, backend="aot_eager")
     out, s = call(y)
     with kernels:
         found = torch.autograd.grad((s + 1).square().mean() + out.mean(), own.weight)
-    wanted = _parameter_gradients(plain, y, _by_vjp)
-    torch.testing.assert_close(found[0], wanted[1], rtol=1e-10, atol=1e-10)
+    expected = _parameter_gradients(plain, y, _by_vjp)
+    torch.testing.assert_close(found[0], expected[1], rtol=1e-10, atol=1e-10)
     assert all(size in ("I", "W") or max(size) <= 3 for size in kernels.found)
     inductor = torch.compile(lambda y: _by_vjp(own, y), fullgraph=True)(y)
     torch.testing.assert_close(inductor, _by_vjp(plain, y))

@@ -24,7 +24,7 @@ def make(name: str) -> GradientStep:
     if "drunet" in name:
         with torch.no_grad():
             for parameter in made.parameters():
-                parameter.mul_(3)  # so that the inner scales are felt in the output
+                parameter.mul_(3)  # so that the inner scales affect the output
     return made
 
 
@@ -44,7 +44,7 @@ def y() -> torch.Tensor:
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_gs_drunet_is_deepinvs_on_shared_weights(channels):
+def test_gs_drunet_matches_deepinv_with_shared_weights(channels):
     models = pytest.importorskip("deepinv.models")
     theirs = models.GSDRUNet(1.0, channels, channels, nc=(8, 16, 32, 64))
     ours = GSDRUNetConfig(width=8).build_model(channels)
@@ -67,20 +67,20 @@ def test_gs_drunet_is_deepinvs_on_shared_weights(channels):
     ],
     ids=str,
 )
-def test_sizes_are_the_published_ones(config, size):
+def test_parameter_counts_match_published_sizes(config, size):
     with torch.device("meta"):
         model = config.build_model(3)
     assert sum(p.numel() for p in model.parameters()) == size
 
 
-def test_gs_drunet_is_its_formula(y):
+def test_gs_drunet_matches_its_formula(y):
     """D = N + J^T (y - N) of the network N and its Jacobian J."""
     model = make("gs-drunet")
-    n, pull = torch.func.vjp(lambda image: model.potential.network(image, SIGMA), y)
-    torch.testing.assert_close(model.denoise(y, SIGMA), n + pull(y - n)[0])
+    n, vjp_fn = torch.func.vjp(lambda image: model.potential.network(image, SIGMA), y)
+    torch.testing.assert_close(model.denoise(y, SIGMA), n + vjp_fn(y - n)[0])
 
 
-def test_gradncnn_is_its_formula(y):
+def test_gradncnn_matches_its_formula(y):
     potential = GraDnCNNConfig(width=4, layers=1).build_model(2).double().potential
     z = nn.functional.elu(potential.first(y))
     z = nn.functional.elu(potential.onward[0](z) + potential.fed[0](y))
@@ -88,7 +88,7 @@ def test_gradncnn_is_its_formula(y):
     torch.testing.assert_close(potential(y), g)
 
 
-def test_denoising_steps_down_the_gradient_of_the_potential(model, y):
+def test_denoise_is_a_gradient_step_of_the_potential(model, y):
     leaf = y.clone().requires_grad_()
     g = model.potential(leaf, SIGMA)
     (gradient,) = torch.autograd.grad(g.sum(), leaf)
@@ -105,22 +105,22 @@ def test_score_is_the_gradient_of_the_log_density(model, y):
     torch.testing.assert_close(slope, rise / (2 * step), rtol=1e-6, atol=1e-6)
 
 
-def test_training_differentiates_the_denoiser(model, y):
-    """The parameters' gradient of a regression by D against finite differences."""
+def test_parameter_gradients_through_the_denoiser(model, y):
+    """Gradient of the squared error of D by all parameters, against finite differences."""
     x = torch.rand_like(y)
 
     def loss() -> torch.Tensor:
         return (model.denoise(y, SIGMA) - x).square().sum()
 
     parameters = list(model.parameters())
-    ways = [torch.randn_like(p) for p in parameters]
+    directions = [torch.randn_like(p) for p in parameters]
     gradients = torch.autograd.grad(loss(), parameters, allow_unused=True)
-    slope = sum((g * w).sum() for g, w in zip(gradients, ways, strict=True) if g is not None)
+    slope = sum((g * w).sum() for g, w in zip(gradients, directions, strict=True) if g is not None)
     step, losses = 1e-6, []
     for side in (1, -2):
         with torch.no_grad():
-            for parameter, way in zip(parameters, ways, strict=True):
-                parameter.add_(side * step * way)
+            for parameter, direction in zip(parameters, directions, strict=True):
+                parameter.add_(side * step * direction)
         losses.append(loss().detach())
     torch.testing.assert_close(slope, (losses[0] - losses[1]) / (2 * step), rtol=1e-5, atol=1e-6)
 
@@ -137,39 +137,39 @@ def test_sigma_cancels_in_a_blind_denoiser(blind, y):
     torch.testing.assert_close(blind.denoise(y), blind.denoise(y, 25 / 255))
 
 
-def test_the_noise_level_of_a_blind_denoiser_is_the_length_of_its_step(blind, y):
+def test_blind_sigma_estimate_is_the_rms_of_the_step(blind, y):
     step = (blind.denoise(y) - y).flatten(1)
     level = step.square().mean(1).sqrt()
     torch.testing.assert_close(blind.estimate_sigma(y), level)
     torch.testing.assert_close(blind.score(y), blind.score(y, sigma=level))
 
 
-def test_a_denoiser_does_not_change_with_the_size_of_the_image():
-    """Of three convolutions, a pixel of D sees 6 to each side."""
+def test_interior_pixels_do_not_depend_on_the_image_size():
+    """Three convolutions give g a radius of 3 pixels, and its gradient in D one of 6."""
     model = GraDnCNNConfig(width=4, layers=1).build_model(2).double()
     large = torch.rand(1, 2, 24, 20, dtype=torch.float64)
     inside = model.denoise(large[..., 2:-3, 1:-2])[..., 6:-6, 6:-6]
     torch.testing.assert_close(inside, model.denoise(large)[..., 8:-9, 7:-8])
 
 
-def test_images_do_not_mix(model, y):
+def test_images_of_a_batch_are_independent(model, y):
     alone = torch.cat([model.denoise(y[i : i + 1], SIGMA[i : i + 1]) for i in range(2)])
     torch.testing.assert_close(model.denoise(y, SIGMA), alone)
 
 
-def test_a_frozen_model_denoises_in_inference_mode(blind, y):
+def test_denoise_works_in_inference_mode(blind, y):
     expected = blind.denoise(y).detach()
     with torch.inference_mode():
         torch.testing.assert_close(blind.denoise(y), expected)
         torch.testing.assert_close(blind.denoise(y, SIGMA), expected)
 
 
-def test_what_needs_sigma_says_so(model, y):
+def test_missing_sigma_and_wrong_channels_are_refused(model, y):
     with pytest.raises(UserError, match="give sigma"):
         model.log_density(y)
     if model.noise_conditional:
-        for ask in (model.denoise, model.score, model.estimate_sigma):
+        for method in (model.denoise, model.score, model.estimate_sigma):
             with pytest.raises(UserError, match="give sigma"):
-                ask(y)
+                method(y)
     with pytest.raises(UserError, match="2 channel"):
         model.denoise(y[:, :1], 0.1)

@@ -1,4 +1,4 @@
-"""Diffusion models in image units: coordinates, levels, labels, and diffusers' own samplers."""
+"""Diffusion models in image units: noise levels, labels, UNets, and diffusers as reference."""
 
 import math
 import sys
@@ -19,14 +19,14 @@ SMALL = {"width": 8, "multipliers": (1, 2), "blocks": 1, "norm_groups": 4}
 
 
 class Stub(nn.Module):
-    """A network that depends on image, timestep and label, and remembers what it was told."""
+    """A network that depends on image, timestep and label, and records its arguments."""
 
     def __init__(self, answer=None):
         super().__init__()
-        self.answer, self.told = answer, []
+        self.answer, self.calls = answer, []
 
     def forward(self, u, t, c=None):
-        self.told.append((u, t, c))
+        self.calls.append((u, t, c))
         if self.answer is not None:
             return self.answer(u, t)
         label = 0 if c is None else c.reshape(-1, 1, 1, 1)
@@ -34,24 +34,24 @@ class Stub(nn.Module):
 
 
 def small_unet(**options):
-    """A UNet in float64 whose every layer is felt in the output."""
+    """A small UNet in float64."""
     torch.manual_seed(1)
     pytest.importorskip("diffusers")
     return create_denoiser("unet", 1, **{**SMALL, **options}).double().eval()
 
 
-# --- coordinates and levels ----------------------------------------------------------------------
+# --- image units and noise levels ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("image_range", [(-1.0, 1.0), (0.0, 1.0)])
 @pytest.mark.parametrize("name", ["linear", "cosine"])
-def test_the_network_is_told_its_own_timestep_and_image(name, image_range):
-    """At every level of the schedule, each image of a batch with its own: u_t and t exactly."""
+def test_network_receives_its_timestep_and_rescaled_image(name, image_range):
+    """A batch with one image at each level of the schedule: t is exact, u_t up to rounding."""
     schedule = make_schedule(name, image_range=image_range)
     network, sigma = Stub(), schedule.sigmas
     y = 0.5 + sigma[:, None, None, None] * torch.randn(1000, 1, 2, 2, dtype=torch.float64)
     DiffusionModel(network, schedule).double().score(y, sigma=sigma)
-    ((u, t, c),) = network.told
+    ((u, t, c),) = network.calls
     assert c is None
     assert torch.equal(t, torch.arange(1000))
     expected = torch.stack([schedule.from_image_units(y[k], k) for k in range(1000)])
@@ -60,7 +60,7 @@ def test_the_network_is_told_its_own_timestep_and_image(name, image_range):
     assert torch.equal(single.timestep(sigma.float()), torch.arange(1000))
 
 
-def test_levels_between_two_steps_go_to_the_nearer_by_ratio():
+def test_sigma_between_levels_selects_the_nearest_timestep():
     schedule = make_schedule("linear")
     model = DiffusionModel(Stub(), schedule)
     sigma = torch.logspace(-2, 1.5, 200, dtype=torch.float64)
@@ -68,8 +68,8 @@ def test_levels_between_two_steps_go_to_the_nearer_by_ratio():
     assert model.timestep(sigma).tolist() == expected
 
 
-def test_the_noise_comes_back_from_the_score():
-    """-eps / sigma times sigma is eps to the last bits of float32, over all levels."""
+def test_noise_is_recovered_from_the_score():
+    """The score is -eps / sigma; -sigma * score is eps up to float32 rounding, at all levels."""
     schedule = make_schedule("cosine")
     sigma = schedule.sigmas.float()
     y = 0.5 + sigma[:, None, None, None] * torch.randn(1000, 1, 2, 2)
@@ -78,7 +78,7 @@ def test_the_noise_comes_back_from_the_score():
     torch.testing.assert_close(noise, model(y, sigma), rtol=1e-6, atol=0)
 
 
-def test_score_and_denoised_image_are_of_the_noise():
+def test_score_and_denoised_image_follow_from_the_predicted_noise():
     y, sigma = torch.rand(3, 1, 4, 4, dtype=torch.float64), torch.tensor([0.1, 0.7, 3.0]).double()
     model = DiffusionModel(Stub(), make_schedule("linear")).double()
     noise = model(y, sigma)
@@ -89,8 +89,8 @@ def test_score_and_denoised_image_are_of_the_noise():
     torch.testing.assert_close(one, model.denoise(y, sigma)[:1], rtol=1e-6, atol=1e-8)
 
 
-def test_levels_outside_the_schedule():
-    """Clean images have the score of the lowest level and stay as they are."""
+def test_sigma_outside_the_schedule():
+    """At sigma 0 the score is that of the lowest level, and `denoise` returns the image."""
     schedule = make_schedule("linear")
     low, high = schedule.sigma_range
     network = Stub()
@@ -100,7 +100,7 @@ def test_levels_outside_the_schedule():
     assert torch.equal(model.denoise(y, torch.zeros(2)), y)
     noise = torch.randn(2, 1, 64, 64, dtype=torch.float64)
     model.score(0.5 + 10 * high * noise, sigma=10 * high)
-    u, t, _ = network.told[-1]
+    u, t, _ = network.calls[-1]
     assert t.tolist() == [999, 999]
     assert u.std() == pytest.approx(1, abs=0.05)  # 8192 normal numbers: 6 standard errors
     with pytest.raises(UserError, match="takes the noise level as an input: give sigma"):
@@ -108,8 +108,8 @@ def test_levels_outside_the_schedule():
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
-def test_what_a_network_predicts_gives_the_noise(prediction):
-    """A network that is right about v, or about the clean image, is right about the noise."""
+def test_every_prediction_type_gives_the_noise(prediction):
+    """Exact predictions of the noise, of v or of the clean image give the exact noise."""
     schedule = make_schedule("linear")
     x = 2 * torch.rand(2, 1, 4, 4, dtype=torch.float64) - 1
     eps = torch.randn_like(x)
@@ -137,7 +137,7 @@ def test_label_minus_one_is_the_null_label():
     model = DiffusionModel(network, make_schedule("linear"), num_classes=3).double()
     y, labels = torch.rand(2, 1, 4, 4, dtype=torch.float64), torch.tensor([2, 0])
     plain, conditional = model.score(y, 0.5), model.score(y, 0.5, labels)
-    assert [told[2].tolist() for told in network.told] == [[3, 3], [2, 0]]
+    assert [call[2].tolist() for call in network.calls] == [[3, 3], [2, 0]]
     torch.testing.assert_close(model.label_score(y, labels, 0.5), conditional - plain)
     assert not torch.allclose(conditional, plain)
     expected = torch.stack([plain[0], conditional[1]])
@@ -146,7 +146,7 @@ def test_label_minus_one_is_the_null_label():
         model.score(y, 0.5, 3)
 
 
-def test_a_network_that_knows_labels_only_is_not_asked_without():
+def test_network_without_null_label_requires_labels():
     model = DiffusionModel(Stub(), make_schedule("linear"), num_classes=3, null_label=False)
     assert model.score(torch.rand(1, 1, 4, 4), 0.5, 2).isfinite().all()
     with pytest.raises(UserError, match="trained with labels only"):
@@ -156,7 +156,7 @@ def test_a_network_that_knows_labels_only_is_not_asked_without():
 # --- UNets ---------------------------------------------------------------------------------------
 
 
-def test_the_published_network_has_its_size():
+def test_cifar10_unet_has_the_published_size():
     """google/ddpm-cifar10-32 has 35,746,307 parameters; Ho et al. write 35.7 million."""
     pytest.importorskip("diffusers")
     with torch.device("meta"):
@@ -166,7 +166,7 @@ def test_the_published_network_has_its_size():
 
 @pytest.mark.parametrize("shape", [(8, 8), (5, 7), (1, 1)], ids=str)
 def test_images_of_any_size(shape):
-    """Odd ones are continued and cut, and no image sees another."""
+    """Odd sizes are padded and cropped; images of a batch are independent."""
     model = small_unet(multipliers=(1, 1, 2))
     y, sigma = torch.rand(2, 1, *shape, dtype=torch.float64), torch.tensor([0.1, 2.0])
     clean = model.denoise(y, sigma)
@@ -192,7 +192,7 @@ def labelled():
     return ModelConfig(backbone=backbone, in_channels=1, num_classes=3).build().double().eval()
 
 
-def test_saved_and_loaded(tmp_path):
+def test_save_and_load_round_trip(tmp_path):
     backbone = UNetConfig(class_conditional=True, schedule="cosine", **SMALL)
     config = ModelConfig(backbone=backbone, in_channels=1, num_classes=3)
     pytest.importorskip("diffusers")
@@ -209,8 +209,8 @@ def test_saved_and_loaded(tmp_path):
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 @pytest.mark.parametrize("name", ["linear", "cosine"])
-def test_trajectories_equal_those_of_diffusers_on_the_same_network(name, eta):
-    """float64, their schedulers with our float64 levels; every step of 10, and DDPM at the end."""
+def test_ddim_trajectories_match_diffusers(name, eta):
+    """Compares each of 10 steps in float64; their scheduler uses our float64 levels."""
     diffusers = pytest.importorskip("diffusers")
     model = small_unet(schedule=name)
     schedule, unet = model.schedule, model.network
@@ -232,11 +232,11 @@ def test_trajectories_equal_those_of_diffusers_on_the_same_network(name, eta):
             after = sampler.timesteps[i + 1] if i + 1 < sampler.steps else -1
             ours = schedule.from_image_units(state.x, after)
             scale = max(1.0, float(u.abs().max()))
-            # the network sees timesteps in float32, alike; the rest is float64
+            # both networks receive float32 timesteps; the rest is float64
             assert float((ours - u).abs().max()) / scale < 1e-8
 
 
-def test_ddpm_trajectories_equal_those_of_diffusers_on_the_same_network():
+def test_ddpm_trajectories_match_diffusers():
     diffusers = pytest.importorskip("diffusers")
     model = small_unet()
     schedule = model.schedule
@@ -257,7 +257,7 @@ def test_ddpm_trajectories_equal_those_of_diffusers_on_the_same_network():
 
 
 @pytest.mark.slow
-def test_a_compiler_sees_one_graph():
+def test_score_compiles_to_one_graph():
     model = small_unet().float()
     y, sigma = torch.rand(2, 1, 8, 8), torch.tensor([0.1, 2.0])
     with torch.no_grad():
@@ -267,7 +267,7 @@ def test_a_compiler_sees_one_graph():
         torch.testing.assert_close(compiled(y, sigma), model.score(y, sigma=sigma))
 
 
-def test_the_network_computes_in_the_precision_of_the_wrapper():
+def test_optimize_sets_the_precision_of_the_network():
     seen = []
 
     def answer(u, t):
@@ -280,11 +280,11 @@ def test_the_network_computes_in_the_precision_of_the_wrapper():
     assert seen == [True, False]
 
 
-# --- mistakes ------------------------------------------------------------------------------------
+# --- errors --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("fields", "words"),
+    ("fields", "message"),
     [
         ({"attention": (3,)}, r"attention at level 3 of 3: levels are 0 to 2"),
         ({"width": 20}, "norm_groups 8 must divide width 20: take a multiple as width, as 16"),
@@ -296,25 +296,25 @@ def test_the_network_computes_in_the_precision_of_the_wrapper():
     ],
     ids=str,
 )
-def test_illegal_networks_are_refused(fields, words):
+def test_invalid_configurations_are_refused(fields, message):
     pytest.importorskip("diffusers")
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=message):
         create_denoiser("unet", 1, **fields)
 
 
-def test_without_diffusers_the_extra_is_named(monkeypatch):
+def test_missing_diffusers_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(UserError, match=r"uv sync --extra diffusion, or pip install"):
         create_denoiser("unet", 1)
 
 
-def test_channels_are_checked():
+def test_wrong_number_of_channels_is_refused():
     model = DiffusionModel(Stub(), make_schedule("linear"), in_channels=3)
     with pytest.raises(UserError, match=r"3 channel\(s\), not 1"):
         model.score(torch.rand(1, 1, 4, 4), sigma=0.1)
 
 
-def test_a_schedule_says_its_levels():
+def test_schedule_sigmas_match_their_formula():
     schedule = Schedule(torch.tensor([0.1, 0.2]))
     expected = [0.5 * math.sqrt(0.1 / 0.9), 0.5 * math.sqrt(0.28 / 0.72)]
     assert schedule.sigmas.tolist() == pytest.approx(expected)

@@ -1,4 +1,4 @@
-"""DnCNN: deepinv's values, published sizes and state dicts, and what bias-free means."""
+"""DnCNN: deepinv as reference, published sizes and state dicts, homogeneity without biases."""
 
 import pytest
 import torch
@@ -11,11 +11,11 @@ from ebmkit.models.dncnn import BiasFreeBatchNorm, DnCNN, DnCNNConfig, convert_d
 WIDTH = 6
 
 
-def sequence(depth: int, channels: int, norm: bool, biases: str, eps: float) -> nn.Sequential:
-    """The layers of the published codes, with running statistics of a trained network.
+def published_net(depth: int, channels: int, norm: bool, biases: str, eps: float) -> nn.Sequential:
+    """The layers of the published code, with running statistics like those of a trained network.
 
     Args:
-        biases: which convolutions have one: all (KAIR), first (cszn/DnCNN), none (SaoYan).
+        biases: which convolutions have a bias: all (KAIR), first (cszn/DnCNN), none (SaoYan).
     """
     layers, widths = [], [channels, *[WIDTH] * (depth - 1), channels]
     for i in range(depth):
@@ -26,7 +26,7 @@ def sequence(depth: int, channels: int, norm: bool, biases: str, eps: float) -> 
             nn.init.uniform_(layers[-1].weight, 0.02, 0.08)
             nn.init.normal_(layers[-1].bias, std=0.1)
             nn.init.normal_(layers[-1].running_mean, std=0.01)
-            nn.init.uniform_(layers[-1].running_var, 1e-4, 1e-2)  # where eps is felt
+            nn.init.uniform_(layers[-1].running_var, 1e-4, 1e-2)  # small, so that eps matters
         if i < depth - 1:
             layers.append(nn.ReLU())
     return nn.Sequential(*layers).eval()
@@ -43,9 +43,9 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_weights_give_the_published_function(name):
+def test_converted_published_weights_give_the_same_outputs(name):
     prefix, depth, channels, norm, biases, eps = PUBLISHED[name]
-    theirs = sequence(depth, channels, norm, biases, eps)
+    theirs = published_net(depth, channels, norm, biases, eps)
     state = {f"{prefix}{key}": value for key, value in theirs.state_dict().items()}
     config, in_channels, ours = convert_dncnn(state)
     assert (config.depth, config.width, in_channels) == (depth, WIDTH, channels)
@@ -60,12 +60,12 @@ def test_published_weights_give_the_published_function(name):
     if norm:
         _, _, other = convert_dncnn(state, eps=10 * eps)
         network.load_state_dict(other)
-        assert (y - network(y) - residual).std() > 1e-3 * spread  # so eps is felt
+        assert (y - network(y) - residual).std() > 1e-3 * spread  # a wrong eps is detected
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("depth", [17, 20])
-def test_deepinvs_weights_give_deepinvs_function(depth, channels):
+def test_converted_deepinv_weights_match_deepinv(depth, channels):
     models = pytest.importorskip("deepinv.models")
     theirs = models.DnCNN(channels, channels, depth=depth, nf=WIDTH, pretrained=None)
     for module in theirs.modules():
@@ -87,7 +87,7 @@ def put(name, shape):
 
 
 @pytest.mark.parametrize(
-    ("spoil", "says"),
+    ("spoil", "message"),
     [
         (drop("dncnn.8.weight"), "'dncnn.8.weight' is missing"),
         (drop("dncnn.9.running_var"), "'dncnn.9.running_var' is missing"),
@@ -101,16 +101,16 @@ def put(name, shape):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_other_weights_are_refused_by_the_first_odd_name(spoil, says):
-    plain = sequence(17, 1, True, "none", 1e-5)
+def test_mismatched_weights_error_names_the_first_mismatch(spoil, message):
+    plain = published_net(17, 1, True, "none", 1e-5)
     state = {f"dncnn.{key}": value for key, value in plain.state_dict().items()}
     convert_dncnn(state)
     spoil(state)
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UserError, match=message):
         convert_dncnn(state)
 
 
-def test_a_network_of_something_else_is_refused():
+def test_weights_of_another_network_are_refused():
     with pytest.raises(UserError, match=r"'m_head.weight' is no parameter of a published DnCNN"):
         convert_dncnn({"m_head.weight": torch.zeros(1)})
 
@@ -128,14 +128,14 @@ def test_a_network_of_something_else_is_refused():
     ],
     ids=str,
 )
-def test_sizes_are_the_published_ones(channels, options, published):
+def test_parameter_counts_match_published_sizes(channels, options, published):
     with torch.device("meta"):
         network = DnCNNConfig(**options).build(channels)
     assert sum(p.numel() for p in network.parameters()) == published
 
 
 @pytest.mark.parametrize("norm", ["batch", "none"])
-def test_without_biases_it_is_homogeneous(norm):
+def test_network_without_biases_is_homogeneous(norm):
     network = DnCNNConfig(depth=5, width=8, norm=norm, bias=False).build(3).double()
     network(torch.randn(4, 3, 8, 8, dtype=torch.float64))  # running variances other than 1
     network.eval()
@@ -145,14 +145,14 @@ def test_without_biases_it_is_homogeneous(norm):
         torch.testing.assert_close(network(a * y), a * network(y), rtol=1e-12, atol=0)
 
 
-def test_with_biases_it_is_not():
+def test_network_with_biases_is_not_homogeneous():
     network = DnCNNConfig(depth=5, width=8).build(3)
     network(torch.randn(4, 3, 8, 8))  # running means other than 0
     assert network.eval()(torch.zeros(1, 3, 8, 8)).abs().max() > 1e-6
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_bias_free_norm_is_batch_norm_that_keeps_the_mean(training):
+def test_bias_free_batch_norm_preserves_the_mean(training):
     """w x / s is w (x - m) / s with w m / s added back."""
     norm = BiasFreeBatchNorm(4).double()
     nn.init.normal_(norm.weight)
@@ -168,7 +168,7 @@ def test_the_bias_free_norm_is_batch_norm_that_keeps_the_mean(training):
     torch.testing.assert_close(norm(x), plain + shift[:, None, None])
 
 
-def test_it_is_a_blind_denoiser_that_knows_of_its_batch_norms():
+def test_direct_denoiser_is_blind_and_detects_batch_norm():
     for bias in (True, False):
         model = DirectDenoiser(DnCNNConfig(depth=4, width=8, bias=bias).build(1), 1).eval()
         assert model.has_batch_norm

@@ -1,4 +1,4 @@
-"""DRUNet: deepinv's values, published sizes and names, noise levels, any image size."""
+"""DRUNet: deepinv as reference, published sizes and state dicts, sigma, any image size."""
 
 import pytest
 import torch
@@ -11,12 +11,12 @@ def narrow(**options) -> DRUNet:
     network = DRUNetConfig(width=4, blocks=1, **options).build(3).double()
     with torch.no_grad():
         for parameter in network.parameters():
-            parameter.mul_(3)  # so that the inner scales are felt in the output
+            parameter.mul_(3)  # so that the inner scales affect the output
     return network
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_it_is_deepinvs_on_shared_weights(channels):
+def test_drunet_matches_deepinv_with_shared_weights(channels):
     models = pytest.importorskip("deepinv.models")
     theirs = models.DRUNet(channels, channels, nc=(8, 16, 32, 64), nb=2, pretrained=None)
     with torch.no_grad():
@@ -42,13 +42,13 @@ def test_it_is_deepinvs_on_shared_weights(channels):
     ],
     ids=str,
 )
-def test_sizes_are_the_published_ones(channels, options, published):
+def test_parameter_counts_match_published_sizes(channels, options, published):
     with torch.device("meta"):
         network = DRUNetConfig(**options).build(channels)
     assert sum(p.numel() for p in network.parameters()) == published
 
 
-def test_with_relu_it_is_homogeneous_in_image_and_noise_level():
+def test_relu_network_is_homogeneous_in_image_and_sigma():
     y = torch.randn(2, 3, 16, 8, dtype=torch.float64)
     network, blind = narrow(), narrow(noise_map=False)
     for a in (1e-3, 40.0):
@@ -65,7 +65,7 @@ def test_each_image_has_its_own_noise_level():
     torch.testing.assert_close(both, torch.cat([network(y[:1], 0.1), network(y[1:], 0.4)]))
 
 
-def test_the_blind_form_ignores_sigma_and_the_other_asks_for_it():
+def test_blind_form_ignores_sigma_and_the_other_requires_it():
     y = torch.rand(1, 3, 8, 8, dtype=torch.float64)
     blind = narrow(noise_map=False)
     assert torch.equal(blind(y), blind(y, 0.1))
@@ -74,16 +74,16 @@ def test_the_blind_form_ignores_sigma_and_the_other_asks_for_it():
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (7, 3), (17, 8), (9, 30)], ids=str)
-def test_other_sizes_are_continued_by_their_border_and_cut(shape):
+def test_other_sizes_are_padded_by_replication_and_cropped(shape):
     network = narrow()
     y = torch.rand(2, 3, *shape, dtype=torch.float64)
     rows = torch.arange(-(-shape[0] // 8) * 8).clamp_max(shape[0] - 1)
     columns = torch.arange(-(-shape[1] // 8) * 8).clamp_max(shape[1] - 1)
-    whole = network(y[:, :, rows][..., columns], 0.1)
-    torch.testing.assert_close(network(y, 0.1), whole[..., : shape[0], : shape[1]])
+    padded = network(y[:, :, rows][..., columns], 0.1)
+    torch.testing.assert_close(network(y, 0.1), padded[..., : shape[0], : shape[1]])
 
 
-def test_published_names_round_trip_with_the_prefix_of_data_parallel():
+def test_state_dict_with_data_parallel_prefix_is_converted():
     network = narrow(noise_map=False)
     state = {f"module.{name}": value for name, value in network.state_dict().items()}
     config, channels, ours = convert_drunet(state)
@@ -92,7 +92,7 @@ def test_published_names_round_trip_with_the_prefix_of_data_parallel():
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "says"),
+    ("name", "value", "message"),
     [
         ("m_tail.weight", None, "'m_tail.weight' is missing"),
         ("m_up2.1.res.0.weight", None, "'m_up2.1.res.0.weight' is missing"),
@@ -101,10 +101,10 @@ def test_published_names_round_trip_with_the_prefix_of_data_parallel():
     ],
     ids=str,
 )
-def test_other_weights_are_refused_by_the_first_odd_name(name, value, says):
+def test_mismatched_weights_error_names_the_first_mismatch(name, value, message):
     state = narrow().state_dict()
     state.pop(name, None)
     if value is not None:
         state[name] = value
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UserError, match=message):
         convert_drunet(state)

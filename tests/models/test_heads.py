@@ -1,4 +1,4 @@
-"""Where the energies of a classifier come from: its card says so, or else its objective."""
+"""The source of a classifier's energies: given by its card, otherwise by its objective."""
 
 import pytest
 import torch
@@ -18,14 +18,14 @@ from ebmkit.models.heads import LogitEnergy, energy_source
         (None, "model"),
     ],
 )
-def test_energies_are_those_that_were_trained(card, source):
+def test_energy_source_follows_card_and_objective(card, source):
     model = create_model(width=8).eval()
     model.card = card
     assert energy_source(model) == source
-    read = LogitEnergy.of(model)
-    assert LogitEnergy.of(read) is read
+    wrapped = LogitEnergy.of(model)
+    assert LogitEnergy.of(wrapped) is wrapped
     y = torch.rand(2, 3, 8, 8)
     logits = model.logits(y)
     expected = logits.logsumexp(1) if source == "logits" else model.log_density(y)
-    assert torch.equal(read.log_density(y), expected)
-    assert torch.equal(read.logits(y), logits)
+    assert torch.equal(wrapped.log_density(y), expected)
+    assert torch.equal(wrapped.logits(y), logits)

@@ -1,9 +1,9 @@
-"""What makes a network a joint model, for every kind of backbone and head, in float64.
+"""Identities of a joint model in float64, for every kind of backbone and head.
 
-Presets that differ from others in depth or stem alone are checked with the slow tests.
+The slow tests cover presets that differ from another one only in depth or stem.
 
 Rounding in float64 is 1e-16; a network of some 20 layers and sums over some 1000 positions loses a
-few digits, so exact identities are asked to 1e-10.
+few digits, so the tolerance of exact identities is 1e-10.
 """
 
 import pytest
@@ -17,8 +17,8 @@ from ebmkit.models import HEADS
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 
-# what reaches the model beyond a square batch at its reference size, as (batch, height, width,
-# reference as a fraction of the height or None, size_scaling), in units of the preset's size
+# shapes of the images: (batch, height, width, 1 if a reference size is set, size_scaling); heights
+# and widths are in units of the preset's size, which is also the reference size
 SHAPES = {
     "plain": (2, 1, 1, None, "windows"),
     "odd-one": (1, 1.4, 1.15, None, "windows"),
@@ -28,8 +28,8 @@ SHAPES = {
 }
 
 
-def only_smooth(model):
-    """Skip networks with kinks, which finite differences cross and whose Hessian is not there."""
+def skip_unless_smooth(model):
+    """Skip networks with kinks: finite differences cross them, and no Hessian exists there."""
     if any(isinstance(module, (nn.ReLU, nn.LeakyReLU)) for module in model.modules()):
         pytest.skip("the network has kinks")
 
@@ -38,10 +38,10 @@ DEEPER = {
     *("gradresnet34", "resnet18-imagenet", "resnet50-imagenet", "wideresnet28-10-jem"),
     *("gradresnet10", "resnet18"),
 }
-"""Presets that have a sibling of the same layers, which is checked by default."""
+"""Presets for the slow tests: a preset with the same kinds of layers is tested by default."""
 
 SHAPED = {"gradresnet18", "gradresnet18-imagenet", "resnet50", "mlp-sigma"}
-"""Backbones to try with every shape: norms, strides and a noise level that others lack."""
+"""Backbones tested with every shape; they cover the kinds of norm, stride and noise input."""
 
 
 def marks(backbone):
@@ -49,7 +49,7 @@ def marks(backbone):
 
 
 def cases():
-    """Names of shape, backbone and head: the plain shape of every pair, and all of some."""
+    """(shape, backbone, head): the plain shape for every pair, every shape for `SHAPED`."""
     for backbone, head in PAIRS:
         for shape in SHAPES if backbone in SHAPED else ("plain",):
             name = f"{shape}-{backbone}-{head}"
@@ -63,7 +63,7 @@ def pair(request):
 
 @pytest.fixture(params=cases())
 def case(request):
-    """A model and images of each of ``SHAPES``."""
+    """A model and images of one of `SHAPES`."""
     shape, backbone, head = request.param
     model, size = small_model(backbone, head), small_size(backbone)
     batch, high, wide, reference, model.size_scaling = SHAPES[shape]
@@ -72,7 +72,7 @@ def case(request):
     return model, torch.rand(batch, 1, height, width, dtype=torch.float64)
 
 
-def test_energies_of_image_and_labels_agree(case):
+def test_log_joint_agrees_with_log_density_and_logits(case):
     model, y = case
     energies = model(y)
     log_joint = model.log_joint(y)
@@ -84,7 +84,7 @@ def test_energies_of_image_and_labels_agree(case):
     assert torch.equal(model.energy(y), -energies.log_density)
 
 
-def test_scores_of_image_and_labels_agree(case):
+def test_scores_agree_with_conditional_scores_and_denoisers(case):
     model, y = case
     sigma = 25 / 255
     score = model.score(y, sigma=sigma)
@@ -100,14 +100,15 @@ def test_scores_of_image_and_labels_agree(case):
         torch.testing.assert_close(label_score, difference / sigma**2, **EXACT)
 
 
-def test_scores_are_finite_differences(case):
-    """Slopes of the log-densities along random directions.
+def test_scores_match_finite_differences(case):
+    """Reference: central differences of the log-densities along random directions.
 
-    A central difference of step h errs by h^2 f'''/6 + 1e-14 |f|/h (a network's rounding). At
-    h = 1e-6 the second is 1e-8; the first too, even where GroupNorm of small maps curves sharply
-    (at h = 1e-4 the error is some 5e-5 and falls as h^2). So 1e-6, relative to the score.
+    The error at step h is h^2 f'''/6 + 1e-14 |f|/h, the second term from rounding in the network.
+    At h = 1e-6 the second term is 1e-8, and so is the first, even where GroupNorm of small maps has
+    large derivatives (at h = 1e-4 the error is about 5e-5 and falls as h^2). The tolerance is 1e-6,
+    relative to the score.
     """
-    only_smooth(case[0])
+    skip_unless_smooth(case[0])
     model, y = case
     c = torch.arange(len(y)) + 1
     step, one_hot = 1e-6, nn.functional.one_hot(c, 3).bool()
@@ -125,23 +126,23 @@ def test_scores_are_finite_differences(case):
             torch.testing.assert_close(expected, slope, rtol=1e-6, atol=1e-6 * scale)
 
 
-def test_second_derivatives_by_the_image(model, images):
-    """The score is differentiable once more: a score-matching step is right in y."""
-    only_smooth(model)
+def test_second_derivatives_by_the_image_match_finite_differences(model, images):
+    """Derivatives of the scores, and second derivatives of the log-density."""
+    skip_unless_smooth(model)
     leaf = images[:1].clone().requires_grad_()
     assert torch.autograd.gradcheck(model.score, leaf, fast_mode=True)
     assert torch.autograd.gradcheck(lambda y: model.score(y, c=1), leaf, fast_mode=True)
     assert torch.autograd.gradgradcheck(model.log_density, leaf, fast_mode=True)
 
 
-def test_scores_train_every_parameter_rightly(model, images, labels):
-    """Derivatives of both scores by all parameters, against one finite difference along all.
+def test_parameter_gradients_of_scores_match_finite_differences(model, images, labels):
+    """Derivatives of both scores by all parameters, against one joint finite difference.
 
-    Each parameter moves in proportion to its size, biases of 0 by 0.1. At a step of 1e-6 the
-    difference errs by up to 2e-8 of the derivatives' norm, and the smallest parameter's is 2e-4 of
-    it; so 1e-6 sees an error of 1 % in any of them.
+    Each parameter moves in proportion to its size, biases of 0 by 0.1. At a step of 1e-6 the error
+    of the difference is up to 2e-8 of the norm of the derivatives, and the smallest derivative is
+    2e-4 of that norm. A tolerance of 1e-6 therefore detects an error of 1 % in any of them.
     """
-    only_smooth(model)
+    skip_unless_smooth(model)
     parameters = list(model.parameters())
     weights = torch.randn(2, *images.shape, dtype=torch.float64)
     start, step = [p.detach().clone() for p in parameters], 1e-6
@@ -164,7 +165,7 @@ def test_scores_train_every_parameter_rightly(model, images, labels):
     torch.testing.assert_close(sum(slopes), slope, rtol=0, atol=1e-6 * scale)
 
 
-def test_the_functional_path_is_plain_double_backward(model, images, labels):
+def test_functional_path_matches_double_backward(model, images, labels):
     """`torch.func.vjp` against `autograd.grad(create_graph=True)`: values and their gradients."""
     noise, sigma = torch.randn_like(images), 0.1
     parameters = list(model.parameters())
@@ -189,21 +190,21 @@ def test_the_functional_path_is_plain_double_backward(model, images, labels):
 
 
 def test_the_jacobian_of_the_denoiser_is_symmetric(model, size):
-    """grad D = Id + sigma^2 Hessian (CDN eq. 14); so its eigenvectors exist."""
-    only_smooth(model)
+    """grad D = Id + sigma^2 Hessian of log p (CDN eq. 14), which is symmetric."""
+    skip_unless_smooth(model)
     y = torch.rand(1, 1, size, size, dtype=torch.float64)
     basis = torch.randn(6, *y.shape, dtype=torch.float64)  # a 6 x 6 block of the Jacobian
     for c in (None, 1):
-        _, pull = torch.func.vjp(lambda z, c=c: model.denoise(z, 0.2, c), y)
-        products = [pull(v)[0] for v in basis]
+        _, vjp_fn = torch.func.vjp(lambda z, c=c: model.denoise(z, 0.2, c), y)
+        products = [vjp_fn(v)[0] for v in basis]
         block = torch.stack([(basis * p).flatten(1).sum(1) for p in products])
         inner = torch.einsum("iabcd,jabcd->ij", basis, basis)
         torch.testing.assert_close(block, block.T, **EXACT)
         assert (block - inner).abs().max() > 1e-5  # the Hessian is not 0
 
 
-def test_energies_of_a_batch_are_those_of_its_images(case):
-    """No image sees another: evaluated one by one, energies and scores are the same."""
+def test_images_of_a_batch_are_independent(case):
+    """Energies and scores of a batch equal those of its images evaluated one by one."""
     model, y = case
     together, alone = model(y), [model(image[None]) for image in y]
     for ours, theirs in zip(together, zip(*alone, strict=True), strict=True):
@@ -212,8 +213,8 @@ def test_energies_of_a_batch_are_those_of_its_images(case):
     torch.testing.assert_close(model.score(y), separate, **EXACT)
 
 
-def test_sigma_is_for_those_that_are_told(model, images):
-    """Blind models ignore it, bit by bit; the others give each image's energies at its own."""
+def test_only_noise_conditional_models_use_sigma(model, images):
+    """Blind models ignore sigma bit by bit; the others evaluate each image at its own sigma."""
     assert isinstance(model(images), Energies)
     clean, noisy = model(images), model(images, 0.3)
     for ours, theirs in zip(noisy, clean, strict=True):
@@ -225,7 +226,7 @@ def test_sigma_is_for_those_that_are_told(model, images):
 
 @pytest.mark.parametrize("size_scaling", ["tiles", "windows", "factor"])
 @pytest.mark.parametrize("head", sorted(HEADS))
-def test_each_part_of_an_image_is_told_the_noise_of_that_image(size_scaling, head):
+def test_windows_and_tiles_use_the_sigma_of_their_image(size_scaling, head):
     model = small_model("mlp-sigma", head)
     assert model.noise_conditional
     model.reference_size, model.size_scaling = (8, 8), size_scaling

@@ -1,4 +1,4 @@
-"""Checkpoints of other programs: the same function, in our names; refusals that help."""
+"""Importing checkpoints of other programs: the outputs are equal, invalid input is refused."""
 
 import json
 import sys
@@ -21,7 +21,7 @@ MEAN, STD = torch.tensor([0.4914, 0.4822, 0.4465]), torch.tensor([0.2023, 0.1994
 
 
 def weights(shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
-    """Random, of a size that keeps activations near 1; variances of norms are positive."""
+    """Random weights, scaled to keep activations near 1; variances of norms are positive."""
     made = {}
     for name, shape in shapes.items():
         fan = max(1, torch.Size(shape[1:]).numel())
@@ -78,7 +78,7 @@ def resnet_logits(s: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
 
 
 def robust_file(path, state, legacy: bool = True, **more):
-    """A file as the package's trainer writes it, with something only ``dill`` can read."""
+    """A file as the trainer of robustness writes it, with an object that only ``dill`` can load."""
     module = types.ModuleType("dill._dill")
 
     def restored():
@@ -109,8 +109,8 @@ def robust(tmp_path):
     return state, robust_file(tmp_path / "cifar_l2_0_5.pt", state)
 
 
-def test_a_robust_resnet50_is_the_same_function(tmp_path, robust):
-    """float32: the two round in different orders, a few units in the last place per layer."""
+def test_imported_robustness_resnet50_gives_the_same_logits(tmp_path, robust):
+    """Float32 rounding in another order: a few units in the last place per layer."""
     state, path = robust
     import_(str(path), out=tmp_path / "run", dataset="cifar10")
     model = ebmkit.load(tmp_path / "run")
@@ -126,7 +126,7 @@ def test_a_robust_resnet50_is_the_same_function(tmp_path, robust):
     assert model.input_mean == pytest.approx(MEAN.tolist())
 
 
-def test_gradients_are_by_the_image_not_by_the_normalised_one(robust):
+def test_scores_are_gradients_by_the_unnormalised_image(robust):
     state, path = robust
     model = load_checkpoint(path)
     model._warned = True  # of ReLU and BatchNorm
@@ -139,7 +139,7 @@ def test_gradients_are_by_the_image_not_by_the_normalised_one(robust):
     assert error < 1e-3
 
 
-def test_zip_files_and_files_without_the_second_copy_are_read(tmp_path, robust):
+def test_zip_format_and_files_with_one_copy_of_the_weights_are_read(tmp_path, robust):
     state, path = robust
     robust_file(tmp_path / "zip.pt", state, legacy=False)
     x = torch.rand(1, 3, 32, 32)
@@ -152,7 +152,7 @@ def test_zip_files_and_files_without_the_second_copy_are_read(tmp_path, robust):
     assert torch.equal(load_checkpoint(tmp_path / "old.pt").logits(x), expected)
 
 
-def test_another_network_of_the_package_is_refused(tmp_path):
+def test_other_robustness_networks_are_refused(tmp_path):
     state = kuangliu()
     odd = {name: value for name, value in state.items() if not name.startswith("layer3.5.")}
     with pytest.raises(UserError, match=r"none of ResNet 18, 34, 50.* \(3, 4, 5, 3\) blocks"):
@@ -200,7 +200,7 @@ def jem_logits(s: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     return F.linear(pooled, s["class_output.weight"], s["class_output.bias"])
 
 
-def test_jems_checkpoint_is_the_same_function(tmp_path):
+def test_imported_jem_checkpoint_gives_the_same_logits(tmp_path):
     state = jem()
     content = {"model_state_dict": state, "replay_buffer": torch.rand(10, 3, 32, 32)}
     torch.save(content, tmp_path / "CIFAR10_MODEL.pt")
@@ -214,7 +214,7 @@ def test_jems_checkpoint_is_the_same_function(tmp_path):
 
 
 def torchvision_state(tmp_path):
-    """A state dict in torchvision's names with a classifier ``fc``, and the model it is of."""
+    """Save a state dict with torchvision's names; returns its model and the bias of ``fc``."""
     model = create_model("resnet18", num_classes=5, head="logit", width=4).eval()
     names = {"backbone.": "module.", "head.classifier.": "module.fc."}
     state = {}
@@ -226,7 +226,7 @@ def torchvision_state(tmp_path):
     return model, state["module.fc.bias"]
 
 
-def test_a_plain_state_dict_by_a_map(tmp_path):
+def test_plain_state_dict_is_imported_with_renamed_parameters(tmp_path):
     model, bias = torchvision_state(tmp_path)
     import_(
         str(tmp_path / "net.pth"),
@@ -247,7 +247,7 @@ def test_a_plain_state_dict_by_a_map(tmp_path):
     assert document["model"]["input_mean"] == [0.5, 0.4, 0.3]
 
 
-def test_a_wrong_map_lists_the_names_and_offers_one(tmp_path):
+def test_wrong_renaming_error_lists_names_and_suggests_a_map(tmp_path):
     torchvision_state(tmp_path)
     options = {"backbone": "resnet18", "settings": {"backbone": {"width": 4}}}
     with pytest.raises(UserError) as caught:
@@ -266,7 +266,7 @@ def test_a_wrong_map_lists_the_names_and_offers_one(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "message"),
     [
         ({"kind": "madry"}, "unknown kind of checkpoint 'madry'"),
         ({"kind": "state"}, "needs --backbone"),
@@ -281,13 +281,13 @@ def test_a_wrong_map_lists_the_names_and_offers_one(tmp_path):
           "rename": [("module.", ""), ("fc.", "head.classifier.")]}, "head.classifier.weight"),
     ],
 )  # fmt: skip
-def test_refusals(tmp_path, options, words):
+def test_invalid_options_are_refused(tmp_path, options, message):
     torchvision_state(tmp_path)
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=message):
         load_checkpoint(tmp_path / "net.pth", **options)
 
 
-def test_what_is_said_is_held_against_the_weights(tmp_path, robust):
+def test_options_that_contradict_the_weights_are_refused(tmp_path, robust):
     with pytest.raises(UserError, match="has 100 classes and this classifier 10"):
         import_(str(robust[1]), out=tmp_path / "run", dataset="cifar100")
     with pytest.raises(UserError, match="has 10 labels, not 7"):
@@ -301,20 +301,20 @@ def test_what_is_said_is_held_against_the_weights(tmp_path, robust):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_file_on_the_hub(monkeypatch, robust):
+def test_checkpoint_is_downloaded_from_the_hub(monkeypatch, robust):
     import huggingface_hub
 
-    asked = []
+    requests = []
 
     def download(repository, file):
-        asked.append((repository, file))
+        requests.append((repository, file))
         if file == "absent.pt":
             raise FileNotFoundError("404: there is no such file\nmore")
         return str(robust[1])
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     model = load_checkpoint("madry/robust:cifar/l2.pt")
-    assert asked == [("madry/robust", "cifar/l2.pt")]
+    assert requests == [("madry/robust", "cifar/l2.pt")]
     assert model.num_classes == 10
     with pytest.raises(UserError, match=r"cannot fetch 'madry/robust:absent.pt' .* no such file$"):
         load_checkpoint("madry/robust:absent.pt")
@@ -327,16 +327,16 @@ def test_a_file_on_the_hub(monkeypatch, robust):
         load_checkpoint("madry/robust:l2.pt")
 
 
-def test_one_number_or_one_per_channel_normalise_alike():
+def test_scalar_and_per_channel_normalisation_agree():
     x = torch.rand(2, 3, 8, 8)
     values = {"num_classes": 3, "backbone": {"kind": "resnet", "width": 2}, "input_std": 0.25}
     one = ModelConfig.model_validate({**values, "input_mean": 0.5}).build().eval()
     each = ModelConfig.model_validate({**values, "input_mean": [0.5] * 3}).build().eval()
-    each.load_state_dict(one.state_dict())  # no new names
+    each.load_state_dict(one.state_dict())  # the names are the same
     assert torch.equal(each.logits(x), one.logits(x))
 
 
-def test_a_unet_of_diffusers(tmp_path):
+def test_import_command_reads_a_diffusers_pipeline(tmp_path):
     from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
     network = UNet2DModel(
@@ -350,7 +350,7 @@ def test_a_unet_of_diffusers(tmp_path):
     y, sigma = model.schedule.to_image_units(u, 300), model.schedule.sigma(300)
     with torch.no_grad():
         expected = network(u, 300).sample
-    # float32: the way to image units and back divides and multiplies by sqrt(abar)
+    # float32: converting to image units and back divides and multiplies by sqrt(abar)
     torch.testing.assert_close(model(y, sigma), expected, rtol=1e-3, atol=1e-4)
     assert model.card.dataset == "cifar10"
     with pytest.raises(UserError, match="leave classes out"):
@@ -365,6 +365,6 @@ def test_a_unet_of_diffusers(tmp_path):
 
 
 @pytest.mark.parametrize("std", [0.0, -1.0, [0.2, 0.0, 0.2]])
-def test_a_deviation_that_is_not_above_zero_is_told_in_words(std):
+def test_input_std_of_zero_or_below_is_refused(std):
     with pytest.raises(UserError, match=r"input_std = .* is not legal: .*above 0"):
         validated(ModelConfig, {"input_std": std}, "model")

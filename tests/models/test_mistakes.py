@@ -1,4 +1,4 @@
-"""What a user can get wrong when making or calling a model."""
+"""User errors when creating or calling a model."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from ebmkit.models import Features, LinearQuadraticHead, LogitHead
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "message"),
     [
         (
             {"backbone": "gradresnet81"},
@@ -39,34 +39,34 @@ from ebmkit.models import Features, LinearQuadraticHead, LogitHead
     ],
     ids=str,
 )
-def test_create_model_refuses_in_one_sentence(arguments, words):
-    with pytest.raises(UserError, match=words) as caught:
+def test_create_model_errors_are_one_line(arguments, message):
+    with pytest.raises(UserError, match=message) as caught:
         create_model(**{"width": 8, **arguments})
     assert "\n" not in str(caught.value)
 
 
 class WithColumns(LinearQuadraticHead):
-    """A head whose log-density has a dimension too many."""
+    """A head whose log-density has one dimension too many."""
 
     def forward(self, pooled):
         energies = super().forward(pooled)
         return energies._replace(log_density=energies.log_density[:, None])
 
 
-def test_a_head_gives_one_log_density_for_each_image():
+def test_head_with_wrong_log_density_shape_is_refused():
     model = create_model("mlp", 3, 1, width=8)
     model.head = WithColumns(model.backbone.num_features, 3)
     with pytest.raises(UserError, match=r"WithColumns gives .*\(2, 1\).*\(B,\) are needed"):
         model(torch.zeros(2, 1, 8, 8))
 
 
-def test_a_logit_head_needs_classes():
+def test_logit_head_without_classes_is_refused():
     with pytest.raises(UserError, match="cannot have 0 classes"):
         LogitHead(4, 0)
 
 
 @pytest.mark.parametrize(
-    ("shape", "words"),
+    ("shape", "message"),
     [
         ((2, 3, 8, 8), r"takes images of 1 channel\(s\), not 3"),
         ((1, 8, 8), r"images must be \(batch, channels, height, width\), not \(1, 8, 8\)"),
@@ -75,15 +75,15 @@ def test_a_logit_head_needs_classes():
     ],
     ids=str,
 )
-def test_what_is_no_batch_of_its_images_is_refused(shape, words):
+def test_images_of_wrong_shape_are_refused(shape, message):
     model = create_model(width=8, in_channels=1)
     for method in ("log_density", "logits", "log_joint", "score", "denoise", "energy"):
-        with pytest.raises(UserError, match=words):
+        with pytest.raises(UserError, match=message):
             getattr(model, method)(torch.rand(shape))
 
 
 class Flat(nn.Module):
-    """A backbone without windows."""
+    """A backbone without the method ``pool``."""
 
     num_features = 3
 
@@ -91,19 +91,19 @@ class Flat(nn.Module):
         return Features(y.mean((2, 3)))
 
 
-def test_windows_need_a_backbone_that_has_them():
+def test_size_scaling_by_windows_requires_a_backbone_with_pool():
     head = LinearQuadraticHead(3, 2)
     with pytest.raises(UserError, match=r"Flat has no method pool\(maps, grid\)"):
         JointModel(Flat(), head, reference_size=(8, 8), size_scaling="windows")
     y = torch.rand(1, 3, 16, 16)
-    whole = JointModel(Flat(), head)
+    plain = JointModel(Flat(), head)
     factor = JointModel(Flat(), head, reference_size=(8, 8), size_scaling="factor")
-    torch.testing.assert_close(factor.log_density(y), 4 * whole.log_density(y))
+    torch.testing.assert_close(factor.log_density(y), 4 * plain.log_density(y))
 
 
 @pytest.mark.parametrize(
     "parts", [(nn.Identity(), LinearQuadraticHead(3, 2)), (Flat(), nn.Identity())]
 )
-def test_parts_must_be_parts(parts):
+def test_modules_without_the_attributes_of_backbone_and_head_are_refused(parts):
     with pytest.raises(UserError, match="a backbone needs num_features, a head needs num_classes"):
         JointModel(*parts)

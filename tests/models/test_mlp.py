@@ -1,4 +1,4 @@
-"""The perceptron, blind and told sigma: what it computes, and that it is an NCSN."""
+"""The perceptron, blind and noise-conditional (an NCSN): forward pass, loss and training."""
 
 import pytest
 import torch
@@ -14,19 +14,19 @@ from ebmkit.training import RunFolder, resolve
 from ebmkit.training.loop import assemble
 
 
-def told(**options) -> JointModel:
+def noise_conditional_model(**options) -> JointModel:
     backbone = MLPConfig(width=16, noise_conditional=True, **options).build(2).double()
     return JointModel(backbone, LinearQuadraticHead(16, 3, bias=True).double())
 
 
-def test_of_points_it_is_a_plain_perceptron():
+def test_mlp_on_points_matches_a_plain_perceptron():
     network = MLPConfig(width=8, depth=3).build(2)
     plain = nn.Sequential(network.first, nn.SiLU(), network.onward[0], nn.SiLU(), network.onward[1])
     y = torch.randn(5, 2)
     torch.testing.assert_close(network(y[:, :, None, None]).pooled, plain(y))
 
 
-def test_of_images_it_is_one_on_every_patch():
+def test_mlp_on_images_averages_a_perceptron_over_patches():
     network = MLPConfig(width=8, kernel=3, depth=2).build(1).double()
     y = torch.rand(2, 1, 5, 6, dtype=torch.float64)
     patches = nn.functional.unfold(y, 3, padding=1).movedim(1, 2)  # (B, positions, 9)
@@ -34,11 +34,13 @@ def test_of_images_it_is_one_on_every_patch():
     torch.testing.assert_close(network(y).pooled, network.onward[0](nn.functional.silu(h)).mean(1))
 
 
-def test_denoising_score_matching_under_a_law_of_sigma_is_ncsn():
-    """The sum over levels of lambda(sigma) E|s_sigma(y) - grad log q_sigma(y|x)|^2 with
-    lambda = sigma^2 (Song & Ermon 2019; the thesis's eq. 2.8) is dsm, in batches of mixed levels.
+def test_dsm_at_several_noise_levels_is_the_ncsn_loss():
+    """The loss of NCSN equals dsm on a batch of mixed noise levels.
+
+    It is the mean over levels of lambda(sigma) E|s_sigma(y) - grad log q_sigma(y|x)|^2 with
+    lambda = sigma^2 (Song & Ermon 2019; eq. 2.8 of the thesis).
     """
-    model, levels, count = told(), torch.tensor([0.02, 0.1, 0.4]).double(), 6
+    model, levels, count = noise_conditional_model(), torch.tensor([0.02, 0.1, 0.4]).double(), 6
     x, eps = torch.rand(count, 2, 1, 1).double(), torch.randn(3, count, 2, 1, 1).double()
     by_level = []
     for sigma, noise in zip(levels, eps, strict=True):
@@ -54,8 +56,8 @@ def test_denoising_score_matching_under_a_law_of_sigma_is_ncsn():
     torch.testing.assert_close(loss.total, ncsn)
 
 
-def test_what_is_told_changes_the_density_smoothly_down_to_clean_images():
-    model, y = told(), torch.rand(4, 2, 1, 1).double()
+def test_log_density_depends_continuously_on_sigma_down_to_zero():
+    model, y = noise_conditional_model(), torch.rand(4, 2, 1, 1).double()
     sigma = torch.tensor([0.0, 1e-5, 0.1, 0.2]).double()
     found = model.log_density(y[:1].expand(4, -1, -1, -1), sigma)
     assert found.isfinite().all()
@@ -64,21 +66,21 @@ def test_what_is_told_changes_the_density_smoothly_down_to_clean_images():
     torch.testing.assert_close(model.logits(y), model.logits(y, 0.0))
 
 
-def test_the_noise_level_is_an_input_and_no_answer():
-    model, y = told(), torch.rand(4, 2, 1, 1).double()
-    for ask in (model.estimate_sigma, model.denoise):
+def test_noise_conditional_model_requires_sigma():
+    model, y = noise_conditional_model(), torch.rand(4, 2, 1, 1).double()
+    for method in (model.estimate_sigma, model.denoise):
         with pytest.raises(UserError, match="takes the noise level as an input"):
-            ask(y)
+            method(y)
     assert torch.equal(model.denoise(y, 0.1), y + 0.1**2 * model.score(y, sigma=0.1))
 
 
-def test_patches_have_a_middle():
+def test_even_kernel_is_refused():
     with pytest.raises(UserError, match="kernel 4 must be odd"):
         validated(MLPConfig, {"kernel": 4}, "backbone")
 
 
-def test_a_blind_network_learns_the_score_of_one_density():
-    """E[sigma^2 s | y] / E[sigma^2 | y] is the gradient of log of the sum of pi sigma^2 p_sigma."""
+def test_blind_score_is_the_gradient_of_one_log_density():
+    """E[sigma^2 s | y] / E[sigma^2 | y] is the gradient of log sum_sigma pi sigma^2 p_sigma."""
     means = torch.tensor([[0.2, 0.3], [0.8, 0.6]], dtype=torch.float64)
     mixture = ebmkit.GaussianMixture(means, 0.02)
     levels = torch.tensor([0.05, 0.1, 0.4], dtype=torch.float64)
@@ -92,8 +94,8 @@ def test_a_blind_network_learns_the_score_of_one_density():
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("counted_once")
-def test_an_ncsn_trains_validates_and_comes_back(tmp_path):
-    """That of the docs, on digits, at a few steps; with implicit score matching beside it."""
+def test_ncsn_trains_validates_and_loads(tmp_path):
+    """The NCSN of the documentation on digits, for 4 steps, with implicit score matching added."""
     small = {
         "backbone": "mlp-sigma",
         "model": {"backbone": {"width": 8}},

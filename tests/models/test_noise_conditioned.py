@@ -1,4 +1,4 @@
-"""Classifiers that are told the noise level: what their backbone sees, and their runs."""
+"""Noise-conditional classifiers: the input of their backbone, and training."""
 
 import math
 
@@ -23,8 +23,8 @@ pytestmark = [
 ]
 
 
-class Seeing(nn.Module):
-    """A backbone that remembers its input."""
+class RecordingBackbone(nn.Module):
+    """A backbone that records its input."""
 
     num_features = 4
 
@@ -45,9 +45,9 @@ def conditioned(preset, **options):
     ).build()
 
 
-def test_the_backbone_sees_what_a_diffusion_network_sees():
-    """u_t of the schedule at each level, and log sigma / 4; clean images at the lowest level."""
-    network, schedule = Seeing(), make_schedule("linear")
+def test_backbone_receives_the_input_of_a_diffusion_network():
+    """Channels: u_t of the schedule, then log sigma / 4. Clean images have the lowest level."""
+    network, schedule = RecordingBackbone(), make_schedule("linear")
     model = JointModel(NoiseConditioned(network), LogitHead(4, 3)).double()
     y = torch.rand(3, 1, 4, 4, dtype=torch.float64)
     sigma = torch.tensor([schedule.sigma(t) for t in (0, 300, 999)], dtype=torch.float64)
@@ -63,7 +63,7 @@ def test_the_backbone_sees_what_a_diffusion_network_sees():
 
 
 @pytest.mark.parametrize("preset", sorted(set(BACKBONES) - {"mlp-sigma"}))
-def test_every_backbone_can_be_told(preset):
+def test_every_backbone_can_be_noise_conditional(preset):
     size = 32 if preset.endswith("imagenet") else 8
     model = conditioned(preset).double().eval()
     assert model.noise_conditional
@@ -80,7 +80,7 @@ def test_every_backbone_can_be_told(preset):
     torch.testing.assert_close(model.label_score(y.detach(), labels, 0.5), gradient)
 
 
-def test_larger_images_and_recomputation_work_as_without():
+def test_noise_conditional_models_support_size_scaling_and_recomputation():
     windows = (
         conditioned("gradresnet18", reference_size=(8, 8), size_scaling="windows").double().eval()
     )
@@ -95,7 +95,7 @@ def test_larger_images_and_recomputation_work_as_without():
 
 
 @pytest.mark.parametrize(
-    ("fields", "words"),
+    ("fields", "message"),
     [
         ({"backbone": {"kind": "drunet"}}, "'drunet' is a complete model"),
         ({"backbone": {"kind": "mlp", "noise_conditional": True}}, "takes sigma already"),
@@ -103,18 +103,18 @@ def test_larger_images_and_recomputation_work_as_without():
     ],
     ids=str,
 )
-def test_mistakes_are_told(fields, words):
-    with pytest.raises(UserError, match=words):
+def test_invalid_configurations_are_refused(fields, message):
+    with pytest.raises(UserError, match=message):
         validated(ModelConfig, {"noise_conditional": True, **fields}, "model")
 
 
 @pytest.mark.slow
 def test_a_run_classifies_clean_and_noisy_images(tmp_path):
-    """Recipe, training, validation and the suite classify, by the command line."""
+    """Recipe, training, validation and suite classify, through the command line."""
     small = ["--set", "model.backbone.width=8", "--set", "streams.classify.batch_size=16"]
-    ask = ["train", "--recipe", "digits-noisy-classifier", *small, "--steps", 2, "--out", "run"]
-    ask += ["--set", "validation_images=16", "--device", "cpu"]
-    ended = ebmkit_command(*ask, "--no-evaluate", cwd=tmp_path)
+    command = ["train", "--recipe", "digits-noisy-classifier", *small, "--steps", 2, "--out", "run"]
+    command += ["--set", "validation_images=16", "--device", "cpu"]
+    ended = ebmkit_command(*command, "--no-evaluate", cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
     model = ebmkit.load(tmp_path / "run")
     assert model.noise_conditional
@@ -126,7 +126,7 @@ def test_a_run_classifies_clean_and_noisy_images(tmp_path):
     assert all(0 <= level["accuracy"]["value"] <= 1 for level in noisy)
 
 
-def test_the_noise_of_any_recipe_can_be_that_of_a_diffusion():
+def test_noise_law_diffusion_has_the_range_of_the_schedule():
     config = resolve(
         {
             "objective": "ce",

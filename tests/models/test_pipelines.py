@@ -1,4 +1,4 @@
-"""Diffusion models of others: folders that diffusers wrote, read as models of ours."""
+"""Importing diffusion models from folders that diffusers saved."""
 
 import json
 
@@ -40,18 +40,18 @@ def unet(**options):
     return diffusers.UNet2DModel(**{**SHAPE, **options}).eval()
 
 
-def theirs(network, folder, scheduler=None, safe=True):
+def save_pipeline(network, folder, scheduler=None, safe=True):
     pipeline = diffusers.DDPMPipeline(network, scheduler or diffusers.DDPMScheduler())
     pipeline.save_pretrained(folder, safe_serialization=safe)
     return folder
 
 
 @pytest.mark.parametrize("options", [{}, ODD], ids=["plain", "odd"])
-def test_a_pipeline_predicts_what_its_network_predicts(tmp_path, options):
-    """The same noise, bit for bit, from the folder that was written; out of it samples can come."""
+def test_imported_pipeline_predicts_the_same_noise(tmp_path, options):
+    """The tolerance covers float32 rounding: u is converted to image units and back."""
     network = unet(**options)
     scheduler = diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2", num_train_timesteps=100)
-    import_unet(theirs(network, tmp_path / "theirs", scheduler), tmp_path / "ours")
+    import_unet(save_pipeline(network, tmp_path / "theirs", scheduler), tmp_path / "ours")
     model = ebmkit.load(tmp_path / "ours")
     assert len(model.schedule) == 100
     assert model.card.image_size == (8, 8)
@@ -64,10 +64,10 @@ def test_a_pipeline_predicts_what_its_network_predicts(tmp_path, options):
         y, sigma = model.schedule.to_image_units(u, t), model.schedule.sigma(t)
         with torch.no_grad():
             expected = network(u, t).sample[:, :3]
-        torch.testing.assert_close(model(y, sigma), expected, rtol=1e-3, atol=1e-4)  # u by way of y
+        torch.testing.assert_close(model(y, sigma), expected, rtol=1e-3, atol=1e-4)
 
 
-def test_a_folder_of_a_network_alone_and_one_without_subfolders(tmp_path):
+def test_unet_folder_with_and_without_a_scheduler_is_imported(tmp_path):
     network = unet()
     network.save_pretrained(tmp_path / "alone")
     linear = import_unet(tmp_path / "alone", tmp_path / "ours")
@@ -80,14 +80,14 @@ def test_a_folder_of_a_network_alone_and_one_without_subfolders(tmp_path):
     assert float(flat.schedule.betas[-1]) == pytest.approx(0.01)
 
 
-def test_weights_of_earlier_releases(tmp_path):
-    """Self-attention had other names, and files were pickles: of tensors, which alone are read."""
+def test_weights_of_earlier_diffusers_releases_are_imported(tmp_path):
+    """Old files name self-attention differently and are pickles; only tensors are loaded."""
     network = unet()
-    theirs(network, tmp_path / "theirs", safe=False)
+    save_pipeline(network, tmp_path / "theirs", safe=False)
     path = tmp_path / "theirs" / "unet" / "diffusion_pytorch_model.bin"
-    then = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    old_names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     state = torch.load(path, weights_only=True)
-    for now, old in then.items():
+    for now, old in old_names.items():
         state = {name.replace(f".{now}.", f".{old}."): value for name, value in state.items()}
     assert any(".query." in name for name in state)
     torch.save(state, path)
@@ -96,7 +96,7 @@ def test_weights_of_earlier_releases(tmp_path):
         assert torch.equal(model.network.state_dict()[name], value)
 
 
-def test_labels_with_and_without_one_for_none(tmp_path):
+def test_labels_with_and_without_a_null_label(tmp_path):
     network = unet(num_class_embeds=4)
     network.save_pretrained(tmp_path / "theirs")
     plain = import_unet(tmp_path / "theirs", tmp_path / "four")
@@ -111,7 +111,7 @@ def test_labels_with_and_without_one_for_none(tmp_path):
     assert ebmkit.load(tmp_path / "three").num_classes == 3
 
 
-def test_nothing_is_overwritten_and_nothing_half_written(tmp_path):
+def test_refused_imports_write_nothing(tmp_path):
     unet().save_pretrained(tmp_path / "theirs")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "note").write_text("mine")
@@ -119,7 +119,7 @@ def test_nothing_is_overwritten_and_nothing_half_written(tmp_path):
         import_unet(tmp_path / "theirs", tmp_path / "full")
     config = tmp_path / "theirs" / "config.json"
     shape = json.loads(config.read_text())
-    for change, words in [
+    for change, message in [
         ({"_class_name": "UNet2DConditionModel"}, "of a UNet2DConditionModel: only UNet2DModel"),
         ({"in_channels": 4, "out_channels": 4}, "takes 4 channels"),
         ({"time_embedding_type": "fourier"}, "does not take timesteps"),
@@ -127,7 +127,7 @@ def test_nothing_is_overwritten_and_nothing_half_written(tmp_path):
         ({"layers_per_block": 2}, "do not fit config.json"),
     ]:
         config.write_text(json.dumps(shape | change))
-        with pytest.raises(UserError, match=words):
+        with pytest.raises(UserError, match=message):
             import_unet(tmp_path / "theirs", tmp_path / "ours")
     config.write_text("{")
     with pytest.raises(UserError, match="is damaged: it is not JSON"):
@@ -140,7 +140,7 @@ def test_nothing_is_overwritten_and_nothing_half_written(tmp_path):
     assert not (tmp_path / "ours").exists()
 
 
-def test_what_is_not_there_is_said(tmp_path):
+def test_missing_folders_and_files_are_named_in_the_error(tmp_path):
     with pytest.raises(UserError, match="a name on the hub is like owner/name"):
         import_unet(tmp_path / "nothing", tmp_path / "ours")
     (tmp_path / "empty").mkdir()
@@ -151,21 +151,21 @@ def test_what_is_not_there_is_said(tmp_path):
         import_unet(tmp_path / "empty", tmp_path / "ours")
 
 
-def test_a_name_on_the_hub_is_fetched(tmp_path, monkeypatch):
-    """The files of both layouts are asked for, the pickle only where there is nothing better."""
+def test_pipeline_is_downloaded_from_the_hub(tmp_path, monkeypatch):
+    """The request covers both layouts, and no pickle where safetensors exist."""
     import huggingface_hub
 
-    asked = []
+    downloads = []
 
     def fetch(name, allow_patterns):
-        asked.append((name, allow_patterns))
+        downloads.append((name, allow_patterns))
         return str(tmp_path / "theirs")
 
-    theirs(unet(), tmp_path / "theirs")
+    save_pipeline(unet(), tmp_path / "theirs")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
     model = import_unet("someone/ddpm", tmp_path / "ours")
     assert model.card.objective == "published: ddpm"
-    ((name, patterns),) = asked
+    ((name, patterns),) = downloads
     assert name == "someone/ddpm"
     assert "unet/diffusion_pytorch_model.safetensors" in patterns
     assert not any(pattern.endswith(".bin") for pattern in patterns)

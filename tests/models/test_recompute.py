@@ -17,8 +17,8 @@ from ebmkit.models.gradresnet import Block, GradResNetConfig
 from ebmkit.models.recompute import recompute
 
 
-class Again(nn.Module):
-    """A block that is computed again."""
+class Recomputed(nn.Module):
+    """A block under activation checkpointing."""
 
     def __init__(self, block):
         super().__init__()
@@ -28,19 +28,19 @@ class Again(nn.Module):
         return recompute(self.block, x)
 
 
-def network(again, dtype=torch.float64, **options):
-    """A GradResNet18 of width 8, every block of it computed again or none."""
+def network(recomputed, dtype=torch.float64, **options):
+    """A GradResNet18 of width 8, with every block recomputed or none."""
     torch.manual_seed(0)
     model = create_model("gradresnet18", 3, in_channels=3, width=8, **options).to(dtype)
-    if again:
+    if recomputed:
         for stage in model.backbone.stages:
             for i, block in enumerate(stage):
-                stage[i] = Again(block)
+                stage[i] = Recomputed(block)
     return model
 
 
-def evaluated(model, y, labels):
-    """Energies, and both scores, as a step that computes again takes them."""
+def energies_and_scores(model, y, labels):
+    """Energies and both scores by the functional path, as in a training step."""
     targets = LogDensity(), LogDensity(labels)
     return value_and_grads(model, y, None, *targets, use_autograd=False)
 
@@ -56,13 +56,13 @@ def ce(model, y, labels, eps):
 
 
 def both_scores(model, y, labels, eps):
-    _, (score, conditional) = evaluated(model, y, labels)
+    _, (score, conditional) = energies_and_scores(model, y, labels)
     plain = (0.1 * score + eps).square().flatten(1).sum(1).mean()
     return plain + (conditional + eps).square().mean()
 
 
 def joint(model, y, labels, eps):
-    energies, (score, _) = evaluated(model, y, labels)
+    energies, (score, _) = energies_and_scores(model, y, labels)
     plain = (0.1 * score + eps).square().flatten(1).sum(1).mean()
     return nn.functional.cross_entropy(energies.logits, labels) + plain
 
@@ -78,30 +78,30 @@ def relative_difference(first, second):
     return ((first - second).norm() / second.norm()).item()
 
 
-# --- the same derivatives ------------------------------------------------------------------------
+# --- unchanged derivatives ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("loss", [dsm, ce, both_scores, joint], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("options", [{}, {"norm": "scale", "bias": True}], ids=str)
-def test_losses_and_gradients_are_the_same(loss, options):
-    """Up to the order in which a sum is taken: 1e-9 is 5 million times the rounding of float64."""
+def test_losses_and_gradients_are_unchanged(loss, options):
+    """Equal up to the order of sums: 1e-9 is 5 million times the rounding of float64."""
     y, labels, eps = batch()
-    plain, again = network(False, **options), network(True, **options)
+    plain, recomputed = network(False, **options), network(True, **options)
     values = []
-    for model in (plain, again):
+    for model in (plain, recomputed):
         value = loss(model, y, labels, eps)
         value.backward()
         values.append(value.detach())
     torch.testing.assert_close(*values, rtol=1e-12, atol=0)
-    for (name, p), q in zip(plain.named_parameters(), again.parameters(), strict=True):
-        if p.grad is None or not p.grad.any():  # cross-entropy does not reach the density
+    for (name, p), q in zip(plain.named_parameters(), recomputed.parameters(), strict=True):
+        if p.grad is None or not p.grad.any():  # cross-entropy does not use the density
             assert q.grad is None or not q.grad.any(), name
         else:
             assert relative_difference(q.grad, p.grad) < 1e-9, name
 
 
-def test_a_score_through_autograd_is_the_same():
-    """`torch.autograd.grad(create_graph=True)`, which everyone writes, in place of vjp."""
+def test_score_by_autograd_is_unchanged():
+    """Uses `torch.autograd.grad(create_graph=True)` instead of `torch.func.vjp`."""
     y, _, eps = batch()
     gradients = []
     for model in (network(False), network(True)):
@@ -119,32 +119,32 @@ def tiny():
 
 
 @pytest.mark.slow
-def test_derivatives_against_finite_differences():
+def test_derivatives_match_finite_differences():
     """First, second and, through the score, third derivatives, by input and parameters."""
     block, x = tiny(), torch.randn(1, 2, 3, 3, dtype=torch.float64, requires_grad=True)
 
     def score(x, *_):
-        out, pull = vjp(lambda image: recompute(block, image), x)
-        return pull(torch.ones_like(out))[0]
+        out, vjp_fn = vjp(lambda image: recompute(block, image), x)
+        return vjp_fn(torch.ones_like(out))[0]
 
-    inputs = (x, *block.parameters())  # perturbed in place, so the block sees them
+    inputs = (x, *block.parameters())  # perturbed in place, so the block uses them
     assert torch.autograd.gradcheck(lambda x, *_: recompute(block, x), inputs)
     assert torch.autograd.gradgradcheck(lambda x, *_: recompute(block, x), inputs)
     assert torch.autograd.gradgradcheck(score, inputs)
 
 
-def test_transforms_nest():
+def test_nested_transforms():
     """Hessians, and gradients by parameters of a gradient by the image."""
     block, x = tiny(), torch.randn(1, 2, 3, 3, dtype=torch.float64)
 
     def density(run):
         return lambda image: run(image).square().sum()
 
-    def again(image):
+    def recomputed(image):
         return recompute(block, image)
 
     expected = jacrev(grad(density(block)))(x)
-    torch.testing.assert_close(jacrev(grad(density(again)))(x), expected)
+    torch.testing.assert_close(jacrev(grad(density(recomputed)))(x), expected)
 
     def by_parameters(module):
         def loss(parameters):
@@ -154,7 +154,7 @@ def test_transforms_nest():
         return grad(loss)({name: p.detach() for name, p in module.named_parameters()})
 
     expected = by_parameters(block)
-    for name, gradient in by_parameters(Again(block)).items():
+    for name, gradient in by_parameters(Recomputed(block)).items():
         torch.testing.assert_close(gradient, expected[name.removeprefix("block.")])
 
 
@@ -174,11 +174,11 @@ def test_frozen_shared_and_absent_parameters():
         torch.testing.assert_close(p.grad, expected[name])
 
 
-# --- less memory, no idle arithmetic -------------------------------------------------------------
+# --- memory and cost ------------------------------------------------------------------------------
 
 
-class Alive(TorchDispatchMode):
-    """Bytes of the tensors that operations returned and that are still held, and their peak."""
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the tensors that operations returned and that are still referenced; their peak."""
 
     def __init__(self, ignored):
         super().__init__()
@@ -201,27 +201,27 @@ class Alive(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize(("loss", "kept_factor", "peak_factor"), [(dsm, 3.5, 1.7), (ce, 3.5, 2.0)])
-def test_a_step_keeps_less(loss, kept_factor, peak_factor):
-    """What waits for the outer backward pass, and the peak of a step on 32x32 images.
+@pytest.mark.parametrize(("loss", "stored_ratio", "peak_ratio"), [(dsm, 3.5, 1.7), (ce, 3.5, 2.0)])
+def test_a_step_stores_less_and_has_a_lower_peak(loss, stored_ratio, peak_ratio):
+    """Bytes stored for the outer backward pass, and peak bytes of a step, on 32x32 images.
 
-    Measured: 3.7 and 1.9 for score matching, 3.8 and 2.1 for cross-entropy. The peak also holds one
-    block's own graph, and the first two of the eight blocks are half of the network.
+    Measured: 3.7 and 1.9 for score matching, 3.8 and 2.1 for cross-entropy. The peak includes the
+    graph of one block, and the first two of the eight blocks are half of the network.
     """
     y, labels, eps = batch(16, 32, torch.float32)
-    kept, peak = [], []
-    for again in (False, True):
-        model = network(again, torch.float32)
-        with Alive([*model.parameters(), y, eps]) as alive:
+    stored, peak = [], []
+    for recomputed in (False, True):
+        model = network(recomputed, torch.float32)
+        with LiveBytes([*model.parameters(), y, eps]) as live:
             value = loss(model, y, labels, eps)
-            kept.append(alive.bytes())
+            stored.append(live.bytes())
             value.backward()
-        peak.append(alive.peak)
-    assert kept[0] > kept_factor * kept[1]
-    assert peak[0] > peak_factor * peak[1]
+        peak.append(live.peak)
+    assert stored[0] > stored_ratio * stored[1]
+    assert peak[0] > peak_ratio * peak[1]
 
 
-class Convolutions(TorchDispatchMode):
+class ConvolutionCounter(TorchDispatchMode):
     """Counts convolutions, their gradients by input, and their gradients by weight."""
 
     def __init__(self):
@@ -241,14 +241,14 @@ def test_a_score_costs_one_more_forward_pass_and_no_gradient_of_parameters():
     """20 convolutions: the stem, two in each of 8 blocks, and 3 projections."""
     y = batch()[0]
     for model, forward in ((network(False), 20), (network(True), 20 + 19)):
-        with Convolutions() as counted:
+        with ConvolutionCounter() as counted:
             _, (score,) = value_and_grads(model, y, None, LogDensity(), use_autograd=False)
         assert score.requires_grad
         assert (counted.forward, counted.by_input, counted.by_weight) == (forward, 20, 0)
 
 
-class Counted(nn.Module):
-    """Two linear layers that note the autocast they run in at each call."""
+class AutocastRecorder(nn.Module):
+    """Two linear layers that record at each call whether autocast is enabled."""
 
     def __init__(self):
         super().__init__()
@@ -261,7 +261,7 @@ class Counted(nn.Module):
 
 
 def test_without_gradients_a_block_runs_once():
-    block, x = Counted(), torch.randn(2, 8)
+    block, x = AutocastRecorder(), torch.randn(2, 8)
     for mode in (torch.no_grad(), torch.inference_mode()):
         block.autocast.clear()
         with mode:
@@ -271,61 +271,61 @@ def test_without_gradients_a_block_runs_once():
         torch.testing.assert_close(out, block(x))
 
 
-def test_shapes_alone_can_be_run():
-    """On the device meta, where sizes are counted, and which knows no autocast."""
+def test_recompute_on_the_meta_device():
+    """The meta device has shapes only and does not support autocast."""
     block, x = tiny().to("meta"), torch.empty(1, 2, 3, 3, dtype=torch.float64, device="meta")
-    out, pull = vjp(lambda image: recompute(block, image), x)
-    assert pull(out)[0].shape == x.shape
+    out, vjp_fn = vjp(lambda image: recompute(block, image), x)
+    assert vjp_fn(out)[0].shape == x.shape
 
 
 # --- autocast ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("states", list(itertools.product([False, True], repeat=3)), ids=str)
-def test_autocast_is_that_of_the_first_run(states):
-    """Forward, score and outer gradient each inside autocast or outside: as without recomputation.
+def test_recomputation_uses_the_autocast_of_the_first_run(states):
+    """Forward, score and outer gradient, each with and without autocast: equal to the plain block.
 
-    The reference casts without a cache, which adds up gradients in bfloat16.
+    The cache of autocast is disabled, because it accumulates gradients in bfloat16.
     """
-    block = Counted()
+    block = AutocastRecorder()
     x, start = torch.randn(4, 8), torch.randn(4, 8)
     found = []
-    for run in (block, Again(block)):
-        in_forward, in_pull, in_outer = (
+    for run in (block, Recomputed(block)):
+        in_forward, in_vjp, in_outer = (
             torch.autocast("cpu", torch.bfloat16, enabled=on, cache_enabled=False) for on in states
         )
         block.autocast.clear()
         with in_forward:
-            out, pull = vjp(run, x)
-        with in_pull:
-            (score,) = pull(start.to(out.dtype))
+            out, vjp_fn = vjp(run, x)
+        with in_vjp:
+            (score,) = vjp_fn(start.to(out.dtype))
         loss = (score.float() + 1).square().sum()
         with in_outer:
             gradients = torch.autograd.grad(loss, list(block.parameters()))
         assert set(block.autocast) == {states[0]}
         found.append([out, score, *gradients])
-    for plain, again in zip(*found, strict=True):
-        assert again.dtype == plain.dtype
-        torch.testing.assert_close(again, plain)
+    for plain, recomputed in zip(*found, strict=True):
+        assert recomputed.dtype == plain.dtype
+        torch.testing.assert_close(recomputed, plain)
 
 
-def test_bfloat16_gradients_of_a_block():
-    """Under autocast's cache, as in training: equal to a few roundings of bfloat16 (2^-8 each)."""
+def test_bfloat16_gradients_of_a_block_match():
+    """With autocast's cache, as in training: equal up to a few bfloat16 roundings (2^-8 each)."""
     torch.manual_seed(0)
     block = Block(8, 16, 2, GradResNetConfig(width=8))
     x, start = torch.randn(4, 8, 8, 8), torch.randn(4, 16, 4, 4)
     found = []
-    for run, enabled in ((block, True), (Again(block), True), (block, False)):
+    for run, enabled in ((block, True), (Recomputed(block), True), (block, False)):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            out, pull = vjp(run, x)
-            (score,) = pull(start.to(out.dtype))
+            out, vjp_fn = vjp(run, x)
+            (score,) = vjp_fn(start.to(out.dtype))
         found.append(torch.autograd.grad(score.float().square().sum(), list(block.parameters())))
-    for plain, again, exact in zip(*found, strict=True):
-        assert relative_difference(again, plain) < 2**-7
-        assert relative_difference(again, exact) > 2**-10  # bfloat16 was at work
+    for plain, recomputed, exact in zip(*found, strict=True):
+        assert relative_difference(recomputed, plain) < 2**-7
+        assert relative_difference(recomputed, exact) > 2**-10  # bfloat16 was used
 
 
-# --- what it refuses, and what it leaves to the compiler -----------------------------------------
+# --- errors and torch.compile ---------------------------------------------------------------------
 
 
 def test_batch_norm_and_dropout_are_refused_in_training_only():
@@ -344,12 +344,12 @@ def test_batch_norm_and_dropout_are_refused_in_training_only():
         torch.testing.assert_close(found, expected)
 
 
-def test_a_compiled_score_is_the_same():
+def test_compiled_score_is_unchanged():
     block, x = tiny(), torch.randn(1, 2, 3, 3, dtype=torch.float64)
 
     def loss(image):
-        out, pull = vjp(lambda at: recompute(block, at), image)
-        return pull(torch.ones_like(out))[0].square().sum()
+        out, vjp_fn = vjp(lambda at: recompute(block, at), image)
+        return vjp_fn(torch.ones_like(out))[0].square().sum()
 
     parameters = [p for p in block.parameters() if p.ndim > 1]
     expected = torch.autograd.grad(loss(x), parameters)

@@ -1,4 +1,4 @@
-"""ResNet and WideResNet: torchvision's values, the published sizes, gradients, any image size."""
+"""ResNet and WideResNet: torchvision as reference, published sizes, gradients, any image size."""
 
 from contextlib import nullcontext
 
@@ -26,14 +26,14 @@ NETWORKS = {
 
 @pytest.fixture(params=sorted(NETWORKS))
 def backbone(request) -> nn.Module:
-    """In evaluation mode, in float64, its norms' running statistics not those of a fresh one."""
+    """A float64 network in evaluation mode, with other than the initial running statistics."""
     network = NETWORKS[request.param].build(2).double()
     network(torch.randn(8, 2, 16, 16, dtype=torch.float64))
     return network.eval()
 
 
 def count(config, classes: int) -> int:
-    """Parameters, with a linear classifier of ``classes`` on top."""
+    """Number of parameters, including a linear classifier of ``classes``."""
     with torch.device("meta"):
         network = config.build(3)
     return sum(p.numel() for p in network.parameters()) + (network.num_features + 1) * classes
@@ -54,12 +54,12 @@ def count(config, classes: int) -> int:
     ],
     ids=str,
 )
-def test_sizes_are_the_published_ones(config, classes, published):
+def test_parameter_counts_match_published_sizes(config, classes, published):
     assert count(config, classes) == published
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
-def test_the_imagenet_form_is_torchvisions_on_shared_weights(name):
+def test_imagenet_form_matches_torchvision_with_shared_weights(name):
     theirs = getattr(torchvision.models, name)(num_classes=5)
     ours = ResNetConfig(depth=int(name[6:]), stem="imagenet").build(3)
     y = torch.randn(2, 3, 40, 33)
@@ -77,7 +77,7 @@ def test_the_cifar_form_keeps_32x32_through_stage_1():
     assert maps[-1].shape == (2, 32, 4, 4)  # strides 1, 1, 2, 2, 2 and no max-pool
 
 
-def test_jem_form_is_its_formula():
+def test_jem_form_matches_its_formula():
     """One block of each group: P x + C2 a(C1 a(x)), the stride in C2 and P, biases everywhere."""
     network = WideResNetConfig(depth=10, width=8, **JEM).build(3).double()
     p = dict(network.named_parameters())
@@ -108,8 +108,8 @@ def test_score_is_the_gradient_of_the_log_density(backbone):
     model = JointModel(backbone, LinearQuadraticHead(backbone.num_features, 3).double())
     y = torch.rand(2, 2, 9, 9, dtype=torch.float64)
     v = torch.randn_like(y)
-    rough = model.has_batch_norm or any(isinstance(m, nn.ReLU) for m in backbone.modules())
-    with pytest.warns(UserWarning, match="differentiated") if rough else nullcontext():
+    warns = model.has_batch_norm or any(isinstance(m, nn.ReLU) for m in backbone.modules())
+    with pytest.warns(UserWarning, match="differentiated") if warns else nullcontext():
         slope = (model.score(y) * v).flatten(1).sum(1)
     step = 1e-7  # central differences, far from most kinks of ReLU
     rise = model.log_density(y + step * v) - model.log_density(y - step * v)
@@ -124,19 +124,19 @@ def test_images_of_any_size(backbone):
         torch.testing.assert_close(features.pooled[1:2], backbone(y[1:2]).pooled)
 
 
-def test_windows_average_to_the_whole(backbone):
+def test_mean_over_windows_is_the_global_pooling(backbone):
     features = backbone(torch.rand(2, 2, 64, 64, dtype=torch.float64))
     windows = backbone.pool(features.maps, (2, 1))
     assert windows.shape == (2, 2, backbone.num_features)
     torch.testing.assert_close(windows.mean(1), features.pooled)
 
 
-def test_jem_recomputes_its_activations_and_batch_norm_says_why_not():
+def test_recomputation_supports_the_jem_form_and_refuses_batch_norm():
     y = torch.rand(2, 3, 8, 8)
     network = WideResNetConfig(depth=10, width=8, **JEM).build(3)
-    kept = network(y).pooled
+    expected = network(y).pooled
     network.recompute = True
-    torch.testing.assert_close(network(y).pooled, kept)
+    torch.testing.assert_close(network(y).pooled, expected)
     network = WideResNetConfig(depth=10, width=8).build(3)
     network.recompute = True
     with pytest.raises(UserError, match="BatchNorm2d in training mode"):
@@ -144,10 +144,10 @@ def test_jem_recomputes_its_activations_and_batch_norm_says_why_not():
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [({"depth": 27}, "6n \\+ 4"), ({"norm": "group", "width": 12}, "multiple of 8")],
     ids=str,
 )
-def test_impossible_shapes_are_told(options, says):
-    with pytest.raises(UserError, match=says):
+def test_invalid_depth_and_width_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
         validated(WideResNetConfig, options, "backbone")

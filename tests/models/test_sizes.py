@@ -1,4 +1,4 @@
-"""Log-densities grow with the image: the plain formula up to the reference size, then by area."""
+"""Size scaling: the plain formula up to the reference size, above it log p grows with the area."""
 
 import itertools
 from typing import get_args
@@ -17,7 +17,7 @@ REFERENCE = 32  # a multiple of twice the total stride of every preset
 
 @pytest.fixture(params=["gradresnet10", "gradresnet18-imagenet"])
 def backbone(request) -> str:
-    """GradResNets of each stem: what is checked are their norms, and size scalings over them."""
+    """A GradResNet with each stem; these tests check their norms and size scaling."""
     return request.param
 
 
@@ -27,7 +27,7 @@ def size_scaling(request):
 
 
 def make(backbone, size_scaling, circular):
-    """A model in float64, whose convolutions see the image as a torus if ``circular``."""
+    """A model in float64; ``circular`` gives its convolutions periodic padding."""
     torch.manual_seed(0)
     size = {"image_size": REFERENCE, "size_scaling": size_scaling}
     model = create_model(backbone, 3, in_channels=1, width=8, **size).double()
@@ -42,12 +42,11 @@ def image(*shape):
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_a_tiling_of_a_torus_is_worth_its_tiles(backbone, size_scaling, count):
-    """On a torus each copy in an n x n tiling sees what the one image saw.
+def test_log_density_of_a_periodic_tiling_scales_with_its_copies(backbone, size_scaling, count):
+    """With periodic padding the maps of an n x n tiling are copies of the maps of one image.
 
-    So the maps are copies, their statistics the same, and log p and the logits are n^2 times the
-    one image's, exactly; for crops too, since those at half a tile are the image rolled by a
-    multiple of the stride.
+    Their statistics are equal, so log p and the logits are exactly n^2 times those of the image.
+    This includes tiles: a crop at half a tile is the image rolled by a multiple of the stride.
     """
     model = make(backbone, size_scaling, circular=True)
     y = image(REFERENCE, REFERENCE)
@@ -58,23 +57,23 @@ def test_a_tiling_of_a_torus_is_worth_its_tiles(backbone, size_scaling, count):
 
 @pytest.mark.parametrize("size_scaling", ["windows", "factor"])
 @pytest.mark.parametrize("count", [2, 3])
-def test_a_tiling_of_a_torus_has_the_score_of_its_tile(backbone, size_scaling, count):
-    """The score of a pixel, and so what is denoised, does not depend on how large the image is.
+def test_score_of_a_periodic_tiling_repeats_the_score_of_one_copy(backbone, size_scaling, count):
+    """The score of a pixel, and so its denoised value, does not depend on the image size.
 
-    Not so in tiles: half-overlapping crops cover inner pixels four times and corners once.
+    This does not hold for tiles, because the crops at the borders are smaller.
     """
     model = make(backbone, size_scaling, circular=True)
     y = image(REFERENCE, REFERENCE)
     many = y.tile(count, count)
     torch.testing.assert_close(model.score(many), model.score(y).tile(count, count))
-    # so is the gradient of log p(0|y) / p(1|y); that of log p(c|y) is not, for n^2 times the
-    # evidence makes the posterior surer
+    # the gradient of log p(0|y) / p(1|y) repeats too; that of log p(c|y) does not, because the
+    # logits are n^2 times as large and change the posterior
     odds = [model.label_score(z, 0) - model.label_score(z, 1) for z in (many, y)]
     torch.testing.assert_close(odds[0], odds[1].tile(count, count))
 
 
-def test_the_plain_formula_shrinks_the_score(backbone):
-    """Why there are size scalings: by average pooling alone, 4 copies have 1/4 of the score."""
+def test_score_shrinks_without_size_scaling(backbone):
+    """With average pooling alone, each of 4 copies has 1/4 of the score."""
     model = make(backbone, "windows", circular=True)
     model.reference_size = None
     y = image(REFERENCE, REFERENCE)
@@ -82,7 +81,7 @@ def test_the_plain_formula_shrinks_the_score(backbone):
     torch.testing.assert_close(model.score(y.tile(2, 2)), model.score(y).tile(2, 2) / 4)
 
 
-def test_up_to_the_reference_area_all_are_the_plain_formula(backbone, size_scaling):
+def test_size_scaling_has_no_effect_up_to_the_reference_area(backbone, size_scaling):
     model = make(backbone, size_scaling, circular=False)
     images = [image(*shape) for shape in ((32, 32), (20, 32), (9, 7), (16, 64))]
     scaled = [model(y) for y in images]
@@ -94,8 +93,8 @@ def test_up_to_the_reference_area_all_are_the_plain_formula(backbone, size_scali
 
 
 @pytest.mark.parametrize("shape", [(33, 47), (70, 40), (16, 100), (64, 33)], ids=str)
-def test_odd_sizes_have_scores_of_every_pixel(backbone, size_scaling, shape):
-    """No part of an image is left out: every pixel has a score that is a finite difference."""
+def test_every_pixel_has_a_score_at_odd_sizes(backbone, size_scaling, shape):
+    """The score is not 0 at any pixel and matches a finite difference."""
     model, y = make(backbone, size_scaling, circular=False), image(*shape)
     score = model.score(y)
     assert (score != 0).all()
@@ -107,16 +106,16 @@ def test_odd_sizes_have_scores_of_every_pixel(backbone, size_scaling, shape):
 
 
 @pytest.mark.parametrize("size_scaling", ["windows", "factor"])
-def test_log_densities_do_not_jump_at_the_reference_size(size_scaling):
-    """One row of pixels more than the reference adds a 32nd to the plain formula, not a factor."""
+def test_log_density_is_continuous_at_the_reference_size(size_scaling):
+    """One row more than the reference size multiplies the plain formula by 33/32."""
     model, y = make("gradresnet18", size_scaling, circular=False), image(REFERENCE + 1, REFERENCE)
     grown = model.log_density(y)
     model.reference_size = None
     torch.testing.assert_close(grown, 33 / 32 * model.log_density(y))
 
 
-def test_windows_sees_each_part_with_its_own_features():
-    """Positions, not only their average, count: windows of an image in two halves, by hand."""
+def test_windows_use_separate_features_for_each_part():
+    """An image of two different halves, with expected values computed by hand."""
 
     class Pixels(nn.Module):
         num_features = 1
@@ -143,7 +142,7 @@ def test_windows_sees_each_part_with_its_own_features():
     assert tiled == pytest.approx(-0.5 * (0**2 + 3 * 2 * 0.5**2 + 1**2) / 2)
 
 
-def test_halves_cover_every_position_equally_often():
+def test_half_overlapping_tiles_cover_every_position_equally_often():
     for length in range(1, 70):
         covered = [0] * length
         for start, stop in half_overlapping_tiles(length, 8):
@@ -154,8 +153,8 @@ def test_halves_cover_every_position_equally_often():
 
 
 @pytest.mark.parametrize("shape", [(70, 70), (100, 40), (20, 200), (129, 67)], ids=str)
-def test_tiles_weigh_every_pixel_alike(shape):
-    """With features that are the mean of the image, and l(f) = f: log p = sum of pixels / area."""
+def test_tiles_weight_every_pixel_equally(shape):
+    """With the mean of the image as feature and log p, log p = sum of pixels / reference area."""
 
     class Mean(nn.Module):
         num_features = 1
@@ -163,19 +162,19 @@ def test_tiles_weigh_every_pixel_alike(shape):
         def forward(self, y):
             return Features(y.mean(dim=(2, 3)))
 
-    class Same(nn.Module):
+    class IdentityHead(nn.Module):
         num_classes = 0
 
         def forward(self, pooled):
             return Energies(pooled.new_zeros(len(pooled), 0), pooled[:, 0])
 
-    model = JointModel(Mean(), Same(), 1, (32, 32), "tiles")
+    model = JointModel(Mean(), IdentityHead(), 1, (32, 32), "tiles")
     y = image(*shape)
     torch.testing.assert_close(model.log_density(y), y.sum()[None] / 32**2)
     torch.testing.assert_close(model.score(y), torch.full_like(y, 1 / 32**2))
 
 
-def test_starts_of_tiles():
+def test_spread_reaches_both_ends_in_steps_of_at_most_the_stride():
     for length in range(1, 70):
         tile = min(8, length)
         starts = spread(length, tile, 4)

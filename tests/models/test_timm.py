@@ -1,4 +1,4 @@
-"""timm's networks as backbones: trained, saved and loaded like any other, nothing downloaded."""
+"""Networks of timm as backbones: training, saving, loading and errors, without downloads."""
 
 import sys
 
@@ -35,7 +35,7 @@ def tiny(name="timm:convnext_atto", options=TINY, **more):
 
 
 @pytest.mark.slow
-def test_training_saves_a_run_that_loads_equal(tmp_path):
+def test_trained_run_loads_bit_identically(tmp_path):
     config = resolve(
         {
             "backbone": "timm:convnext_atto",
@@ -66,8 +66,8 @@ def test_training_saves_a_run_that_loads_equal(tmp_path):
 @pytest.mark.parametrize(
     ("name", "options"), [("convnext_atto", TINY), ("vit_tiny_patch16_224", VIT)]
 )
-def test_scores_are_differentiated_by_the_weights(name, options):
-    """Against differences of the score, float64; fused attention has no second derivative."""
+def test_weight_gradients_of_the_score_match_finite_differences(name, options):
+    """Reference: central differences in float64. Fused attention has no second derivative."""
     torch.manual_seed(0)
     model = tiny(f"timm:{name}", options).double()
     y, v = torch.rand(2, 1, 8, 8).double(), torch.randn(2, 1, 8, 8).double()
@@ -84,14 +84,14 @@ def test_scores_are_differentiated_by_the_weights(name, options):
                                atol=1e-9)  # fmt: skip
 
 
-def test_batch_norm_and_relu_are_warned_of():
+def test_batch_norm_and_relu_give_warnings():
     model = create_model("timm:resnet10t", 3, in_channels=1)
     with pytest.warns(UserWarning, match="BatchNorm|ReLU") as caught:
         model.eval().score(torch.rand(2, 1, 32, 32))
     assert len(caught) == 2
 
 
-def test_sizes_and_channels_are_told_in_one_sentence():
+def test_wrong_sizes_and_channels_are_refused():
     with pytest.raises(UserError, match="images of 1 channel"):
         tiny()(torch.rand(2, 3, 8, 8))
     with pytest.raises(UserError, match=r"takes no batch of 2 image\(s\) of 16x16.*img_size"):
@@ -101,7 +101,7 @@ def test_sizes_and_channels_are_told_in_one_sentence():
 
 
 @pytest.mark.parametrize(
-    ("settings", "words"),
+    ("settings", "message"),
     [
         ({"name": "convnext_attto"}, "has no model 'convnext_attto'"),
         ({"name": "hf-hub:somebody/net"}, "has no model 'hf-hub:"),
@@ -109,9 +109,9 @@ def test_sizes_and_channels_are_told_in_one_sentence():
         ({"name": "convnext_atto", "options": {"depht": 1}}, "timm cannot build convnext_atto"),
     ],
 )
-def test_other_names_and_options_are_refused(settings, words):
+def test_unknown_names_and_options_are_refused(settings, message):
     config = ModelConfig(backbone=TimmConfig(**settings))
-    with pytest.raises(UserError, match=words) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         config.build()
     assert "\n" not in str(caught.value)
 
@@ -122,7 +122,7 @@ def test_options_that_read_files_are_refused(name):
         validated(TimmConfig, {"name": "convnext_atto", "options": {name: "/etc/passwd"}}, "timm")
 
 
-def test_a_saved_model_fetches_nothing(tmp_path):
+def test_loading_a_saved_model_downloads_nothing(tmp_path):
     config = ModelConfig(
         backbone=TimmConfig(name="convnext_atto", pretrained=True, options=TINY), in_channels=1
     )
@@ -134,12 +134,12 @@ def test_a_saved_model_fetches_nothing(tmp_path):
     assert torch.equal(ebmkit.load(tmp_path).log_density(y), model.eval().log_density(y))
 
 
-def test_windows_need_maps():
+def test_size_scaling_by_windows_is_refused():
     with pytest.raises(UserError, match=r"has no method pool\(maps, grid\)"):
         tiny(image_size=8, size_scaling="windows")
 
 
-def test_names(monkeypatch):
+def test_network_names_and_missing_timm(monkeypatch):
     assert find_network("timm:convnext_atto").config == TimmConfig(name="convnext_atto")
     with pytest.raises(UserError, match="timm:NAME"):
         find_network("convnext_atto")
