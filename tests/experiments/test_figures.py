@@ -1,4 +1,4 @@
-"""Figures as files: what is written, and that results are not computed twice."""
+"""Files of a figure, and reuse of its stored result."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 
 from ebmkit.experiments import SCALES, ExperimentRuns, figures, reproduce
 
-FOUND = Path(__file__).parents[2] / "docs" / "results" / "fig1.json"
+RESULT = Path(__file__).parents[2] / "docs" / "results" / "fig1.json"
 
 
 @pytest.fixture
@@ -16,14 +16,13 @@ def runs(tmp_path):
 
 
 @pytest.mark.slow
-def test_figure_1_is_computed_once_and_says_how(runs, monkeypatch):
-    """The text has the paper's constants, the command and the machine; a second call computes
-    nothing, unless scale or seed are others."""
+def test_figure_1_is_computed_once_and_reports_constants_and_command(runs, monkeypatch):
+    """A second call draws the stored result; another seed computes it again."""
     calls = []
 
     def computed(scale, seed):
         calls.append((scale, seed))
-        return json.loads(FOUND.read_text())
+        return json.loads(RESULT.read_text())
 
     monkeypatch.setattr(figures, "figure1", computed)
     paths = reproduce("fig1", runs)

@@ -1,4 +1,4 @@
-"""The target guidance: legal methods, images drawn once and comparable, the report."""
+"""The experiment ``guidance``: methods, networks, stored images and report."""
 
 import json
 
@@ -18,7 +18,7 @@ from ebmkit.training import RECIPES, resolve
 NAMES = {row.name for row in NETWORKS}
 
 
-def test_every_method_is_legal_and_of_known_networks():
+def test_every_method_has_valid_settings_and_known_networks():
     assert len({method.name for method in METHODS}) == len(METHODS)
     for method in METHODS:
         assert {method.base, method.guide or method.base} <= NAMES
@@ -54,27 +54,27 @@ def test_at_full_scale_networks_have_the_published_recipes():
     assert of("jem").steps == RECIPES["jem"].config["steps"]
 
 
-def test_rows_whose_names_have_dots_have_locks_of_their_own(tmp_path):
+def test_rows_with_dots_in_their_names_have_separate_locks(tmp_path):
     with exclusive(tmp_path / "robust-0.25"), exclusive(tmp_path / "robust-0.5"):
         assert {p.name for p in tmp_path.glob("*.lock")} == {"robust-0.25.lock", "robust-0.5.lock"}
 
 
-def test_networks_share_no_folder_with_other_targets():
-    """All targets may share an --out; "joint" of table 1 is another network than the guide."""
+def test_networks_share_no_folder_with_other_experiments():
+    """Experiments may share --out, and "joint" of table 1 is another network than the guide."""
     every = [variant for one in EXPERIMENTS.values() for variant in one.variants]
     others = {variant.folder for variant in every if variant.family != "guidance"}
     assert "joint" in others
     assert not others & {row.folder for row in NETWORKS}
 
 
-def test_scales_are_multiplied_unless_they_are_exact():
+def test_scales_are_multiplied_unless_they_are_fixed():
     assert GuidanceMethod("w", "", "g", {"scale": 4.0}).times(5).settings["scale"] == 20
     assert GuidanceMethod("w", "", "g", {"scale": 1.0}, fixed=True).times(5).settings["scale"] == 1
     assert GuidanceMethod("w", "").times(5).settings == {}
 
 
 @pytest.fixture
-def drawing(tmp_path):
+def drawer(tmp_path):
     torch.manual_seed(0)
     diffusion = create_denoiser("unet", 1, width=8, multipliers=(1, 1), blocks=1)
     diffusion.card = ModelCard(
@@ -90,16 +90,16 @@ def drawing(tmp_path):
 GUIDED = GuidanceMethod("guided", "", "guide", {"guidance": "energy", "scale": 4.0, "view": "x_t"})
 
 
-def test_methods_start_alike_and_scale_0_is_unguided(drawing):
-    plain = drawing.draw(GuidanceMethod("unguided", ""), 3)
+def test_methods_have_equal_starts_and_scale_0_is_unguided(drawer):
+    plain = drawer.draw(GuidanceMethod("unguided", ""), 3)
     zero = GuidanceMethod("zero", "", "guide", GUIDED.settings | {"scale": 0.0})
-    assert torch.equal(drawing.draw(zero, 3), plain)
-    assert not torch.equal(drawing.draw(GUIDED, 3), plain)
-    assert drawing.labels.tolist() == [0, 1, 2, 0, 1, 2]
+    assert torch.equal(drawer.draw(zero, 3), plain)
+    assert not torch.equal(drawer.draw(GUIDED, 3), plain)
+    assert drawer.labels.tolist() == [0, 1, 2, 0, 1, 2]
 
 
-def test_images_are_drawn_once_and_anew_for_other_weights(drawing, tmp_path, monkeypatch):
-    first = drawing.stored(GUIDED, 2)
+def test_stored_images_are_redrawn_for_other_steps_weights_or_damage(drawer, tmp_path, monkeypatch):
+    first = drawer.stored(GUIDED, 2)
     draw, calls = ImageDrawer.draw, []
 
     def counted(self, *arguments, **named):
@@ -107,32 +107,32 @@ def test_images_are_drawn_once_and_anew_for_other_weights(drawing, tmp_path, mon
         return draw(self, *arguments, **named)
 
     monkeypatch.setattr(ImageDrawer, "draw", counted)
-    again = drawing.stored(GUIDED, 2)
+    again = drawer.stored(GUIDED, 2)
     assert not calls
     assert torch.equal(first.images, again.images)
     assert again.seconds == first.seconds
-    drawing.stored(GUIDED, 3)
+    drawer.stored(GUIDED, 3)
     assert len(calls) == 1
-    drawing.digests = lambda name: f"{name} 2"
-    drawing.stored(GUIDED, 3)
+    drawer.digests = lambda name: f"{name} 2"
+    drawer.stored(GUIDED, 3)
     assert len(calls) == 2
     (tmp_path / "guided.h5").write_bytes(b"cut short")
-    drawing.stored(GUIDED, 3)
+    drawer.stored(GUIDED, 3)
     assert len(calls) == 3
 
 
-def test_images_drawn_under_earlier_names_of_settings_are_read(drawing, tmp_path, monkeypatch):
-    first = drawing.stored(GUIDED, 2)
+def test_images_stored_with_earlier_setting_names_are_read(drawer, tmp_path, monkeypatch):
+    first = drawer.stored(GUIDED, 2)
     with h5py.File(tmp_path / "guided.h5", "r+") as file:
         settings = json.loads(file.attrs["settings"])
         own = settings["guidance"]
         own |= {"view": "shrunk", "through": own.pop("backpropagate"), "late": own.pop("start")}
         file.attrs["settings"] = json.dumps(settings)
     monkeypatch.setattr(ImageDrawer, "draw", None)
-    assert torch.equal(drawing.stored(GUIDED, 2).images, first.images)
+    assert torch.equal(drawer.stored(GUIDED, 2).images, first.images)
 
 
-def test_a_report_of_nothing_yet_reads():
+def test_report_without_results_has_its_notes():
     report = {
         "networks": [],
         "grid": None,

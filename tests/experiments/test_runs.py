@@ -1,4 +1,4 @@
-"""Rows are runs: trained once, gone on with, measured once, never half-read."""
+"""Rows of tables: training, resume, reuse of results, and damaged files."""
 
 import json
 import os
@@ -37,8 +37,8 @@ DIVERGING = {"objective": "ce+dsm", "optimizer": {"lr": 1e30}}
 PROTOCOL = Protocol("table", ("classify", "denoise"), (25 / 255,), TINY.images)
 
 
-class Told(list):
-    """Collects the sentences, and the trainings."""
+class Log(list):
+    """Collects messages, and trainings as (row, first step)."""
 
     def __init__(self):
         super().__init__()
@@ -50,50 +50,50 @@ class Told(list):
 
 
 @pytest.fixture
-def told():
-    return Told()
+def log():
+    return Log()
 
 
 @pytest.fixture
-def runs(tmp_path, told):
-    return ExperimentRuns(tmp_path, TINY, fit=told.fit, log=told.append)
+def runs(tmp_path, log):
+    return ExperimentRuns(tmp_path, TINY, fit=log.fit, log=log.append)
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A folder with the finished row, to be copied."""
+def finished_folder(tmp_path_factory):
+    """A folder with the finished row; tests that write use a copy."""
     out = tmp_path_factory.mktemp("finished")
     ExperimentRuns(out, TINY).measure(ROW, PROTOCOL)
     return out
 
 
 @pytest.fixture
-def done(finished, tmp_path, told):
-    """The finished row in a folder of its own."""
-    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
-    return ExperimentRuns(tmp_path, TINY, fit=told.fit, log=told.append)
+def finished_runs(finished_folder, tmp_path, log):
+    """The finished row, in a copy of the folder."""
+    shutil.copytree(finished_folder, tmp_path, dirs_exist_ok=True)
+    return ExperimentRuns(tmp_path, TINY, fit=log.fit, log=log.append)
 
 
 def write_table(table, runs, only=()):
     write(table.name, run_table(table, runs, only), runs.out)
 
 
-def test_a_finished_row_is_neither_trained_nor_measured_again(done, told):
-    before = {p: p.stat().st_mtime_ns for p in done.out.rglob("*") if p.is_file()}
-    found = done.measure(ROW, PROTOCOL)
-    assert told.trained == []
-    assert told == []
+def test_a_finished_row_is_neither_trained_nor_measured_again(finished_runs, log):
+    before = {p: p.stat().st_mtime_ns for p in finished_runs.out.rglob("*") if p.is_file()}
+    found = finished_runs.measure(ROW, PROTOCOL)
+    assert log.trained == []
+    assert log == []
     assert found["classify"]["images"] == 20
-    assert {p: p.stat().st_mtime_ns for p in done.out.rglob("*") if p.is_file()} == before
+    assert {p: p.stat().st_mtime_ns for p in finished_runs.out.rglob("*") if p.is_file()} == before
 
 
-def test_an_interrupted_row_goes_on_where_it_was_and_ends_the_same(runs, told, finished):
+def test_interrupted_row_resumes_bit_identically(runs, log, finished_folder):
     def stop(trainer, name):
         trainer.config = trainer.config.model_copy(update={"steps": 4})
         advance = trainer._advance
 
-        def advance_and_stop(batches, asked):
-            advance(batches, asked)
+        def advance_and_stop(batches, stop_requested):
+            advance(batches, stop_requested)
             if trainer.step == 2:
                 trainer.save()
                 raise Interrupted(2)
@@ -104,81 +104,81 @@ def test_an_interrupted_row_goes_on_where_it_was_and_ends_the_same(runs, told, f
     runs.fit = stop
     with pytest.raises(Interrupted):
         runs.train(ROW)
-    runs.fit = told.fit
+    runs.fit = log.fit
     runs.train(ROW)
-    assert told.trained == [("joint", 2)]
-    state, expected = (load(out / "rows/joint").state_dict() for out in (runs.out, finished))
+    assert log.trained == [("joint", 2)]
+    state, expected = (load(out / "rows/joint").state_dict() for out in (runs.out, finished_folder))
     assert all(torch.equal(state[name], expected[name]) for name in expected)
 
 
-def cut(content):
+def first_bytes(content):
     return content[:3]
 
 
-def half(content):
+def first_half(content):
     return content[: len(content) // 2]
 
 
-def with_a_bit_flipped(content):
+def flipped_bit(content):
     place = len(content) // 2
     return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
 
 
-def no_list(content):
+def empty_list(content):
     return b"[]"
 
 
 DAMAGES = [
-    ("config.yaml", cut),
-    ("config.yaml", half),
-    ("checkpoints/*.pt", cut),
-    ("checkpoints/*.pt", half),
-    ("checkpoints/*.pt", with_a_bit_flipped),
-    ("checkpoints/*.pt", no_list),
-    ("environment.json", no_list),
+    ("config.yaml", first_bytes),
+    ("config.yaml", first_half),
+    ("checkpoints/*.pt", first_bytes),
+    ("checkpoints/*.pt", first_half),
+    ("checkpoints/*.pt", flipped_bit),
+    ("checkpoints/*.pt", empty_list),
+    ("environment.json", empty_list),
 ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("damage", "how"), DAMAGES)
-def test_a_broken_row_is_moved_aside_and_trained_anew(done, told, damage, how):
-    for path in done.folder(ROW).glob(damage):
-        path.write_bytes(how(path.read_bytes()))
-    done.train(ROW)
-    assert told.trained == [("joint", 0)]
-    assert list((done.out / "rows/joint.broken-1").glob(damage))
-    assert "moved to joint.broken-1" in told[0]
+@pytest.mark.parametrize(("pattern", "damage"), DAMAGES)
+def test_damaged_row_is_moved_aside_and_trained_again(finished_runs, log, pattern, damage):
+    for path in finished_runs.folder(ROW).glob(pattern):
+        path.write_bytes(damage(path.read_bytes()))
+    finished_runs.train(ROW)
+    assert log.trained == [("joint", 0)]
+    assert list((finished_runs.out / "rows/joint.broken-1").glob(pattern))
+    assert "moved to joint.broken-1" in log[0]
 
 
 @pytest.mark.filterwarnings("ignore:.*step-00000004.pt. is damaged.*going back to step 2")
-def test_a_row_whose_last_checkpoint_is_damaged_goes_on_from_the_one_before(done, told):
-    folder = done.folder(ROW)
+def test_row_with_damaged_last_checkpoint_resumes_from_the_previous_one(finished_runs, log):
+    folder = finished_runs.folder(ROW)
     whole = load(folder).state_dict()
     path = folder / "checkpoints" / "step-00000004.pt"
-    path.write_bytes(with_a_bit_flipped(path.read_bytes()))
-    done.train(ROW)
-    assert told.trained == [("joint", 2)]
+    path.write_bytes(flipped_bit(path.read_bytes()))
+    finished_runs.train(ROW)
+    assert log.trained == [("joint", 2)]
     again = load(folder).state_dict()
     assert all(torch.equal(again[name], whole[name]) for name in whole)
 
 
-@pytest.mark.parametrize("how", [cut, half, with_a_bit_flipped, None])
-def test_a_lost_or_damaged_model_is_written_again_from_the_checkpoint(done, told, how):
-    """The checkpoint has all of it, so nothing is trained."""
-    path = done.folder(ROW) / "model.safetensors"
+@pytest.mark.parametrize("damage", [first_bytes, first_half, flipped_bit, None])
+def test_missing_or_damaged_weights_are_written_from_the_checkpoint(finished_runs, log, damage):
+    """The checkpoint contains the weights, so nothing is trained."""
+    path = finished_runs.folder(ROW) / "model.safetensors"
     whole = path.read_bytes()
-    if how is None:
+    if damage is None:
         path.unlink()
     else:
-        path.write_bytes(how(whole))
-    done.train(ROW)
-    assert told.trained == []
+        path.write_bytes(damage(whole))
+    finished_runs.train(ROW)
+    assert log.trained == []
     assert path.read_bytes() == whole
 
 
-def test_a_model_of_an_earlier_step_than_the_checkpoint_is_not_the_finished_one(done, told):
-    """As a run leaves it that was killed between the last checkpoint and its model."""
-    folder = done.folder(ROW)
+def test_weights_of_an_earlier_step_are_replaced_from_the_checkpoint(finished_runs, log):
+    """A run killed between its last checkpoint and its weights leaves this state."""
+    folder = finished_runs.folder(ROW)
     whole = (folder / "model.safetensors").read_bytes()
     stale = load(folder)
     with torch.no_grad():
@@ -187,73 +187,73 @@ def test_a_model_of_an_earlier_step_than_the_checkpoint_is_not_the_finished_one(
     (folder / "model.safetensors").write_bytes(weights_file(stale))
     document["card"]["steps"] = 2
     (folder / "model.json").write_text(json.dumps(document))
-    done.train(ROW)
-    assert told.trained == []
+    finished_runs.train(ROW)
+    assert log.trained == []
     assert (folder / "model.safetensors").read_bytes() == whole
     assert load(folder).card.steps == 4
 
 
-def test_a_row_that_another_process_trains_is_left_to_it(done, told):
-    with exclusive(done.folder(ROW)):
-        done.train(ROW)  # finished: only read
-        (done.folder(ROW) / "model.safetensors").unlink()
+def test_locked_row_is_not_trained(finished_runs, log):
+    with exclusive(finished_runs.folder(ROW)):
+        finished_runs.train(ROW)  # finished: only read
+        (finished_runs.folder(ROW) / "model.safetensors").unlink()
         with pytest.raises(UserError, match=rf"process {os.getpid()} on .* has been training"):
-            done.train(ROW)
-    done.train(ROW)
+            finished_runs.train(ROW)
+    finished_runs.train(ROW)
 
 
 @pytest.mark.slow
-def test_a_row_that_diverges_stops_alone_and_says_why(done, told):
-    """The table is written, with the reason where figures would stand; so it is the next time."""
+def test_diverged_row_is_reported_and_other_rows_are_measured(finished_runs, log):
+    """The table has the reason in place of numbers, also when it is written again."""
     table = replace(TABLES["table3"], variants=(ROW, replace(ROW, name="relu", layer=DIVERGING)))
-    write_table(table, done)
-    assert "loss" in done.stopped["relu"]
-    text = (done.out / "table3.md").read_text()
+    write_table(table, finished_runs)
+    assert "loss" in finished_runs.stopped["relu"]
+    text = (finished_runs.out / "table3.md").read_text()
     assert "GradResNet: stopped: " in text
-    again = ExperimentRuns(done.out, TINY)
+    again = ExperimentRuns(finished_runs.out, TINY)
     write_table(table, again, ["joint"])
-    assert (done.out / "table3.md").read_text() == text
+    assert (finished_runs.out / "table3.md").read_text() == text
 
 
-def half_a_document(path):
+def truncated_document(path):
     path.write_text(path.read_text()[:100])
 
 
-def a_document_without_its_figure(path):
+def document_without_accuracy(path):
     document = json.loads(path.read_text())
     path.write_text(json.dumps(document | {"accuracy": None}))
 
 
-@pytest.mark.parametrize("damage", [half_a_document, a_document_without_its_figure])
-def test_half_a_result_is_measured_again(done, told, damage):
-    path = done.folder(ROW) / "evaluation/table/classify.json"
+@pytest.mark.parametrize("damage", [truncated_document, document_without_accuracy])
+def test_incomplete_result_is_measured_again(finished_runs, log, damage):
+    path = finished_runs.folder(ROW) / "evaluation/table/classify.json"
     whole = json.loads(path.read_text())
     damage(path)
-    found = done.measure(ROW, PROTOCOL)
-    assert told == ["joint: measuring classify"]
-    assert told.trained == []
+    found = finished_runs.measure(ROW, PROTOCOL)
+    assert log == ["joint: measuring classify"]
+    assert log.trained == []
     assert found["classify"]["accuracy"] == whole["accuracy"]
 
 
-def test_other_noise_levels_are_measured_anew(done, told):
+def test_other_noise_levels_are_measured(finished_runs, log):
     other = Protocol("table", ("denoise",), (50 / 255,), TINY.images)
-    assert list(done.measure(ROW, other)["denoise"]["psnr"]) == ["50"]
+    assert list(finished_runs.measure(ROW, other)["denoise"]["psnr"]) == ["50"]
 
 
-def test_a_run_of_another_configuration_is_left_exclusive(done):
-    done.seed = 1
+def test_run_of_another_configuration_is_refused_and_kept(finished_runs):
+    finished_runs.seed = 1
     with pytest.raises(UserError, match=r"another configuration: seed was 0 and would be 1"):
-        done.train(ROW)
-    assert load(done.folder(ROW)) is not None
+        finished_runs.train(ROW)
+    assert load(finished_runs.folder(ROW)) is not None
 
 
 @pytest.mark.slow
-def test_a_table_of_one_row_says_what_did_not_run(done, capsys):
-    """No number is made up: other rows say that they did not run, beside the paper's figures."""
+def test_table_of_one_row_reports_rows_that_did_not_run(finished_runs, capsys):
+    """They have the paper's numbers and none of ours."""
     table = TABLES["table1"]
-    shutil.rmtree(done.folder(ROW) / "evaluation/table")
-    write_table(table, done, ["joint"])
-    report = json.loads((done.out / "table1.json").read_text())
+    shutil.rmtree(finished_runs.folder(ROW) / "evaluation/table")
+    write_table(table, finished_runs, ["joint"])
+    report = json.loads((finished_runs.out / "table1.json").read_text())
     assert [row["name"] for row in report["rows"]] == [row.name for row in table.variants]
     by_name = {row["name"]: row for row in report["rows"]}
     assert by_name["jem"]["status"] == "not run yet"
@@ -264,16 +264,16 @@ def test_a_table_of_one_row_says_what_did_not_run(done, capsys):
     assert set(by_name["joint"]["ours"]) == {"accuracy", "15", "25", "50", "hours"}
     assert by_name["joint-blind"]["knows_sigma"] == "estimated"
     blind = by_name["joint-blind"]["ours"]["25"]["value"]
-    own = json.loads((done.folder(ROW) / "evaluation/table/denoise.json").read_text())
+    own = json.loads((finished_runs.folder(ROW) / "evaluation/table/denoise.json").read_text())
     assert blind == own["denoisers"]["blind"]["psnr"]["25"]["value"]
     text = table_text(report)
     assert "| - (92.9) |" in text
     assert "JEM (WideResNet): not run yet" in text
-    assert (done.out / "table1.png").stat().st_size > 10_000
-    assert str(done.out) not in json.dumps(report)
+    assert (finished_runs.out / "table1.png").stat().st_size > 10_000
+    assert str(finished_runs.out) not in json.dumps(report)
 
 
-def test_rows_that_need_a_data_folder_say_so(tmp_path):
+def test_row_without_its_data_folder_raises_an_error(tmp_path):
     runs = ExperimentRuns(tmp_path, SCALES["full"], imagenet_dir=tmp_path / "absent")
     with pytest.raises(UserError, match="absent"):
         write_table(TABLES["table2"], runs, ["imagenet-joint"])
@@ -281,7 +281,7 @@ def test_rows_that_need_a_data_folder_say_so(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_scale_the_machine_cannot_hold_says_what_it_needs(tmp_path, monkeypatch):
+def test_row_beyond_available_memory_is_refused(tmp_path, monkeypatch):
     from ebmkit.training import cost
 
     monkeypatch.setattr(cost, "available_memory", lambda device: 2**20)

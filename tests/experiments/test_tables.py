@@ -1,4 +1,4 @@
-"""The tables: the paper's figures, rows that differ only in what they name, and reports."""
+"""Tables: published values, configurations of their rows, and orderings in the report."""
 
 import copy
 from pathlib import Path
@@ -14,7 +14,7 @@ from ebmkit.training.config import difference
 
 ALL = [*TABLES.values(), CLAIMS]
 
-PAPER = {  # facts of arXiv 2410.03505, tables 1 to 3: accuracy, PSNR at 15, 25, 50, hours
+PAPER = {  # arXiv 2410.03505, tables 1 to 3: accuracy, PSNR at 15, 25, 50, hours
     "resnet18": (96.5, None, None, None, 0.7),
     "gradresnet-ce": (96.1, None, None, None, 0.7),
     "dncnn": (None, 32.05, 29.07, 25.23, 0.8),
@@ -31,7 +31,7 @@ PAPER = {  # facts of arXiv 2410.03505, tables 1 to 3: accuracy, PSNR at 15, 25,
 }
 
 
-def test_the_papers_figures_stand_beside_their_rows():
+def test_rows_have_the_published_values():
     found = {
         row.name: tuple(row.paper.get(m) for m in ("accuracy", "15", "25", "50", "hours"))
         for table in TABLES.values()
@@ -42,7 +42,7 @@ def test_the_papers_figures_stand_beside_their_rows():
 
 
 @pytest.mark.parametrize("scale", SCALES)
-def test_rows_differ_only_in_what_they_name(scale):
+def test_ablations_differ_from_joint_only_in_the_named_settings(scale):
     runs = ExperimentRuns(Path("out"), SCALES[scale])
     base = runs.config(JOINT).model_dump(mode="json")
     expected = {
@@ -77,8 +77,8 @@ def _differing(old: dict, new: dict) -> set[str]:
 
 
 @pytest.mark.parametrize("scale", SCALES)
-def test_every_row_resolves_and_runs_are_shared_where_configurations_are_equal(scale):
-    """Two rows that read one folder mean one run; two folders never hold the same run."""
+def test_rows_share_a_run_folder_if_and_only_if_configurations_are_equal(scale):
+    """Rows with one folder have one configuration; different folders have different ones."""
     runs = ExperimentRuns(Path("out"), SCALES[scale])
     configs = {}
     for row in (*(row for table in ALL for row in table.variants), *GRID):
@@ -88,7 +88,7 @@ def test_every_row_resolves_and_runs_are_shared_where_configurations_are_equal(s
     assert len(set(configs.values())) == len(configs)
 
 
-def test_below_full_rows_that_denoise_alone_learn_gently():
+def test_denoising_rows_have_a_lower_learning_rate_below_full_scale():
     table = TABLES["table1"]
     for scale, rates in [("cpu", (1e-3, 3e-3)), ("full", (3e-4, 3e-4))]:
         runs = ExperimentRuns(Path("out"), SCALES[scale])
@@ -97,7 +97,7 @@ def test_below_full_rows_that_denoise_alone_learn_gently():
         assert (found[0].clip_norm is None) == (scale == "full")
 
 
-def test_mixing_is_switched_whatever_the_recipe_has():
+def test_row_mix_inverts_the_mixing_of_the_recipe():
     for scale, mix in [("smoke", "both"), ("cpu", "both"), ("full", "none")]:
         runs = ExperimentRuns(Path("out"), SCALES[scale])
         config = runs.config(CLAIMS.variant("mix"))
@@ -105,7 +105,7 @@ def test_mixing_is_switched_whatever_the_recipe_has():
         assert runs.config(JOINT).streams.classify.augmentation.mix != mix
 
 
-def test_the_papers_recipe_is_the_full_scale():
+def test_full_scale_has_the_recipe_of_the_paper():
     full = ExperimentRuns(Path("out"), SCALES["full"])
     config = full.config(JOINT)
     assert (config.steps, config.optimizer.lr, config.model.backbone.width) == (78_000, 3e-4, 64)
@@ -114,26 +114,26 @@ def test_the_papers_recipe_is_the_full_scale():
 
 
 @pytest.mark.parametrize(("name", "parameters"), [("dncnn", 669_376), ("gradncnn", 911_003)])
-def test_at_full_the_denoisers_are_as_published(name, parameters):
-    """The recipe's width of 64 is DnCNN's, and must not become GraDnCNN's, whose own is 128."""
+def test_full_scale_denoisers_have_the_published_parameter_counts(name, parameters):
+    """The recipe's width of 64 applies to DnCNN, not to GraDnCNN, which has 128."""
     config = ExperimentRuns(Path("out"), SCALES["full"]).config(TABLES["table1"].variant(name))
     network = ModelConfig.model_validate(config.model.model_dump() | {"in_channels": 3}).build()
     assert sum(p.numel() for p in network.parameters()) == parameters
 
 
-def test_names_are_checked_and_the_nearest_is_suggested():
-    for name, only, words in [
+def test_unknown_names_of_experiments_and_rows_suggest_the_nearest():
+    for name, only, message in [
         ("tabel1", [], "did you mean 'table1'"),
         ("table1", ["jonit"], "unknown row of table1 'jonit': did you mean 'joint'"),
         ("all", ["joint"], "picks rows of one target"),
         ("fig1", ["joint"], "has no rows"),
     ]:
-        with pytest.raises(UserError, match=words):
+        with pytest.raises(UserError, match=message):
             experiments_of(name, only)
     assert experiments_of("all", []) == list(EXPERIMENTS)
 
 
-def _found(name: str, **figures: tuple[float, float, float]) -> Result:
+def _result(name: str, **figures: tuple[float, float, float]) -> Result:
     values = {
         key.removeprefix("p"): dict(zip(("value", "low", "high"), numbers, strict=True))
         for key, numbers in figures.items()
@@ -149,11 +149,11 @@ def _found(name: str, **figures: tuple[float, float, float]) -> Result:
     return Result(TABLES["table3"].variant(name), documents, {"knows_sigma": "true"})
 
 
-def test_orderings_hold_are_reversed_or_open():
+def test_orderings_are_reported_as_holds_reversed_or_open():
     found = [
-        _found("joint", accuracy=(60, 59, 61), p15=(30.0, 29, 31), p25=(27.0, 26, 28)),
-        _found("relu", accuracy=(59.5, 58.5, 60.5), p15=(25.0, 24, 26), p25=(27.01, 26, 28)),
-        _found("no-side", accuracy=(65, 64, 66), p15=(30.5, 29, 31)),
+        _result("joint", accuracy=(60, 59, 61), p15=(30.0, 29, 31), p25=(27.0, 26, 28)),
+        _result("relu", accuracy=(59.5, 58.5, 60.5), p15=(25.0, 24, 26), p25=(27.01, 26, 28)),
+        _result("no-side", accuracy=(65, 64, 66), p15=(30.5, 29, 31)),
     ]
     report = table_document(
         TABLES["table3"],

@@ -1,4 +1,4 @@
-"""Pipelines of diffusers, guided: our own chain's images, every scheduler, and what is refused."""
+"""Guided pipelines of diffusers: agreement with our sampler, schedulers and errors."""
 
 import copy
 import types
@@ -44,7 +44,7 @@ def unet(**changes):
 
 
 class Smooth(nn.Module):
-    """A classifier whose logits curve in the image."""
+    """A classifier with smooth logits, nonlinear in the image."""
 
     def __init__(self):
         super().__init__()
@@ -79,8 +79,8 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def seen(pipe):
-    """Record what ``pipe``'s scheduler steps to, (steps, B, C, H, W) in the end."""
+def record_states(pipe):
+    """List that collects the images (B, C, H, W) after each step of the scheduler of ``pipe``."""
     states, step = [], pipe.scheduler.step
 
     def recording(*args, **kwargs):
@@ -94,7 +94,7 @@ def seen(pipe):
 
 @pytest.mark.parametrize(("eta", "clip"), [(0.0, False), (0.7, False), (0.7, True)])
 @pytest.mark.parametrize(
-    "how",
+    "settings",
     [
         {"view": "noisy"},
         {"view": "x_t", "schedule": "sigmoid:t0=500,y0=0.05,k=0.02", "start": 0.2},
@@ -103,15 +103,18 @@ def seen(pipe):
     ],
     ids=str,
 )
-def test_the_trajectory_is_our_own_chains(pipeline, classifier, eta, clip, how):
-    """float64 throughout: the two write one update in other coordinates, so they differ by
-    rounding, which the division by sqrt(abar), 1/150 at the start, enlarges."""
+def test_ddim_pipeline_trajectory_matches_our_sampler(pipeline, classifier, eta, clip, settings):
+    """Both compute one update in float64, in different coordinates.
+
+    They differ by rounding, which the division by sqrt(abar), 1/150 at the start, amplifies.
+    """
     if clip:
-        how = {key: value for key, value in how.items() if key != "start"}  # guided at all levels
+        # without start: guided at all levels
+        settings = {key: value for key, value in settings.items() if key != "start"}
         pipeline.scheduler.register_to_config(clip_sample=True)
     labels = torch.tensor([0, 3, 1])
-    made = guided(pipeline, classifier, labels, "energy", scale=4.0, **how)
-    states = seen(made)
+    made = guided(pipeline, classifier, labels, "energy", scale=4.0, **settings)
+    states = record_states(made)
     made(batch_size=BATCH, generator=generator(), num_inference_steps=STEPS, eta=eta,
          output_type="pt")  # fmt: skip
 
@@ -121,7 +124,7 @@ def test_the_trajectory_is_our_own_chains(pipeline, classifier, eta, clip, how):
     def predictor(u, t):
         return network(u, t).sample
 
-    guidance = Guidance(energy_guide(classifier, labels), 4.0, **how)
+    guidance = Guidance(energy_guide(classifier, labels), 4.0, **settings)
     timesteps = [int(t) for t in made.scheduler.timesteps]
     ours = DDIM(guided_noise(predictor, schedule, guidance), schedule, timesteps, eta, clip)
     draws = generator()
@@ -137,8 +140,8 @@ def test_the_trajectory_is_our_own_chains(pipeline, classifier, eta, clip, how):
     assert (made.unet(u, middle).sample - predictor(u, middle)).abs().max() > 1e-4
 
 
-def test_strong_guidance_of_a_clipping_scheduler_goes_to_the_label(pipeline, classifier):
-    """The noise that is cut off must not push back: without ``clip`` it does."""
+def test_strong_guidance_with_clipping_raises_the_label_probability(pipeline, classifier):
+    """With ``clip=False`` the unclipped noise acts against the guidance."""
     pipeline.scheduler.register_to_config(clip_sample=True)
     guide = classifier_guide(classifier, 2)
 
@@ -152,7 +155,7 @@ def test_strong_guidance_of_a_clipping_scheduler_goes_to_the_label(pipeline, cla
     assert against < strong - 0.5
 
 
-def test_scale_0_is_the_pipeline_itself(pipeline, classifier):
+def test_scale_0_gives_the_images_of_the_unguided_pipeline(pipeline, classifier):
     options = {"batch_size": 2, "num_inference_steps": 3, "output_type": "pt"}
     expected = pipeline(generator=generator(), **options).images
     made = guided(pipeline, classifier, 1, scale=0.0)
@@ -170,8 +173,10 @@ def images_of(pipe, label, steps, seed=0):
     [(DDPMScheduler, 25), (DPMSolverMultistepScheduler, 12), (EulerDiscreteScheduler, 12)],
 )
 @pytest.mark.parametrize("guidance", ["classifier", "energy"])
-def test_other_schedulers_move_to_the_label(classifier, scheduler, steps, guidance):
-    """The same noise, guided and not: the guide's objective is higher in each image."""
+def test_guidance_raises_the_objective_with_other_schedulers(
+    classifier, scheduler, steps, guidance
+):
+    """From the same noise, each guided image has a higher value of the guide."""
     pipe = quiet(DDPMPipeline(unet(), scheduler()))
     plain = images_of(pipe, 2, steps)
     made = guided(pipe, classifier, 2, guidance, scale=10.0)
@@ -182,8 +187,8 @@ def test_other_schedulers_move_to_the_label(classifier, scheduler, steps, guidan
 
 
 @pytest.mark.parametrize("prediction", ["v_prediction", "sample"])
-def test_predictions_of_v_and_of_images_give_the_same_images(pipeline, classifier, prediction):
-    """A UNet that says the same in other words is guided alike."""
+def test_prediction_types_v_and_sample_give_the_same_images(pipeline, classifier, prediction):
+    """A UNet with another parametrisation of the same prediction."""
     base, abar = pipeline.unet, pipeline.scheduler.alphas_cumprod.double()
 
     class Other(nn.Module):
@@ -206,7 +211,7 @@ def test_predictions_of_v_and_of_images_give_the_same_images(pipeline, classifie
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_variances_stay(classifier):
+def test_learned_variances_are_not_changed(classifier):
     network = unet(out_channels=2 * CHANNELS)
     scheduler = DDPMScheduler(variance_type="learned_range")
     made = GuidedUNet(network, scheduler, classifier, 1)
@@ -219,7 +224,7 @@ def test_variances_stay(classifier):
     assert pipe(num_inference_steps=2, output_type="np").images.shape == (1, SIZE, SIZE, CHANNELS)
 
 
-def test_timesteps_of_every_form(pipeline, classifier):
+def test_timesteps_are_numbers_or_tensors_common_or_per_image(pipeline, classifier):
     made = GuidedUNet(pipeline.unet, pipeline.scheduler, classifier, 1)
     u = torch.randn(BATCH, CHANNELS, SIZE, SIZE, dtype=torch.float64)
     expected = made(u, 300).sample
@@ -239,8 +244,8 @@ def test_timesteps_of_every_form(pipeline, classifier):
         made(u, torch.tensor([1, 2]))
 
 
-def test_labels_of_each_image_serve_batches_twice_as_large(pipeline, classifier):
-    """As pipelines that run with and without a prompt at once make them."""
+def test_labels_are_repeated_for_batches_of_twice_the_size(pipeline, classifier):
+    """Some pipelines double the batch, to evaluate it with and without a prompt at once."""
     labels = [0, 3, 1]
     made = GuidedUNet(pipeline.unet, pipeline.scheduler, classifier, labels)
     u = torch.randn(BATCH, CHANNELS, SIZE, SIZE, dtype=torch.float64)
@@ -253,7 +258,7 @@ def test_labels_of_each_image_serve_batches_twice_as_large(pipeline, classifier)
         made(torch.cat([u, u[:1]]), 300)
 
 
-def test_class_conditional_networks(classifier):
+def test_class_conditional_unets_and_classifier_free_guidance(classifier):
     network, scheduler = unet(num_class_embeds=CLASSES + 1), DDIMScheduler(clip_sample=False)
     u = torch.randn(2, CHANNELS, SIZE, SIZE, dtype=torch.float64)
 
@@ -278,7 +283,7 @@ def test_class_conditional_networks(classifier):
         guided(pipe, classifier, 3, null_label=9)
 
 
-def test_the_pipeline_is_unharmed_and_shares_its_weights(pipeline, classifier):
+def test_original_pipeline_is_unchanged_and_shares_its_weights(pipeline, classifier):
     before = dict(vars(pipeline))
     config, timesteps = dict(pipeline.config), pipeline.scheduler.timesteps.clone()
     made = guided(pipeline, classifier, 1)
@@ -295,7 +300,7 @@ def test_the_pipeline_is_unharmed_and_shares_its_weights(pipeline, classifier):
         made.unet.absent  # noqa: B018
 
 
-def test_guides_add_up(pipeline, classifier):
+def test_guidance_of_an_already_guided_pipeline_adds_up(pipeline, classifier):
     u = torch.randn(2, CHANNELS, SIZE, SIZE, dtype=torch.float64)
     first, second = guided(pipeline, classifier, 1), guided(pipeline, classifier, 2, "classifier")
     both = guided(first, classifier, 2, "classifier").unet(u, 300).sample
@@ -304,7 +309,7 @@ def test_guides_add_up(pipeline, classifier):
     torch.testing.assert_close(both, parts - own)
 
 
-def test_any_network_with_logits_and_our_models_guide_in_their_own_precision(pipeline):
+def test_logit_networks_and_our_models_guide_in_their_own_precision(pipeline):
     u = torch.randn(2, CHANNELS, SIZE, SIZE, dtype=torch.float64)
     for model in (Smooth().eval(), create_model("gradresnet18", CLASSES, CHANNELS, width=8).eval()):
         pipe = guided(pipeline, model, 1)
@@ -318,14 +323,14 @@ def test_any_network_with_logits_and_our_models_guide_in_their_own_precision(pip
     assert made(u.bfloat16(), 300).sample.dtype == torch.bfloat16
 
 
-def test_the_levels_are_the_schedulers(pipeline):
+def test_noise_levels_match_the_scheduler(pipeline):
     schedule = schedule_of(pipeline.scheduler)
     for t in (0, 500, 999):
         assert schedule.abar(t) == pytest.approx(float(pipeline.scheduler.alphas_cumprod[t]), 1e-12)
     assert schedule.sigma(500) == pytest.approx(make_schedule("linear").sigma(500), rel=0.5)
 
 
-def test_noise_alone_is_left_as_it_is(classifier):
+def test_pure_noise_timestep_is_not_guided(classifier):
     scheduler = DDIMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction")
     network = unet()
     made = GuidedUNet(network, scheduler, classifier, 1)
@@ -334,28 +339,28 @@ def test_noise_alone_is_left_as_it_is(classifier):
     assert not torch.equal(made(u, 990).sample, network(u, 990).sample)
 
 
-def carded(**facts):
+def with_card(**facts):
     model = create_model("gradresnet18", CLASSES, CHANNELS, width=8).eval()
     model.card = ModelCard(classifies=True, **facts)
     return model
 
 
 @pytest.mark.parametrize(
-    ("model", "options", "words"),
+    ("model", "options", "message"),
     [
-        (lambda: carded(image_size=(32, 32)), {}, "makes images of 8x8, and this guide was trained "
-         "on 32x32"),
+        (lambda: with_card(image_size=(32, 32)), {}, "makes images of 8x8, and this guide was "
+         "trained on 32x32"),
         (lambda: create_model("gradresnet18", CLASSES, 1, width=8).eval(), {}, "3 chan.* takes 1"),
-        (lambda: carded(), {"label": 7}, "label 7 is out of range"),
-        (lambda: carded(), {"label": 0.5}, "label 0.5 must be a whole number"),
-        (lambda: carded(), {"guidance": "energies"}, "did you mean 'energy'"),
-        (lambda: carded(), {"schedule": "sigmoid:t=5"}, "'t' is unknown"),
-        (lambda: carded(), {"scale": -1}, "scale"),
-        (lambda: carded(), {"view": "dark"}, "view"),
-        (lambda: carded(), {"n": 5}, "there is no field 'n'"),
-        (lambda: carded(), {"guidance": "dual"}, "needs the mean energy"),
-        (lambda: carded(), {"guidance": "classifier-free"}, "takes no guide"),
-        (lambda: carded(), {"classifier_free": 2.0}, "needs a class-conditional UNet"),
+        (lambda: with_card(), {"label": 7}, "label 7 is out of range"),
+        (lambda: with_card(), {"label": 0.5}, "label 0.5 must be a whole number"),
+        (lambda: with_card(), {"guidance": "energies"}, "did you mean 'energy'"),
+        (lambda: with_card(), {"schedule": "sigmoid:t=5"}, "'t' is unknown"),
+        (lambda: with_card(), {"scale": -1}, "scale"),
+        (lambda: with_card(), {"view": "dark"}, "view"),
+        (lambda: with_card(), {"n": 5}, "there is no field 'n'"),
+        (lambda: with_card(), {"guidance": "dual"}, "needs the mean energy"),
+        (lambda: with_card(), {"guidance": "classifier-free"}, "takes no guide"),
+        (lambda: with_card(), {"classifier_free": 2.0}, "needs a class-conditional UNet"),
         (lambda: None, {}, "needs a guide"),
         (lambda: create_model("gradresnet18", 0, CHANNELS, width=8).eval(), {}, "trained without"),
         (lambda: create_model("resnet18", CLASSES, CHANNELS, width=4), {}, "call model.eval()"),
@@ -363,13 +368,13 @@ def carded(**facts):
         (lambda: print, {}, "is no network"),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_is_refused(pipeline, model, options, words):
-    with pytest.raises(UserError, match=words) as caught:
+def test_incompatible_guides_and_options_are_refused(pipeline, model, options, message):
+    with pytest.raises(UserError, match=message) as caught:
         guided(pipeline, model(), **{"label": 1, **options})
     assert "\n" not in str(caught.value)
 
 
-def test_other_pipelines_are_refused(pipeline, classifier):
+def test_unsupported_pipelines_are_refused(pipeline, classifier):
     latent = copy.copy(pipeline)
     latent.vae = nn.Identity()
     with pytest.raises(UserError, match="works on latents"):

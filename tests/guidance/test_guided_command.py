@@ -1,4 +1,4 @@
-"""``ebmkit sample --guide``, as a user meets it."""
+"""``ebmkit sample --guide``: settings, files, resume and errors."""
 
 import json
 from itertools import cycle
@@ -27,7 +27,7 @@ AS_IN_THE_DOCS = [
 
 
 def save_denoiser(folder, size=(8, 8), channels=1):
-    """A run of an untrained denoiser that takes the noise level: what a diffusion model is."""
+    """Write the run of an untrained denoiser with sigma as an input, as a diffusion model has."""
     config = ModelConfig(backbone={"kind": "drunet", "width": 4, "blocks": 1}, in_channels=channels)
     folder.mkdir(parents=True)
     torch.manual_seed(1)
@@ -36,8 +36,8 @@ def save_denoiser(folder, size=(8, 8), channels=1):
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("place")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
     save_denoiser(folder / "diffusion")
     save_run(folder / "robust", 10, class_names=NAMES, objective="ce", sigma_range=None)
     save_run(folder / "joint", 10, class_names=NAMES)
@@ -48,11 +48,11 @@ def place(tmp_path_factory):
     return folder
 
 
-def refused(result, *told):
-    """One sentence on stderr, exit code 2, no traceback."""
+def assert_refused(result, *messages):
+    """Exit code 2, and one line on stderr that contains ``messages``."""
     assert result.returncode == 2, result.stderr
     assert len(result.stderr.strip().splitlines()) == 1, result.stderr
-    for text in told:
+    for text in messages:
         assert text in result.stderr
 
 
@@ -61,11 +61,11 @@ def samples(path):
         return file["samples"][()], file["labels"][()] if "labels" in file else None
 
 
-def test_the_command_as_in_the_docs(place):
-    ask = ["sample", "diffusion", "--guide", "robust", *AS_IN_THE_DOCS, "-n", 2, "--steps", 5]
-    result = ebmkit_command(*ask, cwd=place)
+def test_command_of_the_docs(runs):
+    arguments = ["sample", "diffusion", "--guide", "robust", *AS_IN_THE_DOCS, "-n", 2, "--steps", 5]
+    result = ebmkit_command(*arguments, cwd=runs)
     assert result.returncode == 0, result.stderr
-    (out,) = (place / "diffusion" / "samples").iterdir()
+    (out,) = (runs / "diffusion" / "samples").iterdir()
     document = json.loads((out / "sampling.json").read_text())
     settings = document["settings"]
     assert settings["sampler"] == "ddim"
@@ -78,31 +78,31 @@ def test_the_command_as_in_the_docs(place):
     x, labels = samples(out)
     assert np.isfinite(x).all()
     assert labels.tolist() == [3, 3]
-    refused(ebmkit_command(*ask, cwd=place), "finished samples")
+    assert_refused(ebmkit_command(*arguments, cwd=runs), "finished samples")
 
 
-MADE = [name for name, entry in GUIDES.items() if entry.make is not None]
+GUIDES_WITH_MODEL = [name for name, entry in GUIDES.items() if entry.make is not None]
 
 
 @pytest.mark.parametrize(
     ("guidance", "view"),
     [
         pytest.param(name, view, marks=pytest.mark.slow if k and view != diagonal else ())
-        for k, (name, diagonal) in enumerate(zip(MADE, cycle(VIEWS), strict=False))
+        for k, (name, diagonal) in enumerate(zip(GUIDES_WITH_MODEL, cycle(VIEWS), strict=False))
         for view in VIEWS
     ],
 )
-def test_every_guide_and_view_moves_the_samples(place, guidance, view):
+def test_every_guide_and_view_changes_the_samples(runs, guidance, view):
     with_steps = {"n": 2} if guidance in ("pgd", "accumulated") else {}
-    asked = parse_guidance(place / "robust", guidance, 3.0, None, view, None, with_steps)
-    base = load(place / "diffusion")
+    config = parse_guidance(runs / "robust", guidance, 3.0, None, view, None, with_steps)
+    base = load(runs / "diffusion")
     ends = []
-    guided = guide_by(base, asked, place / "robust", dataset="digits")
+    guided = guide_by(base, config, runs / "robust", dataset="digits")
     for model, extra in (guided, (base, {})):
         settings = make_settings(
             model, "ddim", count=2, label="3" if extra else None, steps=4, **extra
         )
-        folder = default_folder(place / "diffusion", settings)
+        folder = default_folder(runs / "diffusion", settings)
         job = SamplingJob(model, settings, _folder(folder, settings))
         job.run()
         ends.append(job.finished(0)["samples"])
@@ -116,21 +116,22 @@ def _folder(path, settings):
     return folder
 
 
-def test_scale_0_gives_the_unguided_samples(place):
+def test_scale_0_gives_the_unguided_samples(runs):
     for out, more in (("none", ["--label", 3, "--guide", "robust", "--scale", 0]), ("plain", [])):
-        result = ebmkit_command("sample", "diffusion", *more, *QUICK, "--out", out, cwd=place)
+        result = ebmkit_command("sample", "diffusion", *more, *QUICK, "--out", out, cwd=runs)
         assert result.returncode == 0, result.stderr
     with (
-        h5py.File(place / "none" / "samples.h5") as a,
-        h5py.File(place / "plain" / "samples.h5") as b,
+        h5py.File(runs / "none" / "samples.h5") as a,
+        h5py.File(runs / "plain" / "samples.h5") as b,
     ):
         assert np.array_equal(a["samples"][()], b["samples"][()])
 
 
 @pytest.mark.slow
-def test_an_interrupted_command_goes_on_and_other_guidance_is_refused(place, monkeypatch):
-    ask = ["sample", "diffusion", "--guide", "robust", "--label", "all", "--batch-size", 2, *QUICK]
-    whole = ebmkit_command(*ask, "--set", "eta=1", "--out", "whole", cwd=place)
+def test_interrupted_command_resumes_and_other_guidance_is_refused(runs, monkeypatch):
+    options = ["--guide", "robust", "--label", "all", "--batch-size", 2, *QUICK]
+    arguments = ["sample", "diffusion", *options]
+    whole = ebmkit_command(*arguments, "--set", "eta=1", "--out", "whole", cwd=runs)
     assert whole.returncode == 0, whole.stderr
     draw = SamplingJob._generator
 
@@ -141,51 +142,51 @@ def test_an_interrupted_command_goes_on_and_other_guidance_is_refused(place, mon
 
     with monkeypatch.context() as patch:
         patch.setattr(SamplingJob, "_generator", killed)
-        ebmkit_command(*ask, "--set", "eta=1", "--out", "broken", cwd=place)
-    assert not (place / "broken" / "samples.h5").exists()
-    for more, told in (
+        ebmkit_command(*arguments, "--set", "eta=1", "--out", "broken", cwd=runs)
+    assert not (runs / "broken" / "samples.h5").exists()
+    for more, message in (
         (["--scale", 2], "guidance.scale was 1.0 and is now 2.0"),
         (["--guide-start", 0.2], "guidance.start was 0.0 and is now 0.2"),
         (["--guidance", "pgd"], "guidance"),
     ):
-        other = ebmkit_command(*ask, "--set", "eta=1", *more, "--out", "broken", cwd=place)
-        refused(other, "unfinished samples of other settings", told)
-    later = ebmkit_command(*ask, "--set", "eta=1", "--out", "broken", cwd=place)
+        other = ebmkit_command(*arguments, "--set", "eta=1", *more, "--out", "broken", cwd=runs)
+        assert_refused(other, "unfinished samples of other settings", message)
+    later = ebmkit_command(*arguments, "--set", "eta=1", "--out", "broken", cwd=runs)
     assert later.returncode == 0, later.stderr
-    for a, b in zip(samples(place / "whole"), samples(place / "broken"), strict=True):
+    for a, b in zip(samples(runs / "whole"), samples(runs / "broken"), strict=True):
         assert np.array_equal(a, b)
 
 
-def test_mean_energies_of_dual_are_stored_with_the_guide(place):
-    ask = ["sample", "diffusion", "--guide", "joint", "--label", 3, "--guidance", "dual",
-           "--guide-set", "lambda=0.3", "--dataset", "digits", *QUICK]  # fmt: skip
-    result = ebmkit_command(*ask, "--out", "dual", cwd=place)
+def test_mean_energies_of_dual_are_stored_with_the_guide(runs):
+    arguments = ["sample", "diffusion", "--guide", "joint", "--label", 3, "--guidance", "dual",
+                 "--guide-set", "lambda=0.3", "--dataset", "digits", *QUICK]  # fmt: skip
+    result = ebmkit_command(*arguments, "--out", "dual", cwd=runs)
     assert result.returncode == 0, result.stderr
-    (stored,) = (place / "joint" / "energies").glob("digits-*.json")
-    kept = json.loads(stored.read_text())
-    settings = json.loads((place / "dual" / "sampling.json").read_text())["settings"]
-    assert settings["guide_means"] == kept["energy"]
+    (stored,) = (runs / "joint" / "energies").glob("digits-*.json")
+    energies = json.loads(stored.read_text())
+    settings = json.loads((runs / "dual" / "sampling.json").read_text())["settings"]
+    assert settings["guide_means"] == energies["energy"]
     assert settings["guidance"]["options"] == {"lambda": 0.3}
-    assert kept["digest"] == settings["guide_digest"]
-    assert sum(kept["images"]) > 1000
+    assert energies["digest"] == settings["guide_digest"]
+    assert sum(energies["images"]) > 1000
 
 
-def test_classifier_free_guidance_of_a_model_with_labels(place):
-    ask = ["sample", "joint", "--guidance", "classifier-free", "--label", "2", *QUICK]
-    result = ebmkit_command(*ask, "--scale", 2, "--out", "free", cwd=place)
+def test_classifier_free_guidance_requires_a_model_with_labels_and_no_guide(runs):
+    arguments = ["sample", "joint", "--guidance", "classifier-free", "--label", "2", *QUICK]
+    result = ebmkit_command(*arguments, "--scale", 2, "--out", "free", cwd=runs)
     assert result.returncode == 0, result.stderr
-    refused(
-        ebmkit_command("sample", "diffusion", *ask[2:], "--out", "free2", cwd=place),
+    assert_refused(
+        ebmkit_command("sample", "diffusion", *arguments[2:], "--out", "free2", cwd=runs),
         "trained with labels, and this one was not",
     )
-    refused(
-        ebmkit_command(*ask, "--guide", "robust", "--out", "free3", cwd=place),
+    assert_refused(
+        ebmkit_command(*arguments, "--guide", "robust", "--out", "free3", cwd=runs),
         "takes no guide",
     )
 
 
 @pytest.mark.parametrize(
-    ("ask", "told"),
+    ("arguments", "message"),
     [
         (["--guide", "robust"], "guidance needs a label: give --label"),
         (["--scale", "4", "--label", "3"], "--scale needs a guide"),
@@ -210,17 +211,18 @@ def test_classifier_free_guidance_of_a_model_with_labels(place):
         (["--guide", "nowhere", "--label", "3"], "there is no run folder 'nowhere'"),
     ],
 )
-def test_bad_input_is_told_in_a_sentence(place, ask, told):
-    refused(ebmkit_command("sample", "diffusion", *ask, "--out", "bad", cwd=place), told)
-    assert not (place / "bad").exists()
+def test_invalid_options_print_one_line_errors(runs, arguments, message):
+    result = ebmkit_command("sample", "diffusion", *arguments, "--out", "bad", cwd=runs)
+    assert_refused(result, message)
+    assert not (runs / "bad").exists()
 
 
-def test_other_class_counts_are_refused(place):
-    ask = ["sample", "joint", "--guide", "three", "--label", "0", *QUICK, "--out", "bad"]
-    refused(ebmkit_command(*ask, cwd=place), "labels 10 and the guide 3")
+def test_guide_with_another_number_of_classes_is_refused(runs):
+    arguments = ["sample", "joint", "--guide", "three", "--label", "0", *QUICK, "--out", "bad"]
+    assert_refused(ebmkit_command(*arguments, cwd=runs), "labels 10 and the guide 3")
 
 
-def test_guides_and_schedules_are_listed(place):
-    result = ebmkit_command("list", "guidance", cwd=place)
+def test_list_guidance_prints_all_guides_and_schedules(runs):
+    result = ebmkit_command("list", "guidance", cwd=runs)
     for name in [*GUIDES, *GUIDANCE_SCHEDULES]:
         assert name in result.stdout

@@ -1,8 +1,8 @@
-"""Guides raise what they say they raise, on a mixture in closed form and on a small network."""
+"""Values, gradients and errors of guides, on a mixture in closed form and a small network."""
 
 import pytest
 import torch
-from ebmkit_tests.support.guidance_world import draw, plane, slope
+from ebmkit_tests.support.guidance_world import draw, numerical_gradient, plane
 from torch import nn
 
 from ebmkit import ModelCard, UserError
@@ -27,7 +27,7 @@ def network():
     return LogitModel(layers.eval().requires_grad_(False), 2)
 
 
-def made(name, model, c, means=MEANS, **options):
+def make_guide(name, model, c, means=MEANS, **options):
     options = make_guidance(guidance=name, options=options).options
     return GUIDES[name].make(model, c, GUIDES[name].settings(**options), means)
 
@@ -38,13 +38,13 @@ NAMES = [name for name, entry in GUIDES.items() if entry.make is not None]
 
 @pytest.mark.parametrize("model", [plane, network], ids=["mixture", "network"])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_small_step_up_the_gradient_raises_the_guide(name, model):
-    """Of dual on both sides of its kink: the mean energy is among those of the images."""
+def test_small_step_along_the_gradient_raises_the_value(name, model):
+    """For dual on both sides of its kink: images have energies above and below the mean."""
     model = model()
     y, c = 0.5 + 0.3 * draw(40, 2), torch.arange(40) % 2
     energy = -model(y).log_density
     middle = float(energy.median())
-    guide = made(name, model, c, means=(middle, middle), **OPTIONS.get(name, {}))
+    guide = make_guide(name, model, c, means=(middle, middle), **OPTIONS.get(name, {}))
     value, gradient = guide(y, None)
     assert value.shape == (40,)
     norm = gradient.flatten(1).norm(dim=1)
@@ -55,14 +55,14 @@ def test_a_small_step_up_the_gradient_raises_the_guide(name, model):
 
 
 @pytest.mark.parametrize("name", ["classifier", "energy", "dual"])
-def test_gradients_are_those_of_the_values(name):
-    guide = made(name, plane(), 1)
+def test_gradients_match_finite_differences_of_the_values(name):
+    guide = make_guide(name, plane(), 1)
     y = 0.5 + 0.3 * draw(10, 2)
-    numeric = slope(lambda v: guide(v, 0.1)[0], y)
+    numeric = numerical_gradient(lambda v: guide(v, 0.1)[0], y)
     torch.testing.assert_close(guide(y, 0.1)[1], numeric, rtol=1e-6, atol=1e-6)
 
 
-def test_values_are_the_formulas():
+def test_values_match_their_formulas():
     model, y = plane(), 0.5 + 0.3 * draw(10, 2)
     joint, free = -model.log_joint(y, 0.1)[:, 1], -model.log_density(y, 0.1)
     torch.testing.assert_close(energy_guide(model, 1)(y, 0.1)[0], -joint)
@@ -71,8 +71,8 @@ def test_values_are_the_formulas():
     torch.testing.assert_close(dual, -(joint + 0.4 * (MEANS[1] - free).abs()))
 
 
-def test_classifier_and_energy_ask_for_different_images():
-    """One raises p(c|x), the other log p(x, c), and each at times lowers what the other raises."""
+def test_classifier_and_energy_guides_raise_different_values():
+    """One raises log p(c|x), the other log p(x, c); each sometimes lowers the other's value."""
     model, y = plane(), 0.5 + 0.2 * draw(200, 2)
 
     def changes(guide):
@@ -91,7 +91,7 @@ def test_classifier_and_energy_ask_for_different_images():
     assert (label < 0).any()
 
 
-def test_pgd_without_steps_is_the_inner_guide_and_with_them_its_gradient_further_up():
+def test_pgd_is_the_inner_guide_after_n_normalised_steps():
     inner, y = energy_guide(plane(), 1), draw(6, 2)
     for a, b in zip(pgd_guide(inner, 0)(y, 0.1), inner(y, 0.1), strict=True):
         assert torch.equal(a, b)
@@ -103,27 +103,27 @@ def test_pgd_without_steps_is_the_inner_guide_and_with_them_its_gradient_further
     assert (pgd_guide(inner, 3, 0.05)(y, 0.1)[0] > inner(y, 0.1)[0]).all()
 
 
-def test_accumulated_gradients_add_up_along_the_steps():
+def test_accumulated_guide_is_the_sum_over_its_steps():
     inner, y = classifier_guide(plane(), 1), draw(6, 2)
     for a, b in zip(accumulated_guide(inner, 1)(y, 0.1), inner(y, 0.1), strict=True):
         assert torch.equal(a, b)
-    whole = [inner(y, 0.1), pgd_guide(inner, 1, 0.05)(y, 0.1), pgd_guide(inner, 2, 0.05)(y, 0.1)]
+    terms = [inner(y, 0.1), pgd_guide(inner, 1, 0.05)(y, 0.1), pgd_guide(inner, 2, 0.05)(y, 0.1)]
     found = accumulated_guide(inner, 3, 0.05)(y, 0.1)
-    torch.testing.assert_close(found[0], sum(v for v, _ in whole))
-    torch.testing.assert_close(found[1], sum(g for _, g in whole))
+    torch.testing.assert_close(found[0], sum(v for v, _ in terms))
+    torch.testing.assert_close(found[1], sum(g for _, g in terms))
 
 
-def test_where_the_gradient_is_0_nothing_moves():
+def test_pgd_of_a_guide_without_gradient_is_zero():
     flat = pgd_guide(lambda v, sigma=None: (v.new_zeros(len(v)), torch.zeros_like(v)), 5)
     value, gradient = flat(torch.ones(2, 3))
     assert not value.any()
     assert not gradient.any()
 
 
-# --- what cannot guide ---------------------------------------------------------------------------
+# --- errors --------------------------------------------------------------------------------------
 
 
-def test_models_that_cannot_guide_are_told_why():
+def test_unsupported_models_labels_and_settings_are_refused():
     with pytest.raises(UserError, match="DirectDenoiser gives no energies"):
         classifier_guide(DirectDenoiser(nn.Identity(), 1), 0)
     unlabelled = plane()
@@ -141,10 +141,10 @@ def test_models_that_cannot_guide_are_told_why():
         accumulated_guide(energy_guide(plane(), 0), 0)
 
 
-# --- networks that give logits -------------------------------------------------------------------
+# --- networks with logits ------------------------------------------------------------------------
 
 
-def test_a_network_that_gives_logits_has_their_energies():
+def test_energies_of_a_logit_model_are_those_of_its_logits():
     model = network()
     y = draw(5, 2)
     logits = model.network(y)
@@ -153,26 +153,26 @@ def test_a_network_that_gives_logits_has_their_energies():
 
 
 @pytest.mark.parametrize(
-    ("asked", "seen"),
+    ("options", "normalise"),
     [
         ({"signed": True}, lambda x: 2 * x - 1),
         ({"mean": (0.1, 0.2, 0.3), "std": (0.5, 1.0, 2.0)}, None),
         ({"mean": 0.4}, lambda x: x - 0.4),
     ],
 )
-def test_images_are_brought_to_what_the_network_wants(asked, seen):
+def test_images_are_normalised_for_the_network(options, normalise):
     inside = nn.Sequential(nn.Flatten(), nn.Linear(12, 4))
-    model = LogitModel(inside, 4, in_channels=3, **asked)
+    model = LogitModel(inside, 4, in_channels=3, **options)
     x = torch.rand(2, 3, 2, 2)
-    if seen is None:
-        pairs = enumerate(zip(*asked.values(), strict=True))
-        shown = torch.stack([(x[:, i] - m) / s for i, (m, s) in pairs], 1)
+    if normalise is None:
+        pairs = enumerate(zip(*options.values(), strict=True))
+        expected = torch.stack([(x[:, i] - m) / s for i, (m, s) in pairs], 1)
     else:
-        shown = seen(x)
-    torch.testing.assert_close(model.logits(x), inside(shown))
+        expected = normalise(x)
+    torch.testing.assert_close(model.logits(x), inside(expected))
 
 
-def test_what_the_network_does_not_take_is_refused():
+def test_invalid_normalisation_channels_and_logits_are_refused():
     with pytest.raises(UserError, match="give signed, or mean and std"):
         LogitModel(nn.Flatten(), 4, signed=True, mean=0.5)
     with pytest.raises(UserError, match=r"mean has 2 numbers for 3 channel"):
@@ -187,12 +187,12 @@ def test_what_the_network_does_not_take_is_refused():
         LogitModel(nn.Flatten(), 4, noise_conditional=True).logits(torch.rand(1, 1, 2, 2))
 
 
-def test_a_network_that_takes_the_noise_level_is_told_it():
-    class Told(nn.Module):
+def test_noise_conditional_network_receives_sigma():
+    class NoiseConditional(nn.Module):
         def forward(self, y, sigma):
             return torch.stack([sigma, -sigma], 1)
 
-    model = LogitModel(Told(), 2, noise_conditional=True)
+    model = LogitModel(NoiseConditional(), 2, noise_conditional=True)
     y, levels = torch.rand(3, 1, 2, 2), torch.tensor([0.1, 0.2, 0.3])
     torch.testing.assert_close(model.logits(y, levels)[:, 0], levels)
     torch.testing.assert_close(model.logits(y, 0.2)[:, 0], torch.full((3,), 0.2))

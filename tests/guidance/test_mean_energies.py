@@ -1,8 +1,8 @@
-"""Class-wise mean energies: those of the images of each label, computed once."""
+"""Mean energies of the images of each label: values, storage and errors."""
 
 import pytest
 import torch
-from ebmkit_tests.support.guidance_world import generator, pictures
+from ebmkit_tests.support.guidance_world import generator, image_mixture
 
 from ebmkit import GaussianMixture, UserError
 from ebmkit.guidance import class_energies, guided_model, make_guidance, stored_energies
@@ -21,11 +21,11 @@ class Images:
             yield self.x[part], None if self.labels is None else self.labels[part]
 
 
-def test_mean_energies_are_those_of_the_images_of_each_label():
-    model = pictures(dtype=torch.float64)
+def test_mean_energies_match_the_images_of_each_label():
+    model = image_mixture(dtype=torch.float64)
     x, labels = model.sample(100, generator())
-    told = []
-    found = class_energies(model, Images(x, labels), lambda *p: told.append(p), batch_size=40)
+    progress = []
+    found = class_energies(model, Images(x, labels), lambda *p: progress.append(p), batch_size=40)
     for c in range(2):
         own = x[labels == c]
         assert found.energy[c] == pytest.approx(float(-model(own).log_density.mean()))
@@ -33,11 +33,11 @@ def test_mean_energies_are_those_of_the_images_of_each_label():
         spread = float(model(own).log_density.std(correction=0))
         assert found.energy_std[c] == pytest.approx(spread, rel=1e-6)
     assert sum(found.images) == 100
-    assert told == [(40, 100), (80, 100), (100, 100)]
+    assert progress == [(40, 100), (80, 100), (100, 100)]
 
 
-def test_a_gaussian_has_the_mean_energy_of_theory():
-    """E of d-dimensional Gaussian images is d/2 log(2 pi e v) on average; 4 standard errors."""
+def test_mean_energy_of_a_gaussian_is_its_entropy():
+    """d/2 log(2 pi e v), within 4 standard errors; the variance of the energy is d/2."""
     model = GaussianMixture(torch.zeros(1, 1, 4, 4, dtype=torch.float64), 0.01)
     x, labels = model.sample(2000, generator())
     found = class_energies(model, Images(x, labels))
@@ -45,8 +45,8 @@ def test_a_gaussian_has_the_mean_energy_of_theory():
     assert abs(found.energy[0] - theory) < 4 * (8 / 2000) ** 0.5
 
 
-def test_stored_energies_are_computed_anew_for_other_weights_and_other_data(tmp_path):
-    model = pictures(dtype=torch.float64)
+def test_stored_energies_are_recomputed_for_other_weights_data_or_damage(tmp_path):
+    model = image_mixture(dtype=torch.float64)
     images = Images(*model.sample(20, generator()))
     calls = []
 
@@ -72,8 +72,8 @@ def test_stored_energies_are_computed_anew_for_other_weights_and_other_data(tmp_
     assert len(calls) == 4
 
 
-def test_data_without_the_labels_that_are_needed_is_refused():
-    model = pictures()
+def test_data_without_required_labels_is_refused():
+    model = image_mixture()
     x, labels = model.sample(20, generator())
     with pytest.raises(UserError, match="need images with labels"):
         class_energies(model, Images(x, None))

@@ -1,9 +1,9 @@
-"""A guided model is driven by every sampler that drives its base, to the law that is known."""
+"""Guided models: samplers, densities, views, classifier-free guidance and errors."""
 
 import pytest
 import torch
 from ebmkit_tests.support.blind import BlindMixture as Blind
-from ebmkit_tests.support.guidance_world import SHAPE, draw, generator, pictures, run
+from ebmkit_tests.support.guidance_world import SHAPE, draw, generator, image_mixture, run
 from torch import nn
 
 from ebmkit import GaussianMixture, ModelCard, ScoreModel, UserError
@@ -17,20 +17,20 @@ from ebmkit.sampling.entry import SAMPLERS, missing
 EXACT = make_guidance(guidance="classifier")
 
 
-def guided(base=GaussianMixture, **how):
-    model = pictures(base)
-    return guided_model(model, model, make_guidance(**({"guidance": "classifier"} | how)))
+def guided(base=GaussianMixture, **settings):
+    model = image_mixture(base)
+    return guided_model(model, model, make_guidance(**({"guidance": "classifier"} | settings)))
 
 
-class Free(ScoreModel):
-    """The mixture as a network that predicts noise: no density, and labels of its own."""
+class ConditionalScore(ScoreModel):
+    """The mixture as a label-conditional score model without density."""
 
     noise_conditional = True
     is_energy_based = False
 
     def __init__(self):
         super().__init__()
-        self.inside, self.schedule = pictures(dtype=torch.float64), make_schedule("cosine")
+        self.inside, self.schedule = image_mixture(dtype=torch.float64), make_schedule("cosine")
         self.num_classes = 2
 
     def _score(self, y, sigma, c):
@@ -43,14 +43,13 @@ class Free(ScoreModel):
 # --- the contract --------------------------------------------------------------------------------
 
 KS = "kadkhodaie_simoncelli"
-NOT = {KS}  # not of a model that is told the noise level
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_every_sampler_that_drives_the_base_drives_the_guided_model(name):
-    """At scale 1 by the exact posterior chains are those of the base with the label."""
+def test_every_sampler_supports_the_guided_model(name):
+    """Guided by the exact posterior at scale 1, chains are those of the label-conditional base."""
     entry = SAMPLERS[name]
-    base = pictures(Blind if "blind" in entry.needs else GaussianMixture)
+    base = image_mixture(Blind if "blind" in entry.needs else GaussianMixture)
     model = guided_model(base, base, EXACT)
     labels, config = torch.tensor([0, 1, 1, 0]), entry.config(steps=10)
     ends = []
@@ -60,20 +59,19 @@ def test_every_sampler_that_drives_the_base_drives_the_guided_model(name):
         x = run(sampler, start, steps=10)
         ends.append(entry.finish(target, sampler, x, labels))
     assert ends[0].isfinite().all()
-    if name != KS:  # a blind label's own noise level is not the unconditional one
+    if name != KS:  # the base estimates another sigma with a label than without
         torch.testing.assert_close(ends[0], ends[1], rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-@pytest.mark.parametrize("how", [{"scale": 0.0}, {}])
-def test_unguided_it_is_the_base_to_the_bit(name, how):
-    """At scale 0, or where no label is asked for."""
+@pytest.mark.parametrize("settings", [{"scale": 0.0}, {}])
+def test_scale_0_or_no_label_is_bit_identical_to_the_base(name, settings):
     entry = SAMPLERS[name]
     if "labels" in entry.needs:
-        pytest.skip("it climbs to a label")
-    base = pictures(Blind if "blind" in entry.needs else GaussianMixture)
-    model, config = guided_model(base, base, make_guidance(**how)), entry.config(steps=10)
-    labels = torch.tensor([0, 1, 1]) if how else None
+        pytest.skip("the sampler requires a label")
+    base = image_mixture(Blind if "blind" in entry.needs else GaussianMixture)
+    model, config = guided_model(base, base, make_guidance(**settings)), entry.config(steps=10)
+    labels = torch.tensor([0, 1, 1]) if settings else None
     ends = []
     for target, c in ((model, labels), (base, None)):
         sampler = entry.build(target, c, config)
@@ -85,18 +83,21 @@ def test_unguided_it_is_the_base_to_the_bit(name, how):
 @pytest.mark.parametrize(
     "name", ["ddim", pytest.param("pc", marks=pytest.mark.slow), "annealed-langevin", KS]
 )
-def test_guided_samples_are_of_the_label_that_was_asked_for(name):
+def test_guided_samples_have_the_requested_label(name):
     entry = SAMPLERS[name]
-    base = pictures(Blind if "blind" in entry.needs else GaussianMixture)
+    base = image_mixture(Blind if "blind" in entry.needs else GaussianMixture)
     steps = {
         KS: {"beta": 0.2, "first_step": 0.1},
         "annealed-langevin": {"steps": 60},
     }
     config = entry.config(**steps.get(name, {"steps": 60}))
-    # it reads the noise level off the guided residual, which the energy of an image would double
-    for way in ("classifier",) if name == KS else ("classifier", "energy", "dual"):
+    # KS estimates sigma from the guided residual, which the energy guide would double
+    for guidance_name in ("classifier",) if name == KS else ("classifier", "energy", "dual"):
         model = guided_model(
-            base, pictures(), make_guidance(guidance=way, view="noisy", scale=2.0), (-15.0, -15.0)
+            base,
+            image_mixture(),
+            make_guidance(guidance=guidance_name, view="noisy", scale=2.0),
+            (-15.0, -15.0),
         )
         labels = torch.arange(20) % 2
         sampler = entry.build(model, labels, config)
@@ -104,20 +105,20 @@ def test_guided_samples_are_of_the_label_that_was_asked_for(name):
         x = entry.finish(
             model, sampler, run(sampler, start, steps=entry.length(sampler, config)), labels
         )
-        assert torch.equal(pictures().logits(x).argmax(1), labels), way
+        assert torch.equal(image_mixture().logits(x).argmax(1), labels), guidance_name
 
 
-def test_the_table_of_guides_is_tested_and_described():
+def test_all_guides_are_known_here_and_have_descriptions():
     assert {"classifier", "energy", "dual", "pgd", "accumulated", "classifier-free"} == set(GUIDES)
     for entry in GUIDES.values():
         assert entry.description
         assert all(f.description for f in entry.settings.model_fields.values())
 
 
-# --- a base with a density keeps one -------------------------------------------------------------
+# --- density -------------------------------------------------------------------------------------
 
 
-def test_its_density_is_the_bases_plus_the_guides():
+def test_guided_log_density_is_that_of_the_base_plus_the_guide():
     model = guided(scale=3.0)
     y, c = torch.rand(5, *SHAPE), torch.tensor([0, 1, 0, 1, 1])
     value, gradient = density_of(model, c)(y, 0.2)
@@ -130,21 +131,21 @@ def test_its_density_is_the_bases_plus_the_guides():
     torch.testing.assert_close(model.logits(y, 0.2), base.logits(y, 0.2))
 
 
-def test_a_guide_is_called_once_for_a_density():
+def test_density_calls_the_guide_once():
     model = guided()
     calls = []
-    whole = model.guide.forward
-    base = pictures()
+    original = model.guide.forward
+    base = image_mixture()
     model.base = base
-    model.guide.forward = lambda *a: calls.append(1) or whole(*a)
+    model.guide.forward = lambda *a: calls.append(1) or original(*a)
     density_of(model, 1)(torch.rand(2, *SHAPE), 0.2)
     assert len(calls) == 1
 
 
-def test_where_the_view_or_the_base_has_none_there_is_no_density():
+def test_no_density_with_view_x0_hat_or_base_without_density():
     assert isinstance(guided(), EnergyModel)
     assert not isinstance(guided(view="x0_hat"), EnergyModel)
-    plain = guided_model(DirectDenoiser(nn.Identity(), 1, True), pictures(), EXACT)
+    plain = guided_model(DirectDenoiser(nn.Identity(), 1, True), image_mixture(), EXACT)
     assert not isinstance(plain, EnergyModel)
     assert missing(plain, ("labels",)) is None
     with pytest.raises(UserError, match=r"mala does not support .* has no log-density"):
@@ -154,9 +155,9 @@ def test_where_the_view_or_the_base_has_none_there_is_no_density():
 # --- views ---------------------------------------------------------------------------------------
 
 
-def test_views_are_chosen_by_what_the_guide_takes():
+def test_default_view_depends_on_the_guide():
     blind = LogitModel(nn.Sequential(nn.Flatten(), nn.Linear(16, 2)), 2)
-    assert guided_model(pictures(), blind, EXACT).view == "x_t"
+    assert guided_model(image_mixture(), blind, EXACT).view == "x_t"
     assert guided().view == "noisy"
     with pytest.raises(UserError, match="use the view noisy"):
         guided(view="x_t")
@@ -167,17 +168,17 @@ def test_views_are_chosen_by_what_the_guide_takes():
 
 
 @pytest.mark.parametrize("backpropagate", [False, True])
-def test_a_clean_view_shows_the_denoised_image(backpropagate):
+def test_view_x0_hat_gives_the_guide_the_denoised_image(backpropagate):
     seen = []
 
-    class Watching(LogitModel):
+    class RecordingModel(LogitModel):
         def forward(self, y, sigma=None):
             seen.append(y.detach())
             return super().forward(y, sigma)
 
     torch.manual_seed(0)
-    guide = Watching(nn.Sequential(nn.Flatten(), nn.Linear(16, 2)), 2).requires_grad_(False)
-    base = pictures()
+    guide = RecordingModel(nn.Sequential(nn.Flatten(), nn.Linear(16, 2)), 2).requires_grad_(False)
+    base = image_mixture()
     model = guided_model(base, guide, make_guidance(view="x0_hat", backpropagate=backpropagate))
     y = torch.rand(3, *SHAPE)
     with torch.no_grad():
@@ -191,8 +192,8 @@ def test_a_clean_view_shows_the_denoised_image(backpropagate):
 
 
 @pytest.mark.parametrize("w", [0.0, 1.0, 2.5])
-def test_classifier_free_guidance_of_a_model_with_labels(w):
-    base = Free()
+def test_classifier_free_guidance_extrapolates_score_and_denoiser(w):
+    base = ConditionalScore()
     model = guided_model(base, None, make_guidance(guidance="classifier-free", scale=w))
     assert model.schedule is base.schedule
     assert missing(model, ("labels",)) is None
@@ -205,8 +206,8 @@ def test_classifier_free_guidance_of_a_model_with_labels(w):
         assert torch.equal(model.denoise(y, 0.4, c), own if w else u)
 
 
-def test_classifier_free_guidance_is_late_by_each_images_level():
-    base = Free()
+def test_classifier_free_guidance_starts_at_the_noise_level_of_each_image():
+    base = ConditionalScore()
     config = make_guidance(guidance="classifier-free", scale=2.0, start=0.5)
     model = guided_model(base, None, config)
     y, levels = draw(2, *SHAPE), torch.tensor([base.schedule.sigma(t) for t in (400, 600)])
@@ -216,8 +217,8 @@ def test_classifier_free_guidance_is_late_by_each_images_level():
     torch.testing.assert_close(found[1], u[1])
 
 
-def test_classifier_free_guidance_of_a_density_is_its_own_classifier():
-    base = pictures()
+def test_classifier_free_guidance_of_a_density_is_guidance_by_its_classifier():
+    base = image_mixture()
     model = guided_model(base, None, make_guidance(guidance="classifier-free", scale=2.0))
     y, c = torch.rand(3, *SHAPE), torch.tensor([0, 1, 1])
     value, gradient = density_of(model, c)(y, 0.3)
@@ -227,41 +228,41 @@ def test_classifier_free_guidance_of_a_density_is_its_own_classifier():
     torch.testing.assert_close(model.score(y, 0.3, c), gradient)
 
 
-# --- what does not fit ---------------------------------------------------------------------------
+# --- errors --------------------------------------------------------------------------------------
 
 
-def carded(**facts):
-    model = pictures()
+def with_card(**facts):
+    model = image_mixture()
     named = {"image_size": (4, 4), "channels": 1, "class_names": ["dark", "bright"]}
     model.card = ModelCard(classifies=True, **(named | facts))
     return model
 
 
 @pytest.mark.parametrize(
-    ("facts", "told"),
+    ("facts", "message"),
     [
         ({"image_size": (8, 8)}, "images of size 4x4 and the guide 8x8"),
         ({"channels": 3}, "channels 1 and the guide 3"),
     ],
 )
-def test_base_and_guide_that_differ_are_refused_naming_both(facts, told):
-    with pytest.raises(UserError, match=told):
-        guided_model(carded(), carded(**facts), EXACT)
+def test_different_sizes_or_channels_of_base_and_guide_are_refused(facts, message):
+    with pytest.raises(UserError, match=message):
+        guided_model(with_card(), with_card(**facts), EXACT)
 
 
-def test_other_numbers_of_labels_are_refused_and_unknown_labels_named():
+def test_incompatible_guides_unknown_labels_and_settings_are_refused():
     three = LogitModel(nn.Sequential(nn.Flatten(), nn.Linear(16, 3)), 3)
     with pytest.raises(UserError, match="labels 2 and the guide 3"):
-        guided_model(carded(), three, EXACT)
+        guided_model(with_card(), three, EXACT)
     with pytest.raises(UserError, match=r"channels 1 and the guide 3"):
-        guided_model(carded(), LogitModel(nn.Flatten(), 2, in_channels=3), EXACT)
-    model = guided_model(carded(), carded(), EXACT)
+        guided_model(with_card(), LogitModel(nn.Flatten(), 2, in_channels=3), EXACT)
+    model = guided_model(with_card(), with_card(), EXACT)
     with pytest.raises(UserError, match=r"label 2 is out of range.*\(dark, bright\)"):
         model.score(torch.rand(1, *SHAPE), 0.1, 2)
     with pytest.raises(UserError, match="needs a guide"):
-        guided_model(carded(), None, EXACT)
+        guided_model(with_card(), None, EXACT)
     with pytest.raises(UserError, match="takes no guide"):
-        guided_model(carded(), carded(), make_guidance(guidance="classifier-free"))
+        guided_model(with_card(), with_card(), make_guidance(guidance="classifier-free"))
     unlabelled = DirectDenoiser(nn.Identity(), 1)
     with pytest.raises(UserError, match="trained with labels, and this one was not"):
         guided_model(unlabelled, None, make_guidance(guidance="classifier-free"))
@@ -273,8 +274,8 @@ def test_other_numbers_of_labels_are_refused_and_unknown_labels_named():
         make_guidance(schedule="cubic")
 
 
-def test_it_carries_the_bases_card_and_the_guides_labels():
-    base, guide = carded(sigma_range=(0.01, 2.0)), carded(class_names=["black", "white"])
+def test_guided_model_has_the_card_of_the_base_and_labels_of_the_guide():
+    base, guide = with_card(sigma_range=(0.01, 2.0)), with_card(class_names=["black", "white"])
     model = guided_model(base, guide, EXACT)
     assert model.card.sigma_range == (0.01, 2.0)
     assert model.card.class_names == ["black", "white"]
@@ -283,7 +284,7 @@ def test_it_carries_the_bases_card_and_the_guides_labels():
     assert model.noise_conditional
 
 
-def test_settings_of_guidance_are_resolved_and_come_back():
+def test_guidance_settings_are_resolved_and_round_trip():
     config = make_guidance(guidance="pgd", options={"n": 20}, schedule="power")
     again = make_guidance(**config.model_dump(mode="json"))
     assert again == config
@@ -291,7 +292,7 @@ def test_settings_of_guidance_are_resolved_and_come_back():
     assert config.options == {"lambda": 0.15, "n": 20, "gamma": 0.01, "inner": "energy"}
 
 
-def test_settings_saved_under_earlier_names_are_understood():
+def test_guidance_settings_with_earlier_names_are_read():
     saved = {"view": "clean", "through": True, "late": 0.2}
     assert make_guidance(**saved) == make_guidance(view="x0_hat", backpropagate=True, start=0.2)
     assert make_guidance(view="shrunk").view == "x_t"

@@ -1,4 +1,4 @@
-"""Signs and scales of guidance, by closed form."""
+"""Signs and scales of guidance, against closed forms."""
 
 import itertools
 import math
@@ -6,7 +6,14 @@ import math
 import pytest
 import torch
 from ebmkit_tests.support.blind import BlindMixture as Blind
-from ebmkit_tests.support.guidance_world import draw, generator, pictures, plane, run, slope
+from ebmkit_tests.support.guidance_world import (
+    draw,
+    generator,
+    image_mixture,
+    numerical_gradient,
+    plane,
+    run,
+)
 from ebmkit_tests.support.known_targets import gray_start
 
 from ebmkit import UserError
@@ -41,7 +48,7 @@ def predictor(model, c=None, schedule=LINEAR):
     return noise_predictor_of(denoiser_of(model, c), schedule)
 
 
-def refuse(v, sigma=None):
+def uncalled_guide(v, sigma=None):
     raise AssertionError("the guide is called")
 
 
@@ -51,7 +58,7 @@ def refuse(v, sigma=None):
 @pytest.mark.parametrize("image_range", [(-1.0, 1.0), (0.0, 1.0), (-3.0, 2.0)])
 @pytest.mark.parametrize("name", ["linear", "cosine"])
 @pytest.mark.parametrize("shape", ["exact", "constant", "power:k=0.5"])
-def test_guided_noise_is_the_exact_conditional_one(name, image_range, shape):
+def test_guided_noise_is_that_of_the_conditional_model(name, image_range, shape):
     model, schedule = plane(), make_schedule(name, image_range=image_range)
     c = torch.arange(8) % 2
     guided = guided_noise(
@@ -66,7 +73,7 @@ def test_guided_noise_is_the_exact_conditional_one(name, image_range, shape):
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.6])
-def test_the_guided_ddim_trajectory_is_the_conditional_models(eta):
+def test_guided_ddim_trajectory_is_that_of_the_conditional_model(eta):
     model, timesteps = plane(), LINEAR.timesteps(50)
     guided = guided_noise(predictor(model), LINEAR, Guidance(classifier_guide(model, 1)))
     a, b = (DDIM(p, LINEAR, timesteps, eta) for p in (guided, predictor(model, 1)))
@@ -79,11 +86,11 @@ def test_the_guided_ddim_trajectory_is_the_conditional_models(eta):
     assert not torch.allclose(plain, one.x, atol=0.01)
 
 
-def test_guided_ddim_converges_at_first_order_to_the_conditional_law():
-    """Probability flow of one Gaussian's label is linear: x goes to mu + (x - mu) r, exactly.
+def test_guided_ddim_converges_at_first_order_to_the_conditional_distribution():
+    """Label 0 is one Gaussian, whose probability flow is linear: x goes to mu + (x - mu) r.
 
-    With standard normal quadrature nodes for starts, mean and variance at the end are free of
-    sampling error; halving the step about halves theirs.
+    Starts are quadrature nodes, so mean and variance at the end have no sampling error; halving
+    the step about halves the error of the variance.
     """
     mu, v, schedule = torch.tensor([0.2, 0.5], dtype=torch.float64), 0.02, make_schedule("cosine")
     model = plane()
@@ -98,7 +105,7 @@ def test_guided_ddim_converges_at_first_order_to_the_conditional_law():
         timesteps = [round(first * i / count) for i in range(count, -1, -1)]
         sampler = DDIM(noise, schedule, timesteps)
         state = sampler.init(start)
-        for _ in range(count):  # to the last level, not the step to the clean image
+        for _ in range(count):  # to the last level, without the step to the clean image
             state, _ = sampler.step(state, generator())
         torch.testing.assert_close(state.x.mean(0), mu)
         errors.append(abs(float(state.x.var(0, correction=0)[0]) - (v + end**2)))
@@ -110,7 +117,7 @@ def test_guided_ddim_converges_at_first_order_to_the_conditional_law():
 def test_guided_annealed_langevin_has_the_moments_of_the_label():
     """Label 0 is one Gaussian: mean and variance within 4.5 standard errors of 2,000 chains.
 
-    At the lowest level, with steps of 0.02 of its square, the bias of the step is below that.
+    The variance has 2 % more for the step of 5e-4: its bias is 5e-4 / (2 * 0.03), below 1 %.
     """
     model, count = plane(), 2000
     levels = geometric_sigmas(1.0, 0.1, 12)
@@ -125,9 +132,9 @@ def test_guided_annealed_langevin_has_the_moments_of_the_label():
         assert abs(spread - variance) < (4.5 * math.sqrt(2 / count) + 0.02) * variance
 
 
-# --- the same thing in four forms ----------------------------------------------------------------
+# --- noise, score, denoiser and density ----------------------------------------------------------
 
-WAYS = [
+VIEWS = [
     ("noisy", False),
     ("x_t", False),
     ("x0_hat", False),
@@ -136,8 +143,8 @@ WAYS = [
 
 
 @pytest.mark.parametrize("shape", ["exact", "step", "linear", "power:k=2", "sigmoid"])
-@pytest.mark.parametrize(("view", "backpropagate"), WAYS)
-def test_noise_score_denoiser_and_density_are_guided_alike(view, backpropagate, shape):
+@pytest.mark.parametrize(("view", "backpropagate"), VIEWS)
+def test_guided_noise_score_denoiser_and_density_agree(view, backpropagate, shape):
     model = plane()
     guidance = Guidance(energy_guide(model, 1), 3.0, shape, view, backpropagate, start=0.2)
     for t in (0, 400, 799, 800):
@@ -155,10 +162,12 @@ def test_noise_score_denoiser_and_density_are_guided_alike(view, backpropagate, 
             torch.testing.assert_close(-sigma * score, noise, **close)
 
 
-@pytest.mark.parametrize(("view", "backpropagate"), WAYS)
+@pytest.mark.parametrize(("view", "backpropagate"), VIEWS)
 @pytest.mark.parametrize("image_range", [(-1.0, 1.0), (-3.0, 2.0)])
-def test_gradients_of_a_view_are_those_of_the_composed_function(view, backpropagate, image_range):
-    """Finite differences of the guide's value; straight-through: with D(y) shifted as v is."""
+def test_guidance_gradient_of_each_view_matches_finite_differences(
+    view, backpropagate, image_range
+):
+    """Of the composed function of y; without backpropagation D(y) moves by the change of x_t."""
     model, schedule = plane(), make_schedule(image_range=image_range)
     guide = energy_guide(model, 1)
     guidance = Guidance(guide, 1.0, "exact", view, backpropagate, diffusion=schedule)
@@ -167,25 +176,25 @@ def test_gradients_of_a_view_are_those_of_the_composed_function(view, backpropag
         y, sigma, abar = 0.5 + 0.3 * draw(5, 2), schedule.sigma(t), schedule.abar(t)
         clean = model.denoise(y, sigma)
 
-        def seen(y, origin=y, sigma=sigma, t=t, clean=clean, abar=abar):
-            shrunk = (schedule.from_image_units(y, t) - low) / (high - low)
+        def composed(y, origin=y, sigma=sigma, t=t, clean=clean, abar=abar):
+            x_t = (schedule.from_image_units(y, t) - low) / (high - low)
             if view == "noisy":
                 return guide(y, sigma)[0]
             if view == "x_t":
-                return guide(shrunk, math.sqrt(abar) * sigma)[0]
+                return guide(x_t, math.sqrt(abar) * sigma)[0]
             if backpropagate:
                 return guide(model.denoise(y, sigma), None)[0]
-            still = (schedule.from_image_units(origin, t) - low) / (high - low)
-            return guide(clean + shrunk - still, None)[0]
+            x_t_of_origin = (schedule.from_image_units(origin, t) - low) / (high - low)
+            return guide(clean + x_t - x_t_of_origin, None)[0]
 
         push = guided_score(score_of(model), guidance)(y, sigma) - model.score(y, sigma=sigma)
-        torch.testing.assert_close(push, slope(seen, y), rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(push, numerical_gradient(composed, y), rtol=1e-5, atol=1e-7)
         if view != "x0_hat" or backpropagate:
             value = guided_density(density_of(model), guidance)(y, sigma)[0]
-            torch.testing.assert_close(value - model.log_density(y, sigma), seen(y))
+            torch.testing.assert_close(value - model.log_density(y, sigma), composed(y))
 
 
-def test_guidances_add_up():
+def test_several_guidances_add_up():
     model = plane()
     one, two = (
         Guidance(classifier_guide(model, 0), 2.0),
@@ -198,7 +207,7 @@ def test_guidances_add_up():
     torch.testing.assert_close(both, base(u, t) + parts[0] + parts[1])
 
 
-def test_under_inference_mode_it_goes_back_through_the_denoiser_too():
+def test_backpropagation_through_the_denoiser_in_inference_mode():
     model = plane()
     guidance = Guidance(energy_guide(model, 1), view="x0_hat", backpropagate=True)
     guided = guided_noise(predictor(model), LINEAR, guidance)
@@ -208,12 +217,12 @@ def test_under_inference_mode_it_goes_back_through_the_denoiser_too():
     torch.testing.assert_close(found.clone(), guided(u, 300))
 
 
-# --- off -----------------------------------------------------------------------------------------
+# --- disabled guidance ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("off", [{"scale": 0.0}, {"start": 1.0}])
-def test_off_is_unconditional_to_the_bit_and_calls_no_guide(off):
-    model, guidance = plane(), Guidance(refuse, **off)
+def test_disabled_guidance_is_bit_identical_and_does_not_call_the_guide(off):
+    model, guidance = plane(), Guidance(uncalled_guide, **off)
     u, t = draw(4, 2), 300
     y, sigma = LINEAR.to_image_units(u, t), LINEAR.sigma(t)
     base = predictor(model)
@@ -226,7 +235,7 @@ def test_off_is_unconditional_to_the_bit_and_calls_no_guide(off):
         assert torch.equal(a, b)
 
 
-def test_late_activation_leaves_out_the_noisiest_share_of_the_levels():
+def test_start_skips_the_noisiest_share_of_the_levels():
     calls = []
 
     def guide(v, sigma=None):
@@ -239,7 +248,7 @@ def test_late_activation_leaves_out_the_noisiest_share_of_the_levels():
     for t in timesteps:
         guided(draw(1, 2), t)
     assert len(calls) == 70
-    # by noise level, of each image its own
+    # also by the noise level of each image
     weight = Guidance(guide, start=0.3).weight
     levels = torch.tensor([LINEAR.sigma(t) for t in (699, 700)])
     assert weight(levels).tolist() == [1.0, 0.0]
@@ -250,7 +259,7 @@ def test_late_activation_leaves_out_the_noisiest_share_of_the_levels():
 
 
 @pytest.mark.parametrize("t", [0, 250, 499, 500, 999])
-def test_schedules_are_their_formulas(t):
+def test_schedules_match_their_formulas(t):
     abar = LINEAR.abar(t)
     root = math.sqrt(1 - abar)
     exact = torch.tensor(t, dtype=torch.float64), torch.tensor(abar, dtype=torch.float64)
@@ -265,15 +274,15 @@ def test_schedules_are_their_formulas(t):
     for text, value in formulas.items():
         schedule = parse_schedule(text)
         assert float(schedule.factor(*exact, 1000)) == pytest.approx(value, rel=1e-12), text
-        guidance = Guidance(refuse, 3.0, text)
+        guidance = Guidance(uncalled_guide, 3.0, text)
         assert guidance.weight_at(t) == pytest.approx(3 * value / root, rel=1e-12)
         assert guidance.weight(LINEAR.sigma(t)) == pytest.approx(3 * value / root, rel=1e-6)
         single = torch.tensor([LINEAR.sigma(t)], dtype=torch.float32)
         assert float(guidance.weight(single)) == pytest.approx(3 * value / root, rel=1e-4)
-    assert Guidance(refuse, 3.0, "linear").weight(None) == 3.0
+    assert Guidance(uncalled_guide, 3.0, "linear").weight(None) == 3.0
 
 
-def test_written_schedules_come_back_and_cover_the_table():
+def test_strings_of_all_schedules_round_trip():
     for name, kind in GUIDANCE_SCHEDULES.items():
         written = parse_schedule(kind.form)
         assert type(written) is kind
@@ -285,7 +294,7 @@ def test_written_schedules_come_back_and_cover_the_table():
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("sigmoids", "'sigmoids' is none of those known"),
         ("", "none of those known"),
@@ -297,10 +306,10 @@ def test_written_schedules_come_back_and_cover_the_table():
         ("power:k=1,k=2", "given twice"),
     ],
 )
-def test_schedules_that_do_not_parse_show_the_forms(text, told):
+def test_errors_of_invalid_schedules_list_the_valid_forms(text, message):
     with pytest.raises(UserError) as error:
         parse_schedule(text)
-    assert told in str(error.value)
+    assert message in str(error.value)
     for kind in GUIDANCE_SCHEDULES.values():
         assert kind.form in str(error.value)
 
@@ -311,7 +320,7 @@ def test_values_out_of_range_are_refused():
     for bad in ({"scale": -1.0}, {"scale": math.nan}, {"start": 1.5}, {"view": "dark"},
                 {"backpropagate": True}, {"schedule": "cubic"}):  # fmt: skip
         with pytest.raises(UserError):
-            Guidance(refuse, **bad)
+            Guidance(uncalled_guide, **bad)
 
 
 # --- classifier-free -----------------------------------------------------------------------------
@@ -328,7 +337,7 @@ def test_classifier_free_guidance_is_guidance_by_the_implied_classifier(w):
         assert torch.equal(free(u, t), predictor(model, c if w else None)(u, t))
 
 
-def test_scales_of_others_are_converted():
+def test_classifier_free_scales_of_thesis_and_diffusers():
     """The thesis mixes (s + 1) eps_c - s eps_u, diffusers eps_u + scale (eps_c - eps_u)."""
     c, u = draw(3, 2), draw(3, 2, seed=1)
     for number in (0.0, 0.5, 2.0):
@@ -340,11 +349,11 @@ def test_scales_of_others_are_converted():
         classifier_free(lambda: c, lambda: u, -1)
 
 
-# --- without a noise level -----------------------------------------------------------------------
+# --- without sigma -------------------------------------------------------------------------------
 
 
-def test_a_blind_denoiser_is_guided_at_the_level_of_its_residual():
-    model = pictures(Blind, torch.float64)
+def test_blind_denoiser_is_guided_at_the_noise_level_of_its_residual():
+    model = image_mixture(Blind, torch.float64)
     x, labels = model.sample(6, generator())
     y = x + 0.3 * draw(*x.shape)
     guidance = Guidance(classifier_guide(model, labels), 2.0, "power:k=2")
@@ -357,15 +366,15 @@ def test_a_blind_denoiser_is_guided_at_the_level_of_its_residual():
         torch.testing.assert_close(found[i : i + 1], one(y[i : i + 1], float(level[i])))
 
 
-def test_a_score_without_a_level_is_guided_at_full_weight():
+def test_score_without_sigma_is_guided_at_full_weight():
     model, y = plane(), draw(4, 2)
     guidance = Guidance(classifier_guide(model, 1), 2.0, "power:k=8", "x_t", start=0.5)
     push = guided_score(score_of(model), guidance)(y) - model.score(y)
     torch.testing.assert_close(push, 2 * classifier_guide(model, 1)(y)[1])
 
 
-def test_a_schedule_that_ends_at_0_guides_a_blind_denoiser_at_high_noise():
-    model = pictures(Blind, torch.float64)
+def test_schedule_of_final_weight_0_guides_a_blind_denoiser_at_high_noise():
+    model = image_mixture(Blind, torch.float64)
     y = model.sample(4, generator())[0] + 0.3 * draw(4, 1, 4, 4)
     guidance = Guidance(classifier_guide(model, 1), 2.0, "step:at=1,low=0")
     found = guided_denoiser(denoiser_of(model), guidance)(y)

@@ -1,4 +1,4 @@
-"""Ascent on a label's density, and the seeds it starts from."""
+"""Gradient ascent on a label's density, and its class-Gaussian starts."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def test_plain_ascent_is_langevin_at_temperature_zero_exactly():
 
 
 @pytest.mark.parametrize("direction", ["l2", "plain", "sign"])
-def test_steps_have_the_length_they_say_and_go_up(direction):
+def test_steps_have_the_documented_length_and_raise_the_label_probability(direction):
     target, x = model(), start()
     sampler = Ascent(label_density_of(target, 1), 0.002, direction, bounds=None)
     moved, info = sampler.step(sampler.init(x), known.generator())
@@ -52,7 +52,7 @@ def test_steps_have_the_length_they_say_and_go_up(direction):
     assert (after > before).all()
 
 
-def test_ascent_reaches_the_label_asked_for():
+def test_ascent_reaches_the_requested_label():
     target = model()
     labels = torch.tensor([0, 1, 0, 1, 0, 1])
     x = known.run(Ascent(label_density_of(target, labels), 0.1), start(), 30)
@@ -63,7 +63,7 @@ def test_ascent_reaches_the_label_asked_for():
 
 @pytest.mark.parametrize("ball", ["l2", "linf"])
 def test_chains_stay_in_the_ball(ball):
-    """Having tried to leave it: they end on its surface, at the nearest point of it."""
+    """Steps lead out of the ball and are projected, so chains end on its surface."""
     target, x = model(), start()
     sampler = Ascent(label_density_of(target, 1), 0.1, radius=0.15, ball=ball, bounds=None)
     offset = (known.run(sampler, x, 20) - x).flatten(1)
@@ -72,7 +72,7 @@ def test_chains_stay_in_the_ball(ball):
 
 
 @pytest.mark.parametrize(("direction", "ball"), [("l2", "l2"), ("sign", "linf")])
-def test_numbers_of_each_chain_are_those_it_would_have_alone(direction, ball):
+def test_settings_per_chain_match_chains_run_alone(direction, ball):
     target, x = model(), start()
     steps, radii = torch.rand(2, 6, dtype=torch.float64, generator=known.generator()) / 5 + 0.02
     low, high = torch.full((6,), -torch.inf).double(), torch.full((6,), torch.inf).double()
@@ -87,7 +87,7 @@ def test_numbers_of_each_chain_are_those_it_would_have_alone(direction, ball):
     assert together[0].max() <= 0.6
 
 
-def test_a_point_without_gradient_stays():
+def test_zero_gradient_does_not_move_and_nan_gradient_is_divergence():
     sampler = Ascent(lambda x, sigma=None: (x.sum(1), torch.zeros_like(x)), 0.5, bounds=None)
     x = torch.rand(3, 4)
     assert torch.equal(known.run(sampler, x, 2), x)
@@ -97,34 +97,37 @@ def test_a_point_without_gradient_stays():
     assert chains.diverged == {0: 1, 1: 1, 2: 1}
 
 
-def test_seeds_have_mean_and_covariance_of_their_label():
+def test_class_gaussians_have_mean_and_covariance_of_their_class():
+    """Within 4 standard errors; that of the covariance holds for Gaussian samples."""
     images = torch.randn(40, 1, 2, 2, dtype=torch.float64, generator=known.generator())
     labels = torch.arange(40) % 2
     images[labels == 1] = 3 + images[labels == 1] @ torch.tensor([[1.0, 0.5], [0.2, 2.0]]).double()
     count = 20_000
-    wanted = torch.arange(count) % 2
-    seeds = (
-        ClassGaussians(images, labels).sample(len(wanted), known.generator(2), wanted).flatten(1)
+    requested = torch.arange(count) % 2
+    samples = (
+        ClassGaussians(images, labels)
+        .sample(len(requested), known.generator(2), requested)
+        .flatten(1)
     )
     for label in (0, 1):
         own = images[labels == label].flatten(1)
-        drawn, cov = seeds[wanted == label], own.T.cov()
+        drawn, cov = samples[requested == label], own.T.cov()
         error = (drawn.mean(0) - own.mean(0)).abs() / (cov.diag() / len(drawn)).sqrt()
         assert error.max() < 4
-        spread = (cov.diag()[:, None] * cov.diag() + cov**2) / len(drawn)  # of a Gaussian's
+        spread = (cov.diag()[:, None] * cov.diag() + cov**2) / len(drawn)
         assert ((drawn.T.cov() - cov).abs() / spread.sqrt()).max() < 4
     with pytest.raises(UserError, match="class 1 has 1 image"):
         ClassGaussians(images, (labels * 0).index_fill(0, torch.tensor([3]), 1))
 
 
-def test_a_label_without_images_has_no_seeds():
+def test_class_gaussians_refuse_labels_without_images():
     gaussians = ClassGaussians(torch.rand(8, 1, 2, 2), torch.arange(8) % 2)
     with pytest.raises(UserError, match="label 5 has 0 images"):
         gaussians.sample(2, known.generator(), torch.tensor([0, 5]))
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "message"),
     [
         ({"direction": "l3"}, "unknown direction 'l3'"),
         ({"ball": "l1"}, "unknown ball 'l1'"),
@@ -132,6 +135,6 @@ def test_a_label_without_images_has_no_seeds():
         ({"radius": -1.0}, "radius -1.0 must be"),
     ],
 )
-def test_illegal_settings_are_refused(arguments, words):
-    with pytest.raises(UserError, match=words):
+def test_illegal_settings_are_refused(arguments, message):
+    with pytest.raises(UserError, match=message):
         Ascent(label_density_of(model(), 0), **arguments)

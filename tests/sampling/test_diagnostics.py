@@ -1,4 +1,4 @@
-"""Effective sizes and R-hat against ArviZ and closed forms; traces of chains."""
+"""Effective sample sizes and R-hat against ArviZ and closed forms; traces of chains."""
 
 import math
 
@@ -20,7 +20,7 @@ from ebmkit.sampling.langevin import MALAConfig
 
 
 def uniform(count, seed):
-    """A linear congruential generator: the same numbers in every library."""
+    """Numbers of a linear congruential generator, which are equal in every library."""
     numbers = []
     for _ in range(count):
         seed = (1103515245 * seed + 12345) % 2**31
@@ -29,7 +29,7 @@ def uniform(count, seed):
 
 
 def autoregressive(rho, drift=0.0, power=1, steps=200):
-    """Four chains x' = rho x + sqrt(1 - rho^2) z, moved apart by ``drift``."""
+    """Four chains x' = rho x + sqrt(1 - rho^2) z, chain k shifted by k ``drift``."""
     chains = []
     for k in range(4):
         u = uniform(2 * steps, 1000003 * (17 + k))
@@ -41,7 +41,7 @@ def autoregressive(rho, drift=0.0, power=1, steps=200):
     return torch.stack(chains, dim=1)
 
 
-# computed once by ArviZ 0.23.4: rhat(x), ess(x, "bulk"), ess(x, "mean"), and the sum of the draws
+# computed by ArviZ 0.23.4: rhat(x), ess(x, "bulk"), ess(x, "mean"), and the sum of the draws
 ARVIZ = {
     (0.0,): (1.0028265, 789.76469, 780.96929, -15.980077512377488),
     (0.9,): (1.1651061, 18.81057, 18.67437, -74.16284106020302),
@@ -53,7 +53,7 @@ ARVIZ = {
 
 
 @pytest.mark.parametrize("setting", ARVIZ)
-def test_measures_are_those_of_arviz(setting):
+def test_rhat_and_effective_size_match_arviz(setting):
     draws, (rhat, bulk, mean, total) = autoregressive(*setting), ARVIZ[setting]
     assert float(draws.sum()) == pytest.approx(total, rel=1e-9)
     assert split_rhat(draws) == pytest.approx(rhat, abs=1e-6)
@@ -62,8 +62,8 @@ def test_measures_are_those_of_arviz(setting):
 
 
 @pytest.mark.parametrize("rho", [0.0, 0.5, 0.8])
-def test_effective_size_of_autoregression_is_that_of_the_formula(rho):
-    """N (1 - rho) / (1 + rho); the estimate has an error of some percent at this length."""
+def test_effective_size_of_autoregression_matches_the_formula(rho):
+    """N (1 - rho) / (1 + rho); estimates of this length have errors of some percent."""
     steps, count = 2000, 8
     z = torch.randn(steps, count, dtype=torch.float64, generator=known.generator())
     x = [z[0]]
@@ -74,7 +74,7 @@ def test_effective_size_of_autoregression_is_that_of_the_formula(rho):
     assert split_rhat(torch.stack(x)) < 1.01
 
 
-def test_rhat_notices_location_scale_and_drift():
+def test_rhat_detects_differences_of_location_and_scale_and_drift():
     draws = torch.randn(500, 4, dtype=torch.float64, generator=known.generator())
     assert split_rhat(draws) < 1.01
     assert split_rhat(draws + torch.tensor([0.0, 0, 0, 1])) > 1.05
@@ -84,7 +84,7 @@ def test_rhat_notices_location_scale_and_drift():
     assert math.isnan(effective_size(torch.ones(10, 2)))
 
 
-def test_a_trace_keeps_what_was_asked_of_the_steps():
+def test_trace_records_every_second_step_after_warm_up_and_mean_acceptance():
     model = Gaussian(torch.zeros(1, 2, 2, dtype=torch.float64), 1.0)
     sampler = MALA(density_of(model), MALAConfig(step_size=0.3))
     trace = Trace(random_projections((1, 2, 2), 3), every=2, warm_up=3)
@@ -98,13 +98,13 @@ def test_a_trace_keeps_what_was_asked_of_the_steps():
     )
 
 
-def test_projections_are_on_unit_directions():
+def test_random_projections_use_unit_directions():
     project = random_projections((1, 3, 3), 4)
     unit = torch.eye(9, dtype=torch.float64).reshape(9, 1, 3, 3)
     torch.testing.assert_close(project(unit).square().sum(0), torch.ones(4, dtype=torch.float64))
 
 
-def test_the_energy_gap_of_one_law_is_within_its_error():
+def test_energy_gap_of_equal_distributions_is_within_its_standard_error():
     model, count = Gaussian(torch.zeros(3, dtype=torch.float64), 1.0), 4000
     a, b = (model.energy(model.sample(count, known.generator(s))[0]) for s in (1, 2))
     gap = energy_gap(a, b)
@@ -114,7 +114,7 @@ def test_the_energy_gap_of_one_law_is_within_its_error():
 
 
 @pytest.mark.parametrize(
-    ("make", "words"),
+    ("make", "message"),
     [
         (lambda: split_rhat(torch.zeros(3, 2)), "N of 4 or more, not"),
         (lambda: effective_size(torch.zeros(30)), "must be"),
@@ -124,6 +124,6 @@ def test_the_energy_gap_of_one_law_is_within_its_error():
         (lambda: Trace(lambda x: x).draws(), "no step was recorded"),
     ],
 )
-def test_mistakes_are_told(make, words):
-    with pytest.raises(UserError, match=words):
+def test_invalid_arguments_raise_errors(make, message):
+    with pytest.raises(UserError, match=message):
         make()

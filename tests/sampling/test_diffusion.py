@@ -15,7 +15,7 @@ from ebmkit.sampling.langevin import PCConfig
 
 
 def stub(u, t):
-    """A predictor of noise that depends on everything, not linear in the image."""
+    """A noise predictor that is nonlinear in the image, mixes its columns and depends on t."""
     return 0.8 * torch.tanh(u * (1 + t / 500)) + 0.1 * u.flip(-1) - 0.05 * t / 1000
 
 
@@ -24,8 +24,8 @@ def stub(u, t):
 NAMES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
 
 
-def theirs(kind, name, count, spacing, double, **settings):
-    """A scheduler of diffusers, with our float64 levels where it is asked to be as precise."""
+def diffusers_scheduler(kind, name, count, spacing, double, **settings):
+    """A scheduler of diffusers; ``double`` replaces its noise levels by ours in float64."""
     diffusers = pytest.importorskip("diffusers")
     scheduler = getattr(diffusers, kind)(
         beta_schedule=NAMES[name], timestep_spacing=spacing, clip_sample=False, **settings
@@ -36,8 +36,8 @@ def theirs(kind, name, count, spacing, double, **settings):
     return scheduler
 
 
-def both_paths(scheduler, sampler, dtype, **arguments):
-    """Trajectories from one start, of one predictor, with one source of noise."""
+def both_trajectories(scheduler, sampler, dtype, **arguments):
+    """Trajectories of diffusers and of ours: same start, noise predictor and random numbers."""
     u = torch.randn(2, 3, 4, 4, dtype=dtype, generator=known.generator(1))
     t = sampler.timesteps[0]
     state = sampler.init(sampler.schedule.to_image_units(u, t))
@@ -53,14 +53,14 @@ def both_paths(scheduler, sampler, dtype, **arguments):
 
 
 @pytest.mark.parametrize("name", ["linear", "cosine"])
-def test_schedules_are_those_of_diffusers(name):
+def test_schedules_match_diffusers(name):
     schedule = make_schedule(name)
-    scheduler = theirs("DDPMScheduler", name, 10, "leading", double=False)
+    scheduler = diffusers_scheduler("DDPMScheduler", name, 10, "leading", double=False)
     ours = torch.tensor([schedule.abar(t) for t in range(1000)])
     torch.testing.assert_close(ours, scheduler.alphas_cumprod, rtol=2e-4, atol=1e-6)
     for spacing in ("leading", "linspace", "trailing"):
         for count in (1, 3, 7, 50, 333, 1000):
-            scheduler = theirs("DDIMScheduler", name, count, spacing, double=False)
+            scheduler = diffusers_scheduler("DDIMScheduler", name, count, spacing, double=False)
             expected = scheduler.timesteps.tolist()[:count]
             assert list(schedule.timesteps(count, spacing)) == expected
 
@@ -68,13 +68,13 @@ def test_schedules_are_those_of_diffusers(name):
 @pytest.mark.parametrize(("eta", "double"), [(0.0, True), (0.5, True), (0.5, False), (1.0, True)])
 @pytest.mark.parametrize(("count", "spacing"), [(20, "leading"), (50, "trailing")])
 @pytest.mark.parametrize("name", ["linear", "cosine"])
-def test_ddim_trajectories_equal_those_of_diffusers(name, count, spacing, eta, double):
-    """linspace is not among them: there diffusers' DDIM goes to t - T // n, not to its next t."""
-    scheduler = theirs("DDIMScheduler", name, count, spacing, double)
+def test_ddim_trajectories_match_diffusers(name, count, spacing, eta, double):
+    """Without spacing linspace: there diffusers' DDIM steps to t - T // n, not to its next t."""
+    scheduler = diffusers_scheduler("DDIMScheduler", name, count, spacing, double)
     schedule = make_schedule(name)
     sampler = DDIM(stub, schedule, schedule.timesteps(count, spacing), eta)
     dtype, limit = (torch.float64, 1e-10) if double else (torch.float32, 1e-5)
-    their_path, our_path = both_paths(scheduler, sampler, dtype, eta=eta)
+    their_path, our_path = both_trajectories(scheduler, sampler, dtype, eta=eta)
     scale = their_path.abs().amax((1, 2, 3, 4), keepdim=True).clamp_min(1)
     assert ((our_path - their_path) / scale).abs().max() < limit
 
@@ -82,33 +82,35 @@ def test_ddim_trajectories_equal_those_of_diffusers(name, count, spacing, eta, d
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
 @pytest.mark.parametrize(("count", "spacing"), [(1000, "leading"), (25, "linspace")])
 @pytest.mark.parametrize("name", ["linear", "cosine"])
-def test_ddpm_trajectories_equal_those_of_diffusers(name, count, spacing, variance):
-    scheduler = theirs("DDPMScheduler", name, count, spacing, True, variance_type=variance)
+def test_ddpm_trajectories_match_diffusers(name, count, spacing, variance):
+    scheduler = diffusers_scheduler(
+        "DDPMScheduler", name, count, spacing, True, variance_type=variance
+    )
     schedule = make_schedule(name)
     timesteps = schedule.timesteps(count, spacing)
     sampler = DDIM(stub, schedule, timesteps, eta=1.0, variance=variance)
-    their_path, our_path = both_paths(scheduler, sampler, torch.float64)
+    their_path, our_path = both_trajectories(scheduler, sampler, torch.float64)
     scale = their_path.abs().amax((1, 2, 3, 4), keepdim=True).clamp_min(1)
     assert ((our_path - their_path) / scale).abs().max() < 1e-10
 
 
 @pytest.mark.parametrize("rederive", [True, False])
-def test_clipping_is_that_of_diffusers(rederive):
+def test_clipping_matches_diffusers(rederive):
     pytest.importorskip("diffusers")
     schedule = make_schedule("linear")
     sampler = DDIM(stub, schedule, schedule.timesteps(20), 0.5, clip=True, rederive=rederive)
-    scheduler = theirs("DDIMScheduler", "linear", 20, "trailing", True)
+    scheduler = diffusers_scheduler("DDIMScheduler", "linear", 20, "trailing", True)
     scheduler.register_to_config(clip_sample=True)
     arguments = {"eta": 0.5, "use_clipped_model_output": rederive}
-    their_path, our_path = both_paths(scheduler, sampler, torch.float64, **arguments)
+    their_path, our_path = both_trajectories(scheduler, sampler, torch.float64, **arguments)
     torch.testing.assert_close(our_path, their_path, rtol=1e-10, atol=1e-10)
 
 
 # --- the mathematics -----------------------------------------------------------------------------
 
 
-def test_image_units_are_half_of_those_of_images_in_minus_one_to_one():
-    """A noisy image made in either coordinates is the same, and its noise the level told."""
+def test_image_units_are_half_the_units_of_images_in_minus_one_to_one():
+    """Noise of level sigma_t gives the same noisy image in both coordinates."""
     schedule, t = make_schedule("linear"), 300
     abar = float((1 - linear_betas()).cumprod(0)[t])
     x, noise = torch.rand(2, 1, 4, 4, dtype=torch.float64), torch.randn(2, 1, 4, 4).double()
@@ -122,8 +124,8 @@ def test_image_units_are_half_of_those_of_images_in_minus_one_to_one():
     assert [schedule.nearest(schedule.sigma(k)) for k in (0, 17, 999)] == [0, 17, 999]
 
 
-def test_a_denoiser_is_a_predictor_of_noise():
-    """Of a Gaussian: the noise in u_t that linear regression finds in the model's coordinates."""
+def test_noise_prediction_of_a_gaussian_denoiser_is_linear_regression():
+    """The regression of the noise on u_t, in the coordinates of the diffusion model."""
     schedule, t = make_schedule("linear"), 250
     v, mean = 0.05, 0.6
     model = Gaussian(torch.full((1, 2, 2), mean, dtype=torch.float64), v)
@@ -139,8 +141,8 @@ def gaussian_predictor(schedule, v):
     return noise_predictor_of(lambda y, s: 0.5 + v / (v + s**2) * (y - 0.5), schedule)
 
 
-def test_ddim_is_of_first_order_on_the_probability_flow():
-    """Against the exact flow of a Gaussian; eta = 0, log error against log step."""
+def test_ddim_converges_at_first_order_to_the_probability_flow():
+    """The flow of a Gaussian is known; log error against log number of steps has slope -1."""
     v, errors, counts = 0.04, [], (50, 100, 200, 400)
     schedule = Schedule(linear_betas(4000, 2.5e-5, 5e-3))
     for count in counts:
@@ -154,7 +156,7 @@ def test_ddim_is_of_first_order_on_the_probability_flow():
 
 
 def test_eta_one_is_ancestral_sampling():
-    """The predictor of Song et al. without corrections, between the same levels."""
+    """Equal to the predictor of Song et al. without corrections, between the same levels."""
     model, schedule = known.overlapping(), make_schedule("linear")
     timesteps = schedule.timesteps(30, "leading")
     denoise = known.denoiser(model)
@@ -167,7 +169,7 @@ def test_eta_one_is_ancestral_sampling():
 
 
 @pytest.mark.parametrize(("eta", "count"), [(0.0, 300), (0.5, 300), (1.0, 500)])
-def test_moments_and_class_proportions_are_those_of_a_mixture(eta, count):
+def test_moments_and_class_proportions_match_the_mixture(eta, count):
     model, schedule = known.overlapping(), make_schedule("linear")
     predictor = noise_predictor_of(known.denoiser(model), schedule)
     sampler = DDIM(predictor, schedule, schedule.timesteps(count), eta)
@@ -175,19 +177,19 @@ def test_moments_and_class_proportions_are_those_of_a_mixture(eta, count):
     assert known.worst_error(known.run(sampler, start, count), model) < 4
 
 
-def test_few_steps_without_noise_lose_variance():
-    """What the order means in practice: 5 steps of DDIM give a Gaussian too narrow."""
+def test_ddim_with_few_steps_loses_variance():
+    """5 steps without noise (eta 0) give a Gaussian that is too narrow."""
     v, schedule = 0.04, make_schedule("linear")
     sampler = DDIM(gaussian_predictor(schedule, v), schedule, schedule.timesteps(5))
     start = known.gray_start(sampler, (4000, 1), known.generator(4))
     assert known.run(sampler, start, 5).var() < 0.7 * v
 
 
-# --- inside the range of the model ---------------------------------------------------------------
+# --- trained noise range -------------------------------------------------------------------------
 
 
-def test_chains_start_late_inside_the_range_of_the_model():
-    """Mean image plus noise of the highest level trained; a Gaussian is sampled all the same."""
+def test_chains_start_at_the_highest_trained_noise_level():
+    """From gray with noise of that level, a Gaussian still gets its variance."""
     v, schedule = 0.003, make_schedule("linear")
     timesteps = schedule.within(schedule.timesteps(1000), (1 / 255, 100 / 255))
     assert schedule.sigma(timesteps[0]) < 100 / 255 < schedule.sigma(timesteps[0] + 1)
@@ -198,7 +200,7 @@ def test_chains_start_late_inside_the_range_of_the_model():
     assert float(squares.mean()) / v == pytest.approx(1, abs=4 * (2 / 4000) ** 0.5)
 
 
-def test_no_level_in_the_range_is_refused():
+def test_timesteps_without_a_trained_noise_level_are_refused():
     schedule = make_schedule("linear")
     with pytest.raises(UserError, match="the model was trained for, 1/255 to 100/255: take"):
         schedule.within(schedule.timesteps(2), (1 / 255, 100 / 255))
@@ -206,7 +208,7 @@ def test_no_level_in_the_range_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("make", "words"),
+    ("make", "message"),
     [
         (lambda s: DDIM(stub, s, (10, 5), eta=1.5), "eta 1.5 is above 1"),
         (lambda s: DDIM(stub, s, (10, 5), eta=-1), "eta -1 must be"),
@@ -223,6 +225,6 @@ def test_no_level_in_the_range_is_refused():
         (lambda s: Schedule(torch.tensor([0.5]), (1, 0)), "must go up"),
     ],
 )
-def test_illegal_settings_are_refused(make, words):
-    with pytest.raises(UserError, match=words):
+def test_illegal_settings_are_refused(make, message):
+    with pytest.raises(UserError, match=message):
         make(make_schedule("linear"))

@@ -1,4 +1,4 @@
-"""What every sampler of the table must hold, on a mixture of images; adding one is being tested."""
+"""Contract tests of every entry of `SAMPLERS`, on a mixture of images."""
 
 import io
 import math
@@ -39,8 +39,8 @@ def entry(request):
 
 
 @pytest.fixture
-def ready(entry):
-    """A sampler with few steps at labels, and where its chains start."""
+def sampler_and_start(entry):
+    """A label-conditional sampler with few steps, and the start of its chains."""
     model, labels = model_for(entry), torch.tensor([0, 1, 1, 0])
     config = entry.config(steps=10)
     sampler = entry.build(model, labels, config)
@@ -51,8 +51,8 @@ def ready(entry):
 # --- the contract --------------------------------------------------------------------------------
 
 
-def test_steps_are_pure_and_repeat_under_equal_generators(ready):
-    sampler, start = ready
+def test_steps_are_pure_and_repeat_under_equal_generators(sampler_and_start):
+    sampler, start = sampler_and_start
     state = sampler.init(start)
     before = [v.clone() if isinstance(v, torch.Tensor) else v for v in state]
     one, info = sampler.step(state, known.generator(3))
@@ -66,8 +66,8 @@ def test_steps_are_pure_and_repeat_under_equal_generators(ready):
     assert one.x.dtype == start.dtype
 
 
-def test_states_can_be_saved_and_gone_on_with(ready):
-    sampler, start = ready
+def test_saved_states_resume_bit_identically(sampler_and_start):
+    sampler, start = sampler_and_start
     generator = known.generator(1)
     chains = Chains(sampler, sampler.init(start))
     chains.run(3, generator)
@@ -82,9 +82,9 @@ def test_states_can_be_saved_and_gone_on_with(ready):
     assert resumed.step == straight.step == 7
 
 
-def test_no_chain_sees_another(ready):
-    """Three chains move as they do beside a fourth that is elsewhere."""
-    sampler, start = ready
+def test_chains_are_independent(sampler_and_start):
+    """Three chains do not depend on the start of the fourth."""
+    sampler, start = sampler_and_start
     other = start.clone()
     other[3] = 0.9
     a, b = (known.run(sampler, x, 5) for x in (start, other))
@@ -92,18 +92,19 @@ def test_no_chain_sees_another(ready):
     assert not torch.equal(a[3], b[3])
 
 
-def test_lost_chains_are_named_and_the_rest_goes_on(entry, ready):
-    """What has no number for an answer at one image says so of that chain alone."""
-    sampler, start = ready
+def test_diverged_chains_are_reported_and_the_others_continue(entry, sampler_and_start):
+    """Model outputs are NaN for chain 2 only."""
+    sampler, start = sampler_and_start
     names = [n for n in ("score", "density", "denoiser", "noise_predictor") if hasattr(sampler, n)]
     for name in names:
-        whole = getattr(sampler, name)
+        original = getattr(sampler, name)
 
-        def broken(x, *rest, whole=whole):
-            out = whole(x, *rest)
-            lost = torch.arange(len(x)) == 2
+        def broken(x, *rest, original=original):
+            out = original(x, *rest)
+            diverged = torch.arange(len(x)) == 2
             spoil = [
-                torch.where(lost.view(-1, *[1] * (v.ndim - 1)), torch.nan, v) for v in _all(out)
+                torch.where(diverged.view(-1, *[1] * (v.ndim - 1)), torch.nan, v)
+                for v in _as_tuple(out)
             ]
             return tuple(spoil) if isinstance(out, tuple) else spoil[0]
 
@@ -117,19 +118,19 @@ def test_lost_chains_are_named_and_the_rest_goes_on(entry, ready):
     assert chains.state.x.isfinite().all()
 
 
-def _all(out):
+def _as_tuple(out):
     return out if isinstance(out, tuple) else (out,)
 
 
-def test_no_steps_are_refused(entry, ready):
-    sampler, start = ready
+def test_zero_steps_are_refused(entry, sampler_and_start):
+    sampler, start = sampler_and_start
     with pytest.raises(UserError, match="0 steps are too few"):
         Chains(sampler, sampler.init(start)).run(0, known.generator())
     with pytest.raises(ValidationError):
         entry.config(steps=0)
 
 
-def test_settings_say_what_they_are_and_refuse_others(entry):
+def test_settings_have_descriptions_and_refuse_unknown_fields(entry):
     assert all(field.description for field in entry.config.model_fields.values())
     with pytest.raises(ValidationError, match="Extra inputs"):
         entry.config(speed=1)
@@ -137,10 +138,10 @@ def test_settings_say_what_they_are_and_refuse_others(entry):
     assert find_sampler(entry.name) is entry
 
 
-# --- the law of the samples ----------------------------------------------------------------------
+# --- distribution of the samples -----------------------------------------------------------------
 
-LAWS = {
-    # chains, settings: enough steps for the mixture's law; the others are told apart below
+ACCURATE_SETTINGS = {
+    # enough steps for the distribution of the mixture; the other samplers are tested below
     "langevin": {"steps": 150, "step_size": 4e-4, "temperature": 1.0},
     "mala": {"steps": 100, "step_size": 1e-3},
     "hmc": {"steps": 30, "step_size": 0.05, "leapfrogs": 5},
@@ -151,15 +152,15 @@ LAWS = {
 }
 
 
-@pytest.mark.parametrize("name", LAWS)
-def test_samples_of_a_label_have_the_moments_of_its_mixture(name):
-    """Label 0 is one Gaussian of 16 dimensions: mean, second moments, within 4.5 standard errors.
+@pytest.mark.parametrize("name", ACCURATE_SETTINGS)
+def test_conditional_samples_have_the_moments_of_their_label(name):
+    """Label 0 is a Gaussian in 16 dimensions: mean and second moments within 4.5 standard errors.
 
-    Of the 152 numbers compared the largest exceeds 4.5 once in a thousand runs. Class proportions
-    of mixtures are in `test_langevin` and `test_diffusion`, where chains have time to mix.
+    The largest of the 152 compared numbers exceeds 4.5 once in a thousand runs. `test_langevin` and
+    `test_diffusion` test class proportions of mixtures, with enough steps for chains to mix.
     """
     entry, model, count = SAMPLERS[name], mixture(), 600
-    config = entry.config(**LAWS[name])
+    config = entry.config(**ACCURATE_SETTINGS[name])
     sampler = entry.build(model, 0, config)
     start = entry.start(model, sampler, config, (count, *SHAPE), known.generator(), 0)
     x = known.run(sampler, start, entry.length(sampler, config), seed=1)
@@ -170,7 +171,7 @@ def test_samples_of_a_label_have_the_moments_of_its_mixture(name):
 
 
 @pytest.mark.parametrize("name", ["ddim", "pc", KS, "ascent"])
-def test_labels_are_those_asked_for(name):
+def test_samples_have_the_requested_labels(name):
     entry = SAMPLERS[name]
     model, labels = model_for(entry), torch.arange(40) % 2
     config = entry.config(**({"steps": 60} if name != KS else {"beta": 0.2, "first_step": 0.1}))
@@ -180,24 +181,24 @@ def test_labels_are_those_asked_for(name):
     assert torch.equal(mixture().logits(x).argmax(1), labels)
 
 
-# --- inside what a model was trained for ---------------------------------------------------------
+# --- trained noise range and supported models ----------------------------------------------------
 
 
-def carded(model, sigma_range=(1 / 255, 100 / 255), classifies=True):
+def with_card(model, sigma_range=(1 / 255, 100 / 255), classifies=True):
     model.card = ModelCard(sigma_range=sigma_range, classifies=classifies)
     return model
 
 
-def test_noise_levels_lie_where_the_model_was_trained(entry):
-    model = carded(model_for(entry))
+def test_samplers_evaluate_the_model_within_its_trained_noise_range(entry):
+    model = with_card(model_for(entry))
     seen = []
     for method in ("score", "denoise", "value_and_grads"):
-        whole = getattr(model, method)
+        original = getattr(model, method)
 
-        def watched(*args, whole=whole, **kwargs):
+        def watched(*args, original=original, **kwargs):
             levels = [a for a in [*args, *kwargs.values()] if isinstance(a, float)]
             seen.extend(levels)
-            return whole(*args, **kwargs)
+            return original(*args, **kwargs)
 
         object.__setattr__(model, method, watched)
     config = entry.config()
@@ -221,14 +222,14 @@ def test_noise_levels_lie_where_the_model_was_trained(entry):
         (KS, {"last_sigma": "0.5/255"}),
     ],
 )
-def test_levels_outside_are_refused_with_the_range(name, settings):
+def test_noise_levels_outside_the_trained_range_are_refused(name, settings):
     entry = SAMPLERS[name]
-    model = carded(model_for(entry))
+    model = with_card(model_for(entry))
     with pytest.raises(UserError, match="this model was trained for: use 1/255 to 1"):
         entry.build(model, None, entry.config(**settings))
 
 
-def test_models_that_cannot_be_driven_are_told_why_and_by_what_they_can():
+def test_unsupported_models_raise_errors_that_list_supported_samplers():
     plain = DirectDenoiser(torch.nn.Identity(), 1)
     plain.card = ModelCard(sigma_range=(0.1, 0.2))
     with pytest.raises(
@@ -241,11 +242,11 @@ def test_models_that_cannot_be_driven_are_told_why_and_by_what_they_can():
         UserError, match=r"simoncelli does not support .* takes the noise level as an input"
     ):
         SAMPLERS[KS].build(mixture())
-    classifier = carded(mixture(), sigma_range=None)
+    classifier = with_card(mixture(), sigma_range=None)
     for name in ("annealed-langevin", "pc", "ddpm", "ddim"):
         with pytest.raises(UserError, match=r"not trained to denoise.*; take langevin, sgld, mala"):
             SAMPLERS[name].build(classifier)
-    unlabelled = carded(mixture(), classifies=False)
+    unlabelled = with_card(mixture(), classifies=False)
     with pytest.raises(UserError, match="leave the label out"):
         SAMPLERS["ddim"].build(unlabelled, 1)
     with pytest.raises(UserError, match="ascent does not support this model: it was trained with"):
@@ -263,14 +264,14 @@ def test_models_that_cannot_be_driven_are_told_why_and_by_what_they_can():
 # --- starts and ends -----------------------------------------------------------------------------
 
 
-def test_chains_start_from_data_and_class_gaussians_where_asked():
+def test_starts_from_data_and_class_gaussians():
     entry, model = SAMPLERS["ascent"], mixture()
     images, labels = model.sample(50, known.generator(5))
-    labels_wanted = torch.tensor([1, 1, 0])
+    requested_labels = torch.tensor([1, 1, 0])
     for kind in ("data", "class_gaussian"):
         config = entry.config(start=kind)
-        sampler = entry.build(model, labels_wanted, config)
-        arguments = (model, sampler, config, (3, *SHAPE), known.generator(), labels_wanted)
+        sampler = entry.build(model, requested_labels, config)
+        arguments = (model, sampler, config, (3, *SHAPE), known.generator(), requested_labels)
         with pytest.raises(UserError, match=f"start from {kind}: give images"):
             entry.start(*arguments)
         start = entry.start(*arguments, data=(images, labels))
@@ -279,24 +280,24 @@ def test_chains_start_from_data_and_class_gaussians_where_asked():
         assert all(found) == (kind == "data")
     with pytest.raises(UserError, match="give their labels, too"):
         entry.start(*arguments, data=(images, None))
-    # down noise levels: with noise of the first; without a label: the Gaussian of all images
+    # samplers over noise levels add noise of the first; without a label: the Gaussian of all images
     entry, count = SAMPLERS["pc"], 3000
     config = entry.config(start="class_gaussian", high=0.5)
     sampler = entry.build(model, None, config)
     many = (model, sampler, config, (count, *SHAPE), known.generator())
     variance = entry.start(*many, data=(images, None)).var(0).mean()
     assert float(variance) == pytest.approx(float(images.var(0).mean()) + 0.25, rel=0.03)
-    # which is what "auto" does with data; without, noise about gray
+    # the default start is the same if there is data, and noise about gray otherwise
     automatic = (model, sampler, entry.config(high=0.5), (4, *SHAPE))
-    asked = entry.start(*many[:3], (4, *SHAPE), known.generator(), data=(images, None))
+    explicit = entry.start(*many[:3], (4, *SHAPE), known.generator(), data=(images, None))
     found = entry.start(*automatic, known.generator(), data=(images, None))
-    assert torch.equal(found, asked)
+    assert torch.equal(found, explicit)
     gray = 0.5 + 0.5 * torch.randn(4, *SHAPE, generator=known.generator())
     assert torch.equal(entry.start(*automatic, known.generator()), gray)
 
 
-def test_the_level_a_blind_model_finds_is_held_to_its_range():
-    """Where the score is small its level, sqrt(d) / ||score||, has no bound."""
+def test_estimated_sigma_is_clamped_to_the_trained_range():
+    """The estimate sqrt(d) / ||score|| is unbounded where the score is small."""
 
     class Energy(GaussianMixture):
         noise_conditional = False
@@ -309,24 +310,24 @@ def test_the_level_a_blind_model_finds_is_held_to_its_range():
     y[0] = model.means[0] + 1e-4
     levels = model.estimate_sigma(y)
     assert levels[0] > 10
-    free, held = blind_denoiser_of(model, 0), blind_denoiser_of(carded(model), 0)
-    torch.testing.assert_close(held(y), model.denoise(y, levels.clamp(1 / 255, 100 / 255), 0))
+    free, clamped = blind_denoiser_of(model, 0), blind_denoiser_of(with_card(model), 0)
+    torch.testing.assert_close(clamped(y), model.denoise(y, levels.clamp(1 / 255, 100 / 255), 0))
     model.card = None
     torch.testing.assert_close(free(y), model.denoise(y, levels, 0))
 
 
-def test_the_last_noise_is_taken_out_at_the_end():
-    """Annealed chains end at the last level; one denoising step goes to the clean mixture."""
+def test_finish_denoises_samples_of_the_last_noise_level():
+    """Annealed chains end at the last level; `finish` takes the posterior mean."""
     entry, model = SAMPLERS["pc"], mixture()
     sampler = entry.build(model, 0, entry.config(low=0.2))
     noise = torch.randn(2000, *SHAPE, generator=known.generator())
     x = 0.3 + math.sqrt(VARIANCE + 0.04) * noise
-    shrunk = entry.finish(model, sampler, x, 0)
-    torch.testing.assert_close(shrunk, 0.3 + VARIANCE / (VARIANCE + 0.04) * (x - 0.3))
+    denoised = entry.finish(model, sampler, x, 0)
+    torch.testing.assert_close(denoised, 0.3 + VARIANCE / (VARIANCE + 0.04) * (x - 0.3))
     assert SAMPLERS["ddim"].finish(model, sampler, x) is x
 
 
-def test_a_restored_image_has_the_measurements_given():
+def test_restored_images_match_their_measurements():
     model = mixture(BlindMixture)
     truth, _ = model.sample(1, known.generator(3))
     measurement = random_pixels(SHAPE, 0.5)
@@ -336,13 +337,13 @@ def test_a_restored_image_has_the_measurements_given():
     start = sampler.start((8, *SHAPE), known.generator())
     x = known.run(sampler, start, 2000)
     torch.testing.assert_close(measurement.measure(x), measured.expand(8, -1))
-    # it is an image of the truth's own component
+    # and belong to the mixture component of the true image
     assert (mixture().logits(x).argmax(1) == mixture().logits(truth).argmax(1)).all()
 
 
 @pytest.mark.parametrize("name", ["langevin", "mala", "hmc"])
-def test_what_was_never_taught_to_denoise_takes_no_noise_out_at_the_end(name):
-    """JEM's density is that of images: the level its score implies would move them far away."""
+def test_finish_does_not_denoise_with_models_without_trained_noise_range(name):
+    """JEM's density is of clean images: denoising at the sigma of its score would move them far."""
     model = create_model("wideresnet10-jem", num_classes=2, in_channels=1, head="logit", width=8)
     model.eval().requires_grad_(False)
     model.card = ModelCard(classifies=True)

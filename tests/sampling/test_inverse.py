@@ -1,4 +1,4 @@
-"""Linear measurements, and the stochastic ascent of Kadkhodaie & Simoncelli under them."""
+"""Linear measurements, and the stochastic ascent of Kadkhodaie & Simoncelli."""
 
 import math
 
@@ -40,7 +40,7 @@ def images(count=3, seed=1):
     return torch.randn(count, *SHAPE, dtype=torch.float64, generator=known.generator(seed))
 
 
-def test_columns_are_orthonormal_and_the_adjoint_is_one(measurement):
+def test_measurements_have_orthonormal_columns_and_a_correct_adjoint(measurement):
     x = images()
     m = torch.randn(3, measurement.count, dtype=torch.float64, generator=known.generator(4))
     inner = (measurement.measure(x) * m).sum(1)
@@ -53,7 +53,7 @@ def test_columns_are_orthonormal_and_the_adjoint_is_one(measurement):
     torch.testing.assert_close(imposed - measurement.project(imposed), x - once)
 
 
-def test_measurements_mean_what_they_say():
+def test_pixels_blocks_and_hole_measure_the_documented_values():
     x = images()
     pixels = random_pixels(SHAPE, 0.25, seed=5)
     assert pixels.count == 2 * 12
@@ -70,8 +70,8 @@ def test_measurements_mean_what_they_say():
     assert hole.count == 2 * (48 - 4 * 3)
 
 
-def test_low_pass_is_the_fourier_filter():
-    """The same frequencies kept by a complex transform; the mean and a slow wave are kept."""
+def test_low_pass_matches_a_fourier_filter():
+    """Equal to a complex FFT that keeps the same low frequencies."""
     x, filtered = images(), LowPass(SHAPE, 0.3)
     rows, columns = torch.fft.fftfreq(8)[:, None], torch.fft.fftfreq(6)
     radius = (rows**2 + columns**2).sqrt()
@@ -82,8 +82,8 @@ def test_low_pass_is_the_fourier_filter():
     assert filtered.count == 2 * int(kept.sum())
 
 
-def test_compressed_measurements_see_every_pixel_alike():
-    """Of each unit image about the share measured is kept, as by a random projection."""
+def test_compressed_measurements_weight_all_pixels_similarly():
+    """Of each unit image about the measured share of the squared norm is kept."""
     shape = (1, 16, 16)
     measurement = Compressed(shape, 0.25, seed=0)
     unit = torch.eye(256, dtype=torch.float64).reshape(-1, *shape)
@@ -96,8 +96,8 @@ def test_compressed_measurements_see_every_pixel_alike():
 # --- stochastic ascent ---------------------------------------------------------------------------
 
 
-def literal(denoiser, y, noise, h0, beta, steps, matrix=None, measured=None):
-    """Algorithms 1 and 2 of the paper, with M as a matrix (N, n), without a stop."""
+def paper_algorithm(denoiser, y, noise, h0, beta, steps, matrix=None, measured=None):
+    """Algorithms 1 and 2 of the paper, with M as a matrix (N, n), for a fixed number of steps."""
     for t in range(1, steps + 1):
         h = h0 * t / (1 + h0 * (t - 1))
         d = denoiser(y) - y
@@ -113,7 +113,7 @@ def literal(denoiser, y, noise, h0, beta, steps, matrix=None, measured=None):
 
 
 @pytest.mark.parametrize("constrained", [False, True])
-def test_steps_are_those_of_the_paper(constrained):
+def test_steps_match_the_algorithms_of_the_paper(constrained):
     def denoiser(y, sigma=None):
         return 0.5 + 0.3 * (y - 0.5).tanh() + 0.1 * y.flip(-1)
 
@@ -128,14 +128,14 @@ def test_steps_are_those_of_the_paper(constrained):
     start = sampler.start((3, *SHAPE), known.generator(2), torch.float64)
     source = known.generator(3)
     noise = [torch.randn(start.shape, dtype=torch.float64, generator=source) for _ in range(12)]
-    expected = literal(denoiser, start, noise, 0.05, 0.1, 12, matrix, measured)
+    expected = paper_algorithm(denoiser, start, noise, 0.05, 0.1, 12, matrix, measured)
     torch.testing.assert_close(known.run(sampler, start, 12, seed=3), expected)
 
 
-def flat_gaussian(axes, covariance):
-    """The best denoiser of a Gaussian about gray on orthonormal axes (rank, C, H, W).
+def low_rank_gaussian_denoiser(axes, covariance):
+    """Posterior mean of a Gaussian about gray on orthonormal axes (rank, C, H, W).
 
-    It is told no sigma and reads it where images are constant, which is exact in many dimensions.
+    Sigma is estimated orthogonally to the axes, which is exact in many dimensions.
     """
     basis = axes.flatten(1)
     variances, turn = torch.linalg.eigh(covariance)
@@ -157,7 +157,7 @@ def random_axes(rank, shape):
 
 
 def variance_by_recursion(v, share, first, last, h0, beta, largest):
-    """Of the samples along an axis: noise level and variance, step by step, in many dimensions."""
+    """Variance of samples along an axis, by a recursion over the steps, in many dimensions."""
     noise, along, t = first**2, first**2, 0
     while True:
         t += 1
@@ -172,7 +172,7 @@ def variance_by_recursion(v, share, first, last, h0, beta, largest):
 
 
 BIASES = {
-    # first step, beta, largest step, rank of 144: what the exact variance is multiplied by
+    # (first step, beta, largest step, rank out of 144): variance relative to the exact one
     (0.01, 0.05, 1.0, 4): 0.70,
     (0.05, 0.2, 0.2, 4): 0.90,
     (0.01, 0.05, 1.0, 72): 0.79,
@@ -180,12 +180,12 @@ BIASES = {
 
 
 @pytest.mark.parametrize("setting", BIASES)
-def test_the_variance_of_samples_has_the_bias_stated(setting):
-    """On a Gaussian, whose variance the paper's steps shrink, and small steps shrink less."""
+def test_variance_of_samples_has_the_documented_bias(setting):
+    """The paper's steps reduce the variance of a Gaussian; smaller steps reduce it less."""
     first_step, beta, largest, rank = setting
     shape, v, count = (1, 12, 12), 0.04, 300
     axes = random_axes(rank, shape)
-    denoiser = flat_gaussian(axes, v * torch.eye(rank, dtype=torch.float64))
+    denoiser = low_rank_gaussian_denoiser(axes, v * torch.eye(rank, dtype=torch.float64))
     config = StochasticAscentConfig(
         last_sigma=0.005, first_step=first_step, beta=beta, largest_step=largest, steps=1000
     )
@@ -198,7 +198,7 @@ def test_the_variance_of_samples_has_the_bias_stated(setting):
     assert chains.state.step < 1000
     found = ((end - 0.5).flatten(1) @ axes.flatten(1).T).square()
     expected = variance_by_recursion(v, rank / 144, 1.0, 0.005, first_step, beta, largest)
-    # levels of single chains differ by 6 % in 144 dimensions, the recursion's do not: 2 %
+    # in 144 dimensions the levels of chains differ by 6 %, which the recursion neglects: 2 %
     error = 4 * (2 / found.numel()) ** 0.5 + 0.02
     assert float(found.mean()) / expected == pytest.approx(1, abs=error)
     assert expected / v == pytest.approx(BIASES[setting], abs=0.01)
@@ -206,7 +206,7 @@ def test_the_variance_of_samples_has_the_bias_stated(setting):
 
 @pytest.mark.slow
 def test_inpainting_samples_the_posterior_of_a_gaussian():
-    """Two correlated patterns, one in the half that is known: mean and variance nearly exact."""
+    """Two correlated patterns, one in the known half: mean and variance of the other one."""
     shape, v, rho, count = (1, 12, 12), 0.04, 0.8, 600
     axes = torch.zeros(2, *shape, dtype=torch.float64)
     axes[0, 0, :6], axes[1, 0, 6:] = 1, 1
@@ -218,33 +218,35 @@ def test_inpainting_samples_the_posterior_of_a_gaussian():
     coordinate, beta = 0.3, 0.1
     measured = measurement.measure(0.5 + coordinate * axes[:1])
     config = StochasticAscentConfig(last_sigma=0.005, first_step=0.05, beta=beta, largest_step=0.2)
-    sampler = StochasticAscent(flat_gaussian(axes, covariance), config, measurement, measured)
+    sampler = StochasticAscent(
+        low_rank_gaussian_denoiser(axes, covariance), config, measurement, measured
+    )
     start = sampler.start((count, *shape), known.generator(), torch.float64)
     end = known.run(sampler, start, 2000)
     torch.testing.assert_close(measurement.measure(end), measured.expand(count, -1))
     z = ((end - 0.5) * axes[1]).flatten(1).sum(1)
     exact = v * (1 - rho**2)
-    # it stops moving at a noise of about beta v, where what is known counts for 1 / (1 + beta)
+    # chains stop at a noise of about beta v, where the known half has weight 1 / (1 + beta)
     error = 4 * (exact / count) ** 0.5 + beta * rho * coordinate
     assert float(z.mean()) == pytest.approx(rho * coordinate, abs=error)
     assert float(z.var()) / exact == pytest.approx(1, abs=4 * (2 / count) ** 0.5 + beta)
 
 
-def test_each_chain_ends_at_its_own_time_and_stays():
+def test_each_chain_stops_at_its_own_step_and_does_not_move_again():
     axes = random_axes(4, (1, 12, 12))
-    denoiser = flat_gaussian(axes, 0.04 * torch.eye(4, dtype=torch.float64))
+    denoiser = low_rank_gaussian_denoiser(axes, 0.04 * torch.eye(4, dtype=torch.float64))
     config = StochasticAscentConfig(last_sigma=0.02, first_step=0.05, beta=0.5)
     sampler = StochasticAscent(denoiser, config)
     start = sampler.start((4, 1, 12, 12), known.generator(), torch.float64)
     start[0] = 0.5 + 0.1 * (start[0] - 0.5)
     chains, ended = Chains(sampler, sampler.init(start)), {}
 
-    def watch(state, info):
+    def check(state, info):
         for chain in torch.nonzero(chains.finished).flatten().tolist():
             _, x = ended.setdefault(chain, (state.step, state.x[chain].clone()))
             assert torch.equal(state.x[chain], x)
 
-    chains.run(2000, known.generator(1), watch)
+    chains.run(2000, known.generator(1), check)
     assert sorted(ended) == [0, 1, 2, 3]
     assert ended[0][0] < min(ended[k][0] for k in (1, 2, 3))
     short = StochasticAscent(denoiser, config.model_copy(update={"steps": 3}))
@@ -253,7 +255,7 @@ def test_each_chain_ends_at_its_own_time_and_stays():
     assert chains.done
 
 
-# --- mistakes ------------------------------------------------------------------------------------
+# --- errors --------------------------------------------------------------------------------------
 
 
 def ascent(measured=None, **settings):
@@ -262,7 +264,7 @@ def ascent(measured=None, **settings):
 
 
 @pytest.mark.parametrize(
-    ("make", "words"),
+    ("make", "message"),
     [
         (
             lambda: Pixels((1, 4, 4), torch.ones(5, 4)),
@@ -285,7 +287,7 @@ def ascent(measured=None, **settings):
         (lambda: ascent(measured=torch.ones(1, 3)), "belong together"),
     ],
 )
-def test_illegal_settings_are_refused(make, words):
-    with pytest.raises(ValueError, match=words) as raised:
+def test_illegal_settings_are_refused(make, message):
+    with pytest.raises(ValueError, match=message) as raised:
         make()
     assert isinstance(raised.value, UserError | ValidationError)

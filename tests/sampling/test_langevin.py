@@ -1,4 +1,4 @@
-"""Langevin, MALA and HMC against what is known of them in closed form."""
+"""Langevin, MALA and HMC against closed forms."""
 
 import math
 
@@ -33,7 +33,7 @@ from ebmkit.sampling.langevin import (
 WIDE = 1.5
 
 
-def anywhere(count, seed=1):
+def random_start(count, seed=1):
     return WIDE * torch.randn(count, 2, dtype=torch.float64, generator=known.generator(seed))
 
 
@@ -46,8 +46,8 @@ def hmc(density, step_size, leapfrogs, jitter=0.0, temperature=1.0):
     return HMC(density, HMCConfig(step_size=step_size, **settings))
 
 
-def test_the_targets_of_these_tests_are_those_of_the_library():
-    model, x = known.overlapping(), anywhere(30)
+def test_closed_form_targets_match_the_library():
+    model, x = known.overlapping(), random_start(30)
     for sigma in (None, 0.7):
         log_density, score = known.density(model)(x, sigma)
         torch.testing.assert_close(log_density, model.log_density(x, sigma))
@@ -66,43 +66,43 @@ def test_the_targets_of_these_tests_are_those_of_the_library():
     ],
     ids=["langevin", "mala", "hmc"],
 )
-def test_moments_and_class_proportions_are_those_of_a_mixture(make, steps):
-    """Independent chains from a wrong start; the bias of the first is below a fifth of an error."""
+def test_moments_and_class_proportions_match_the_mixture(make, steps):
+    """Independent chains from a wrong start; Langevin's bias is below 0.2 standard errors."""
     model = known.overlapping()
-    start = anywhere(2500)
+    start = random_start(2500)
     assert known.worst_error(start, model) > 20
     assert known.worst_error(known.run(make(model), start, steps), model) < 4
 
 
 def test_a_label_conditions_the_chain():
     model = known.overlapping()
-    x = known.run(mala(density_of(model, 0), 0.1), anywhere(2500), 100)
+    x = known.run(mala(density_of(model, 0), 0.1), random_start(2500), 100)
     one = Gaussian(model.means[0], 0.25)
     assert known.worst_error(x, one) < 4
 
 
 @pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
 def test_langevin_has_its_known_bias_at_a_step_where_mala_and_hmc_have_none(share):
-    """ULA: v / (1 - eta / 2v) exactly; adjusted chains: v. One Gaussian, the same large step."""
+    """At equal step size Langevin has variance v / (1 - eta / 2v) on a Gaussian, the others v."""
     v, count = 0.3, 20_000
     eta = share * v
     model = Gaussian(torch.full((1,), 0.5, dtype=torch.float64), v)
     x = torch.full((count, 1), 0.5, dtype=torch.float64)
 
-    def deviates(sampler, expected, steps):
-        """How far the variance is from the ``expected`` one, in standard errors."""
+    def deviation(sampler, expected, steps):
+        """Deviation of the variance from ``expected``, in standard errors."""
         squares = (known.run(sampler, x, steps) - 0.5).square()
         return float((squares.mean() - expected) / expected * (count / 2) ** 0.5)
 
     hamiltonian = hmc(known.density(model), math.sqrt(2 * eta), leapfrogs=3, jitter=0.3)
     biased = v / (1 - eta / (2 * v))
-    assert abs(deviates(Langevin(known.score(model), eta), biased, 40)) < 4
-    assert deviates(Langevin(known.score(model), eta), v, 40) > 10
-    assert abs(deviates(mala(known.density(model), eta), v, 40)) < 4
-    assert abs(deviates(hamiltonian, v, 40)) < 4
+    assert abs(deviation(Langevin(known.score(model), eta), biased, 40)) < 4
+    assert deviation(Langevin(known.score(model), eta), v, 40) > 10
+    assert abs(deviation(mala(known.density(model), eta), v, 40)) < 4
+    assert abs(deviation(hamiltonian, v, 40)) < 4
 
 
-def test_noise_of_its_own_has_the_variance_of_the_recursion_not_of_the_target():
+def test_langevin_with_separate_noise_std_has_the_variance_of_its_recursion():
     """SGLD: x' - m = (1 - eta / v)(x - m) + noise * xi, whose variance is a geometric sum."""
     v, eta, noise, count = 0.3, 0.06, 0.1, 20_000
     model = Gaussian(torch.zeros(1, dtype=torch.float64), v)
@@ -113,8 +113,8 @@ def test_noise_of_its_own_has_the_variance_of_the_recursion_not_of_the_target():
     assert exact < 0.1 * v
 
 
-def test_jem_steps_are_those_of_images_in_minus_one_to_one():
-    """u' = u + grad_u + 0.01 xi with u = 2x - 1, done there and here."""
+def test_jem_settings_match_its_steps_on_images_in_minus_one_to_one():
+    """JEM's step in its coordinates u = 2x - 1 is u' = u + grad_u + 0.01 xi."""
     model = Gaussian(torch.full((3,), 0.4, dtype=torch.float64), 0.2)
     x = torch.rand(5, 3, dtype=torch.float64)
     sampler = Langevin(known.score(model), JEM_STEP, noise_std=JEM_NOISE)
@@ -126,7 +126,8 @@ def test_jem_steps_are_those_of_images_in_minus_one_to_one():
 
 
 @pytest.mark.parametrize("temperature", [0.5, 2.0])
-def test_temperature_is_a_power_of_the_density(temperature):
+def test_temperature_scales_the_variance_of_a_gaussian(temperature):
+    """The density to the power 1/T has variance T v."""
     v, count = 0.3, 10_000
     model = Gaussian(torch.zeros(1, dtype=torch.float64), v)
     x = torch.zeros(count, 1, dtype=torch.float64)
@@ -138,7 +139,7 @@ def test_temperature_is_a_power_of_the_density(temperature):
         assert float(ratio) == pytest.approx(1, abs=4 * (2 / count) ** 0.5)
 
 
-# --- the moves -----------------------------------------------------------------------------------
+# --- single steps --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -150,7 +151,7 @@ def test_temperature_is_a_power_of_the_density(temperature):
     ids=["mala", "hmc"],
 )
 def test_adjusted_steps_are_reversible(make):
-    """From the target, (x, x') and (x', x) have one law: E[f(x) g(x')] = E[g(x) f(x')]."""
+    """In equilibrium (x, x') and (x', x) have one distribution: E[f(x) g(x')] = E[g(x) f(x')]."""
     model = known.overlapping()
     x, _ = model.sample(20_000, known.generator(2))
     sampler = make(known.density(model))
@@ -165,8 +166,8 @@ def test_adjusted_steps_are_reversible(make):
         assert abs(difference.mean()) < 4 * difference.std() / len(x) ** 0.5
 
 
-def test_one_leapfrog_step_is_mala():
-    model, x = known.overlapping(), anywhere(200)
+def test_hmc_with_one_leapfrog_step_is_mala():
+    model, x = known.overlapping(), random_start(200)
     temperature, epsilon = 1.7, 0.9
     one = hmc(known.density(model), epsilon, leapfrogs=1, temperature=temperature)
     other = mala(known.density(model), epsilon**2 / (2 * temperature), temperature)
@@ -175,8 +176,8 @@ def test_one_leapfrog_step_is_mala():
 
 
 def test_the_energy_error_of_leapfrog_steps_is_of_second_order(monkeypatch):
-    """Over one stretch of time, log error against log step has slope 2."""
-    model, x = known.overlapping(), anywhere(50)
+    """Over a fixed time, log error against log number of steps has slope -2."""
+    model, x = known.overlapping(), random_start(50)
     seen = []
     plain = langevin.metropolis_step
     monkeypatch.setattr(
@@ -193,12 +194,12 @@ def test_the_energy_error_of_leapfrog_steps_is_of_second_order(monkeypatch):
 
 
 def test_temperature_zero_is_gradient_ascent_exactly():
-    model, x = known.overlapping(), anywhere(20)
+    model, x = known.overlapping(), random_start(20)
     climbed = x
     for _ in range(10):
         climbed = climbed + 0.05 * model.score(climbed)
     assert torch.equal(known.run(Langevin(score_of(model), 0.05, temperature=0.0), x, 10), climbed)
-    # any seed, then, and the annealed chain at one level
+    # also with another seed, by the annealed sampler at one level
     config = AnnealedConfig(inner=10, rate=0.2, temperature=0.0)
     annealed = AnnealedLangevin(score_of(model), (0.5,), config)
     climbed = x
@@ -207,15 +208,15 @@ def test_temperature_zero_is_gradient_ascent_exactly():
     assert torch.equal(known.run(annealed, x, 10, seed=5), climbed)
 
 
-# --- down the noise levels -----------------------------------------------------------------------
+# --- annealing -----------------------------------------------------------------------------------
 
 
 def test_annealed_langevin_ends_at_the_last_level():
-    """At the last level's mixture, with enough steps at each; the bias there is 1 %."""
+    """Samples are from the mixture with noise of the last level; the bias is 1 %."""
     model = known.overlapping()
     sigmas = geometric_sigmas(3.0, 0.3, 8)
     sampler = AnnealedLangevin(known.score(model), sigmas, AnnealedConfig(inner=60, rate=0.05))
-    x = known.run(sampler, 3 * anywhere(2500), sampler.steps)
+    x = known.run(sampler, 3 * random_start(2500), sampler.steps)
     assert known.worst_error(x, model, sigmas[-1]) < 4
     assert known.worst_error(x, model, sigmas[0]) > 20
 
@@ -231,17 +232,17 @@ def test_predictor_corrector_ends_at_the_last_level(corrections):
     assert known.worst_error(x, model, sigmas[-1]) < 4
 
 
-# --- chains that diverge, and mistakes -----------------------------------------------------------
+# --- diverged chains and errors ------------------------------------------------------------------
 
 
-def test_lost_chains_are_named_and_the_others_go_on_as_if_alone():
+def test_diverged_chains_are_reported_and_do_not_affect_the_others():
     model = known.overlapping()
 
     def broken(x, sigma=None):
         score = model.score(x)
         return torch.where(x[:, :1] > 4, torch.nan, score)
 
-    x = anywhere(6).clamp(-1, 1)
+    x = random_start(6).clamp(-1, 1)
     sampler = Langevin(broken, 0.02)
     alone = known.run(sampler, x, 5)
     x[2] = 5.0
@@ -254,7 +255,7 @@ def test_lost_chains_are_named_and_the_others_go_on_as_if_alone():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "message"),
     [
         ({"step_size": 0.0}, "step_size"),
         ({"step_size": math.nan}, "step_size"),
@@ -263,6 +264,6 @@ def test_lost_chains_are_named_and_the_others_go_on_as_if_alone():
         ({"temperature": 0.0}, "temperature"),
     ],
 )
-def test_illegal_settings_of_hmc_are_refused(arguments, words):
-    with pytest.raises(ValidationError, match=words):
+def test_illegal_settings_of_hmc_are_refused(arguments, message):
+    with pytest.raises(ValidationError, match=message):
         HMCConfig(**{"step_size": 0.1, **arguments})

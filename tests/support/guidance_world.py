@@ -19,7 +19,7 @@ def plane():
 SHAPE = (1, 4, 4)
 
 
-def pictures(kind=GaussianMixture, dtype=torch.float32):
+def image_mixture(kind=GaussianMixture, dtype=torch.float32):
     """Dark, bright and split images; labels 0, 1, 1."""
     means = torch.stack([torch.full(SHAPE, 0.3), torch.full(SHAPE, 0.7), torch.full(SHAPE, 0.3)])
     means[2, :, :2] = 0.7
@@ -38,7 +38,7 @@ def run(sampler, x, seed=0, steps=10_000):
     return Chains(sampler, sampler.init(x)).run(steps, generator(seed)).x
 
 
-def slope(function, y, step=1e-6):
+def numerical_gradient(function, y, step=1e-6):
     """Gradient by central differences of a function (B, ...) -> (B,) of separate images."""
     flat = y.flatten(1)
     columns = []

@@ -1,4 +1,4 @@
-"""The constants of equation (4) against closed forms, published figures and each other."""
+"""The constants of equation (4) against closed forms, published values and each other."""
 
 import math
 
@@ -20,7 +20,7 @@ from ebmkit.experiments.theory.families import (
 )
 from ebmkit.experiments.theory.fits import discriminative, expand, generative
 
-STEP = 0.3  # of the quadrature; the constants below are then right to 1e-6 or better
+STEP = 0.3  # of the quadrature; errors of the constants below are at most 1e-6
 
 
 def gaussians(means, covariances, weights, labels=None):
@@ -60,7 +60,7 @@ def contrast_covariance(family, expansion):
 
 
 @pytest.mark.parametrize(("classes", "dim"), [(2, 1), (2, 2), (3, 2)])
-def test_nonsingular_family_has_one_unit_of_v_dis_per_parameter(classes, dim):
+def test_v_dis_of_a_nonsingular_family_is_its_number_of_parameters(classes, dim):
     """Equation (29): v_dis = m, where the conditional Fisher matrix is nonsingular."""
     means = torch.randn(classes, dim, dtype=torch.float64)
     weights = torch.rand(classes, dtype=torch.float64) + 0.3
@@ -77,7 +77,7 @@ def test_nonsingular_family_has_one_unit_of_v_dis_per_parameter(classes, dim):
 
 
 @pytest.mark.slow
-def test_nonsingular_family_in_twenty_dimensions():
+def test_constants_of_a_nonsingular_family_in_twenty_dimensions():
     setting = next(s for s in SETTINGS if s.name == "many-parameters")
     nodes = setting.truth.nodes(STEP)
     gen, dis = (f(setting.family, nodes) for f in (generative, discriminative))
@@ -102,7 +102,7 @@ def test_nonsingular_family_in_twenty_dimensions():
         (ClassCovariances(3, 1), 6),
     ],
 )
-def test_singular_families_have_the_rank_as_v_dis(family, rank):
+def test_v_dis_of_singular_families_is_the_rank(family, rank):
     """(C - 1)(d + 1) for linear logits, (C - 1)(1 + d + d (d + 1) / 2) for quadratic ones."""
     truth = random_truth(family.num_classes, family.dim, shared=not family.quadratic)
     if isinstance(family, NaiveBayes):
@@ -130,7 +130,7 @@ def integrals(distance, first):
 
 
 @pytest.mark.parametrize(("distance", "first"), [(1.0, 0.5), (2.5, 0.3), (3.5, 0.6)])
-def test_two_gaussians_against_efron(distance, first):
+def test_covariances_of_two_gaussians_match_efron(distance, first):
     """Efron (1975), lemmas 1 and 2: both covariance matrices as one-dimensional integrals."""
     family, nodes = SharedCovariance(2, 2), on_an_axis(distance, first).nodes(STEP)
     gen, dis = generative(family, nodes), discriminative(family, nodes)
@@ -155,7 +155,7 @@ def test_two_gaussians_against_efron(distance, first):
 @pytest.mark.parametrize(
     ("distance", "published"), [(0.5, 1.0), (1.0, 0.995), (2.0, 0.899), (3.0, 0.641), (4.0, 0.343)]
 )
-def test_efficiency_of_logistic_regression_is_the_published_one(distance, published):
+def test_efficiency_of_logistic_regression_matches_published_values(distance, published):
     """Efron (1975), table 1: efficiency relative to discriminant analysis, equal priors."""
     family, nodes = SharedCovariance(2, 2), on_an_axis(distance).nodes(STEP)
     gen, dis = (contrast_covariance(family, f(family, nodes)) for f in (generative, discriminative))
@@ -164,7 +164,7 @@ def test_efficiency_of_logistic_regression_is_the_published_one(distance, publis
 
 
 @pytest.mark.parametrize("family", [SharedCovariance(3, 2), ClassCovariances(2, 2)])
-def test_well_specified_means_no_bias_and_generative_learns_faster(family):
+def test_well_specified_families_have_no_bias_and_v_gen_below_v_dis(family):
     """Equation (28): v_gen <= v_dis, here over random truths; b = 0."""
     for _ in range(3):
         truth = random_truth(family.num_classes, family.dim, shared=not family.quadratic)
@@ -176,7 +176,7 @@ def test_well_specified_means_no_bias_and_generative_learns_faster(family):
         assert 0 < gen.variance < dis.variance
 
 
-def test_misspecified_discriminative_bias_is_the_smaller():
+def test_misspecified_discriminative_bias_is_below_generative_bias():
     for family in (SharedCovariance(2, 2), NaiveBayes(2, 2)):
         nodes = random_truth(2, 2, shared=False).nodes(STEP)
         gen, dis = generative(family, nodes), discriminative(family, nodes)
@@ -186,7 +186,7 @@ def test_misspecified_discriminative_bias_is_the_smaller():
 CORRELATED = gaussians([[0.7, 0.5], [-0.7, -0.5]], [[1.0, 0.7], [0.7, 1.0]], [0.5, 0.5])
 
 
-def test_v_gen_needs_the_drift_when_misspecified():
+def test_misspecified_v_gen_requires_the_drift():
     """Equation (26) alone depends on the coordinates; with the drift v does not.
 
     In the coordinates of mean parameters the estimate is an average of statistics: it has no
@@ -231,7 +231,7 @@ def test_v_gen_needs_the_drift_when_misspecified():
 
 
 def test_drift_of_the_pooled_covariance():
-    """The pooled covariance is too small by the mean of each class: -sum of class covariances."""
+    """Estimated class means make the pooled covariance too small: -sum of class covariances."""
     family = SharedCovariance(2, 2)
     truth = random_truth(2, 2, shared=False)
     found = generative(family, truth.nodes(STEP))

@@ -1,4 +1,4 @@
-"""Families against the closed-form mixture, scikit-learn, and their own likelihood."""
+"""Families against the closed-form mixture, scikit-learn, and the likelihood."""
 
 import numpy as np
 import pytest
@@ -44,7 +44,7 @@ def test_fit_maximises_the_likelihood(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=NAMES)
-def test_joint_density_is_that_of_the_mixture_and_gives_the_logits(family):
+def test_joint_density_and_logits_match_the_mixture(family):
     x, _, shares = data()
     model = family.fit(moments(x, shares))
     theta = family.parameters(model)
@@ -66,7 +66,7 @@ def test_every_softmax_regression_is_the_conditional_of_a_member(family):
     assert torch.allclose(found, (features @ weights).log_softmax(1))
 
 
-def test_shared_covariance_is_discriminant_analysis():
+def test_shared_covariance_matches_linear_discriminant_analysis():
     x, labels, shares = data()
     family = SharedCovariance(3, 2)
     peer = LinearDiscriminantAnalysis(solver="lsqr").fit(x.numpy(), labels.numpy())

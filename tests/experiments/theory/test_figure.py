@@ -1,4 +1,4 @@
-"""The document of figure 1, its table and its picture."""
+"""The JSON document of figure 1, its table and its plot."""
 
 import json
 
@@ -13,18 +13,18 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def document():
-    """Two settings at the smoke scale: one that always has fits, one that does not."""
+    """Two settings at the smoke scale; fits of one of them always exist."""
     patch = pytest.MonkeyPatch()
     chosen = tuple(s for s in module.SETTINGS if s.name in ("naive-bayes", "centred-means"))
     patch.setattr(module, "SETTINGS", chosen)
-    seen = []
-    found = figure1("smoke", 0, lambda done, total: seen.append((done, total)))
+    progress = []
+    found = figure1("smoke", 0, lambda done, total: progress.append((done, total)))
     patch.undo()
-    assert seen == [(k, 18) for k in range(1, 19)]
+    assert progress == [(k, 18) for k in range(1, 19)]
     return found
 
 
-def test_document_is_json_and_says_what_the_settings_are(document):
+def test_document_is_json_and_describes_the_settings(document):
     assert json.loads(json.dumps(document, allow_nan=False)) == document
     naive, centred = document["settings"]
     assert [(c["b_gen"], c["b_dis"], c["v_gen"], c["v_dis"]) for c in document["paper"]] == [
@@ -38,7 +38,7 @@ def test_document_is_json_and_says_what_the_settings_are(document):
     assert naive["b_gen"] + naive["v_gen"] / (2 * at) == pytest.approx(naive["v_dis"] / (2 * at))
 
 
-def test_rows_hold_computed_and_measured_side_by_side(document):
+def test_rows_have_computed_and_measured_constants(document):
     table = rows(document)
     assert [row["estimator"] for row in table] == ["generative", "discriminative"] * 2
     for row in table:
@@ -51,13 +51,13 @@ def test_rows_hold_computed_and_measured_side_by_side(document):
     assert "| Centred means, C = 3 | discriminative | 6 | 6 | 6.000 | 6.000 |" in text
 
 
-def test_picture_is_drawn_with_a_point_missing(document, tmp_path):
+def test_plot_is_drawn_with_a_missing_point(document, tmp_path):
     changed = json.loads(json.dumps(document))
     changed["settings"][0]["measured"]["generative"][0].update(excess=None, standard_error=None)
     draw_figure1(changed, tmp_path / "fig1.png")
     assert (tmp_path / "fig1.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_unknown_scale_is_told():
+def test_unknown_scale_suggests_the_nearest():
     with pytest.raises(UserError, match="unknown scale 'cpus': did you mean 'cpu'"):
         figure1("cpus")

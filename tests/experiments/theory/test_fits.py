@@ -35,8 +35,8 @@ def limits(setting, step=0.3):
 
 
 @pytest.mark.parametrize("name", [s.name for s in SETTINGS if s.truth.dim == 2])
-def test_measuring_grid_is_fine_enough(name):
-    """The error at weights away from the limit, against a grid four times as fine."""
+def test_quadrature_grid_of_the_excess_error_is_fine_enough(name):
+    """The error at the limit and away from it, against a finer and wider grid."""
     setting = BY_NAME[name]
     weights = setting.family.weights(generative_limit(setting))
     around = torch.stack([weights, 1.3 * weights, 0.7 * weights])
@@ -50,7 +50,7 @@ def generative_limit(setting):
     return setting.family.gaussians(generative(setting.family, nodes).theta)
 
 
-def test_error_in_twenty_dimensions_is_one_in_the_plane():
+def test_excess_error_in_twenty_dimensions_matches_samples():
     setting = BY_NAME["many-parameters"]
     weights = torch.randn(1, 21, 2, dtype=torch.float64) / 4
     weights[0, 1, 0] += 2
@@ -65,7 +65,7 @@ def test_error_in_twenty_dimensions_is_one_in_the_plane():
 
 
 @pytest.mark.slow
-def test_v_of_a_nonsingular_family_is_measured():
+def test_measured_v_of_a_nonsingular_family_matches_the_constants():
     """n (excess - b) tends to v / 2: the number of parameters for the discriminative fit."""
     setting = BY_NAME["centred-means"]
     gen, dis, start = limits(setting)
@@ -76,7 +76,7 @@ def test_v_of_a_nonsingular_family_is_measured():
         assert abs(found.value - expansion.variance) < 4 * found.error
 
 
-def test_misspecified_v_gen_is_the_one_with_drift():
+def test_measured_misspecified_v_gen_is_the_one_with_drift():
     """Strongly correlated features and naive Bayes: equation (26) is rejected, v is not."""
     eye = torch.tensor([[1.0, 0.7], [0.7, 1.0]], dtype=torch.float64)
     truth = Truth(
@@ -94,7 +94,7 @@ def test_misspecified_v_gen_is_the_one_with_drift():
     assert found - gen.formula > 5 * error
 
 
-def test_same_seed_same_errors():
+def test_measured_errors_depend_on_the_seed_only():
     setting = BY_NAME["two-humps"]
     _, _, start = limits(setting)
     once, again, other = (measure(setting, 100, 20, start, seed) for seed in (3, 3, 4))
@@ -102,7 +102,7 @@ def test_same_seed_same_errors():
     assert once != other
 
 
-def test_sets_without_a_fit_are_counted_and_left_out():
+def test_sets_without_a_fit_are_counted_and_skipped():
     setting = BY_NAME["many-parameters"]
     gen, dis = measure(setting, 30, 40, torch.zeros(21, 2, dtype=torch.float64))
     assert gen.without == 0
@@ -122,7 +122,7 @@ def test_least_squares_recovers_exact_expansions():
 
 
 @pytest.mark.parametrize("classes", [2, 3])
-def test_softmax_regression_is_that_of_scikit_learn(classes):
+def test_softmax_regression_matches_scikit_learn(classes):
     labels = torch.arange(60) % classes
     x = torch.randn(60, 2, dtype=torch.float64)
     x = x + 0.8 * torch.randn(classes, 2, dtype=torch.float64)[labels]
@@ -138,8 +138,8 @@ def test_softmax_regression_is_that_of_scikit_learn(classes):
     )
 
 
-def test_many_small_sets_are_solved_exactly_where_they_are_not_separable():
-    """Separability by linear programming; both outcomes must occur, whatever Newton starts at."""
+def test_small_sets_are_solved_exactly_if_not_separable():
+    """Linear programming decides separability; both outcomes occur. Newton starts at random."""
     count, size = 100, 12
     x = torch.randn(count, size, 2, dtype=torch.float64)
     labels = torch.arange(size) % 2

@@ -1,4 +1,4 @@
-"""Sampling jobs: they go on to the same bits, keep what is finite, and say what they are."""
+"""Sampling jobs: bit-identical resume, diverged chains, files and errors."""
 
 import hashlib
 import itertools
@@ -34,13 +34,13 @@ def job_at(path, model, settings, sources=None, **how):
     return SamplingJob(model, settings, folder, sources, **how)
 
 
-def everything(job):
-    """All that was kept, but for the time it took."""
+def stored_batches(job):
+    """All finished batches, without their durations."""
     batches = [job.finished(number) for number in range(job.settings.batches)]
     return [{k: v for k, v in batch.items() if k != "seconds"} for batch in batches]
 
 
-def same(one, two):
+def assert_identical(one, two):
     assert len(one) == len(two)
     for a, b in zip(one, two, strict=True):
         assert a.keys() == b.keys()
@@ -52,7 +52,7 @@ class Killed(Exception):
     pass
 
 
-def killing(at):
+def kill_at(at):
     def hook(done, total):
         if done == at:
             raise Killed
@@ -60,30 +60,30 @@ def killing(at):
     return hook
 
 
-# --- going on ------------------------------------------------------------------------------------
+# --- resume --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("sampler", "at"), [("mala", 4), ("hmc", 14), ("langevin", 14), ("annealed-langevin", 4)]
 )
-def test_a_job_that_was_killed_goes_on_to_the_same_bits(tmp_path, sampler, at):
-    """In the first batch or in the second; what was done since the last save is done again."""
+def test_killed_job_resumes_bit_identically(tmp_path, sampler, at):
+    """Killed in the first or second batch; the steps after the last save are repeated."""
     model = mixture()
     settings = make_settings(model, sampler, count=5, batch_size=3, label="all", steps=10)
     whole = job_at(tmp_path / "whole", model, settings)
     whole.run()
     broken = job_at(tmp_path / "broken", model, settings, save_seconds=0)
     with pytest.raises(Killed):
-        broken.run(killing(at))
+        broken.run(kill_at(at))
     later = job_at(tmp_path / "broken", model, settings)
     steps = []
     later.run(lambda done, total: steps.append(done))
-    assert steps[0] <= at + 1  # what is finished is not drawn again
+    assert steps[0] <= at + 1  # no step is skipped
     assert 20 in steps
-    same(everything(whole), everything(later))
+    assert_identical(stored_batches(whole), stored_batches(later))
 
 
-def test_a_network_goes_on_to_the_same_bits_after_a_request_to_stop(tmp_path):
+def test_stopped_job_of_a_network_resumes_bit_identically(tmp_path):
     model = ebmkit.optimize(small_network(tmp_path / "run"))
     settings = make_settings(
         model, "kadkhodaie_simoncelli", count=3, label="dog", steps=8, options={"beta": 0.5}
@@ -96,10 +96,10 @@ def test_a_network_goes_on_to_the_same_bits_after_a_request_to_stop(tmp_path):
         broken.run(stop=lambda: calls.append(1) or len(calls) > 4)
     later = job_at(tmp_path / "broken", model, settings)
     later.run()
-    same(everything(whole), everything(later))
+    assert_identical(stored_batches(whole), stored_batches(later))
 
 
-def test_chains_that_were_lost_before_stay_lost(tmp_path):
+def test_diverged_chains_stay_diverged_after_resume(tmp_path):
     model = mixture(edge=0.75)
     settings = make_settings(model, "langevin", count=8, steps=12, options={"step_size": 0.004})
     whole = job_at(tmp_path / "whole", model, settings)
@@ -107,26 +107,27 @@ def test_chains_that_were_lost_before_stay_lost(tmp_path):
     assert 0 < int((whole.finished(0)["died"] >= 0).sum()) < 8
     broken = job_at(tmp_path / "broken", model, settings, save_seconds=0)
     with pytest.raises(Killed):
-        broken.run(killing(10))
+        broken.run(kill_at(10))
     later = job_at(tmp_path / "broken", model, settings)
     later.run()
-    same(everything(whole), everything(later))
+    assert_identical(stored_batches(whole), stored_batches(later))
 
 
-def test_every_step_of_every_batch_draws_its_own_numbers(tmp_path):
+def test_each_batch_and_step_has_different_random_numbers(tmp_path):
     job = SamplingJob(mixture(), make_settings(mixture(), "mala"), JobFolder(tmp_path))
     keys = [(batch, step) for batch in range(3) for step in range(3)]
     drawn = {float(torch.rand((), generator=job._generator(*key))) for key in keys}
     assert len(drawn) == len(keys)
 
 
-def test_other_settings_finished_and_foreign_folders_are_refused(tmp_path):
+def test_unusable_job_folders_are_refused(tmp_path):
+    """Other settings, damaged or foreign states, locked or finished folders, other files."""
     model = mixture()
     settings = make_settings(model, "mala", count=2, steps=4)
     out = tmp_path / "out"
     job = job_at(out, model, settings, save_seconds=0)
     with pytest.raises(Killed):
-        job.run(killing(2))
+        job.run(kill_at(2))
     other = make_settings(model, "mala", count=2, steps=4, options={"step_size": 0.5})
     with pytest.raises(UserError, match=r"options\.step_size was 0\.0001 and is now 0\.5"):
         JobFolder(out).begin(other)
@@ -159,8 +160,8 @@ def test_other_settings_finished_and_foreign_folders_are_refused(tmp_path):
         JobFolder(tmp_path / "mine").begin(settings)
 
 
-def test_a_job_begun_under_old_names_is_resumed(tmp_path):
-    """In the folder that an earlier version would have named, of settings that it wrote."""
+def test_job_with_earlier_setting_names_is_resumed(tmp_path):
+    """Its folder name and settings are those of an earlier version."""
     settings = make_settings(mixture(), "sgld", data_available=True, start="class_gaussian")
     old = settings.model_dump(mode="json")
     old["start"] = old["options"]["start"] = "seeds"
@@ -186,10 +187,10 @@ def test_a_job_begun_under_old_names_is_resumed(tmp_path):
     assert SamplingSettings.model_validate(renamed) == blind
 
 
-# --- what is written -----------------------------------------------------------------------------
+# --- files ---------------------------------------------------------------------------------------
 
 
-def test_files_say_what_the_samples_are(tmp_path):
+def test_files_contain_samples_densities_labels_and_settings(tmp_path):
     model = mixture()
     settings = make_settings(model, "mala", count=6, batch_size=4, label="all", steps=20, seed=3)
     held_out = torch.full((5, *SHAPE), 0.3)
@@ -209,7 +210,7 @@ def test_files_say_what_the_samples_are(tmp_path):
             "source": "fresh", "sampler": "mala", "seed": 3, "run": "some-run",
         }  # fmt: skip
         assert json.loads(file.attrs["settings"]) == settings.model_dump(mode="json")
-    read = load_dataset("hdf5", tmp_path / "samples.h5", "test")  # samples are a data set
+    read = load_dataset("hdf5", tmp_path / "samples.h5", "test")  # as a data set
     assert read.class_names == ("dark", "bright")
     assert bool(
         (x.clamp(0, 1)[:, None] - read.floats()).abs().flatten(2).amax(2).amin() < 0.5 / 254
@@ -220,13 +221,13 @@ def test_files_say_what_the_samples_are(tmp_path):
     gap = model.log_density(held_out, 0.001).mean() - density.mean()
     assert energies["gap"] == pytest.approx(float(gap), rel=1e-4)
     for name in ("samples.png", "path.png", "path.gif"):
-        with Image.open(tmp_path / name) as picture:
-            picture.load()
-    with Image.open(tmp_path / "path.gif") as film:
-        assert film.n_frames > 2
+        with Image.open(tmp_path / name) as image:
+            image.load()
+    with Image.open(tmp_path / "path.gif") as animation:
+        assert animation.n_frames > 2
 
 
-def test_chains_that_leave_the_finite_numbers_are_named_and_the_rest_is_kept(tmp_path):
+def test_diverged_chains_are_reported_and_all_stored_samples_are_finite(tmp_path):
     model = mixture(edge=0.75)
     settings = make_settings(model, "langevin", count=8, steps=12, options={"step_size": 0.004})
     job = job_at(tmp_path, model, settings)
@@ -240,7 +241,7 @@ def test_chains_that_leave_the_finite_numbers_are_named_and_the_rest_is_kept(tmp
         assert torch.from_numpy(file["samples"][()]).isfinite().all()
 
 
-def test_the_buffer_gives_its_chains_and_others_start_from_them(tmp_path):
+def test_replay_buffer_provides_samples_and_starts(tmp_path):
     model = mixture()
     buffer = ReplayBuffer(torch.rand(6, *SHAPE), num_classes=2)
     settings = make_settings(model, "buffer", count=4, label="bright")
@@ -265,7 +266,7 @@ def test_the_buffer_gives_its_chains_and_others_start_from_them(tmp_path):
     assert float(near.max()) < 1e-5
 
 
-def test_frames_stay_bounded_and_evenly_spread():
+def test_number_of_frames_is_bounded_and_their_spacing_even():
     record = Record(1000, None, 2)
     record.frame(torch.zeros(3, *SHAPE), 0)
     info = Info(torch.ones(3))
@@ -277,7 +278,7 @@ def test_frames_stay_bounded_and_evenly_spread():
     assert moments[0] == 0
 
 
-def test_diagnostics_say_where_they_have_no_meaning():
+def test_diagnostics_are_undefined_without_stationary_distribution():
     draws = torch.randn(400, 8, dtype=torch.float64)
     finite = torch.ones(8, dtype=torch.bool)
     found = chain_diagnostics(SAMPLERS["mala"], [draws[:, :5], draws[:, 5:]], finite, 1)
@@ -287,7 +288,7 @@ def test_diagnostics_say_where_they_have_no_meaning():
 
 
 class TowardsGray(PositionSampler):
-    """A sampler that the package does not know."""
+    """A sampler defined outside the package."""
 
     steps = None
 
@@ -295,8 +296,8 @@ class TowardsGray(PositionSampler):
         return next_state(state, 0.5 + 0.9 * (state.x - 0.5))
 
 
-def test_an_entry_of_the_table_is_all_that_a_sampler_needs(tmp_path, monkeypatch):
-    """Settings, a job, its files and its diagnostics, and the default of the highest priority."""
+def test_table_entry_suffices_to_add_a_sampler(tmp_path, monkeypatch):
+    """It has settings, jobs, files and diagnostics; the highest priority makes it the default."""
     entry = SamplerEntry(
         name="towards-gray",
         description="shrinks contrast",
@@ -325,11 +326,11 @@ def job_samples(path):
         return torch.from_numpy(file["samples"][()])
 
 
-# --- what is refused, and what is cautioned ------------------------------------------------------
+# --- errors and warnings -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("asked", "told"),
+    ("arguments", "message"),
     [
         ({"sampler": "mla"}, "did you mean 'mala'"),
         ({"count": 0}, "0 samples cannot be drawn"),
@@ -350,12 +351,12 @@ def job_samples(path):
         ({"sampler": "buffer", "steps": 5}, "buffer takes no step"),
     ],
 )
-def test_bad_settings_are_told_in_a_sentence(asked, told):
-    with pytest.raises(UserError, match=told):
-        make_settings(mixture(), **({"sampler": "mala"} | asked))
+def test_invalid_settings_raise_errors(arguments, message):
+    with pytest.raises(UserError, match=message):
+        make_settings(mixture(), **({"sampler": "mala"} | arguments))
 
 
-def test_a_model_without_labels_refuses_them(tmp_path):
+def test_labels_are_refused_for_a_model_without_labels(tmp_path):
     model = small_network(tmp_path, num_classes=0, objective="dsm")
     with pytest.raises(UserError, match="without labels"):
         make_settings(model, label="all")
@@ -368,7 +369,7 @@ def test_each_kind_of_model_has_a_default_sampler(tmp_path):
     assert default_sampler(jem).name == "sgld"
 
 
-def test_starts_within_the_noise_and_untrained_densities_are_cautioned(tmp_path):
+def test_warnings_about_low_starting_noise_and_untrained_densities(tmp_path):
     model = small_network(tmp_path / "blind")
     folder = JobFolder(tmp_path / "out")
     near = SamplingJob(model, make_settings(model, "kadkhodaie_simoncelli"), folder)
@@ -383,8 +384,8 @@ def test_starts_within_the_noise_and_untrained_densities_are_cautioned(tmp_path)
     assert SamplingJob(jem, make_settings(jem, "sgld", steps=500), folder).cautions == []
 
 
-def test_where_chains_start_is_settled_before_they_do():
-    """Gaussians of the data where these are at hand, but not for the ascent from gray."""
+def test_default_start_depends_on_sampler_and_data():
+    """Class Gaussians if there is data, except for the stochastic ascent and SGLD."""
     assert make_settings(mixture(), "mala", data_available=True).start == "class_gaussian"
     assert make_settings(mixture(), "mala").start == "noise"
     ascent = make_settings(mixture(BlindMixture), "kadkhodaie_simoncelli", data_available=True)

@@ -1,4 +1,4 @@
-"""Restored pictures have their measurements, and stand beside simple methods."""
+"""Image restoration: measurements, baselines, files and resume."""
 
 import json
 
@@ -18,14 +18,14 @@ from ebmkit.sampling.jobs.chains import Interrupted
 from ebmkit.sampling.jobs.restore import RestoreJob, read_mask, restore
 
 QUICK = StochasticAscentConfig(steps=60, beta=0.3, first_sigma=0.9, last_sigma=0.01)
-PICTURE = torch.linspace(0, 1, 64).reshape(1, 8, 8)
+IMAGE = torch.linspace(0, 1, 64).reshape(1, 8, 8)
 
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
-def test_restored_pictures_have_the_measurements(task):
-    """A dark and a bright picture; the prior knows no others, so each is told from its half."""
+def test_restored_images_match_the_measurements(task):
+    """The prior has a dark and a bright image; the measurements decide between them."""
     model = mixture(BlindMixture)
-    model.card = None  # it finds the level by itself, at any
+    model.card = None  # the estimate of sigma is not limited to a range
     clean = torch.stack([torch.full(SHAPE, 0.3), torch.full(SHAPE, 0.7)])
     options = TaskOptions(share=0.75 if task.name == "compressed" else None)
     measurement = task.measurement(SHAPE, options)
@@ -44,44 +44,44 @@ def test_restored_pictures_have_the_measurements(task):
     assert not torch.equal(found.images, other.images)
 
 
-def test_baselines_are_what_they_are_called():
-    blocks = find_task("superres").measurement(PICTURE.shape, TaskOptions())
-    found = blocks.baselines(blocks.measure(PICTURE[None]))
-    small = PICTURE.reshape(4, 2, 4, 2).mean((1, 3)).numpy()
+def test_baselines_match_their_definitions():
+    blocks = find_task("superres").measurement(IMAGE.shape, TaskOptions())
+    found = blocks.baselines(blocks.measure(IMAGE[None]))
+    small = IMAGE.reshape(4, 2, 4, 2).mean((1, 3)).numpy()
     nearest = np.kron(small, np.ones((2, 2)))
     np.testing.assert_allclose(found["nearest"][0], nearest, atol=1e-6)
-    plane = torch.linspace(0.1, 0.9, 32).expand(1, 32, 32)  # a plane is kept, away from the edges
+    plane = torch.linspace(0.1, 0.9, 32).expand(1, 32, 32)  # bicubic is exact away from the edges
     blocks = find_task("superres").measurement(plane.shape, TaskOptions())
     middle = blocks.baselines(blocks.measure(plane[None]))["bicubic"][0, 6:-6, 6:-6]
     torch.testing.assert_close(middle, plane[0, 6:-6, 6:-6], rtol=0, atol=1e-5)
-    hole = center_hole(PICTURE.shape, 0.25)
-    found = hole.baselines(hole.measure(PICTURE[None]))
-    inside = ~torch.isclose(hole.project(PICTURE[None])[0], PICTURE)
+    hole = center_hole(IMAGE.shape, 0.25)
+    found = hole.baselines(hole.measure(IMAGE[None]))
+    inside = ~torch.isclose(hole.project(IMAGE[None])[0], IMAGE)
     for name in ("mean", "nearest", "biharmonic"):
-        torch.testing.assert_close(found[name][~inside], PICTURE[~inside])
-    assert found["mean"][inside].unique().item() == pytest.approx(float(PICTURE[~inside].mean()))
-    gaps = found["nearest"][inside][:, None] - PICTURE[~inside]
+        torch.testing.assert_close(found[name][~inside], IMAGE[~inside])
+    assert found["mean"][inside].unique().item() == pytest.approx(float(IMAGE[~inside].mean()))
+    gaps = found["nearest"][inside][:, None] - IMAGE[~inside]
     assert float(gaps.abs().amin(1).max()) < 1e-6
-    torch.testing.assert_close(found["biharmonic"], PICTURE, rtol=0, atol=1e-3)
+    torch.testing.assert_close(found["biharmonic"], IMAGE, rtol=0, atol=1e-3)
     for share in (0.3, 1.0):
-        blur = find_task("deblur").measurement(PICTURE.shape, TaskOptions(share=share))
-        found = blur.baselines(blur.measure(PICTURE[None]))["low-passed"]
-        assert (float(psnr(found[None], PICTURE[None])) > 60) == (share == 1)
+        blur = find_task("deblur").measurement(IMAGE.shape, TaskOptions(share=share))
+        found = blur.baselines(blur.measure(IMAGE[None]))["low-passed"]
+        assert (float(psnr(found[None], IMAGE[None])) > 60) == (share == 1)
 
 
-def test_a_small_picture_can_be_what_was_measured():
+def test_superresolution_accepts_the_small_image_as_measurement():
     task = TASKS["superres"]
-    measurement, numbers, clean = task.degrade(PICTURE, TaskOptions(factor=3), measured=True)
+    measurement, numbers, clean = task.degrade(IMAGE, TaskOptions(factor=3), measured=True)
     assert measurement.shape == (1, 24, 24)
     assert clean is None
-    look = PICTURE.repeat_interleave(3, 1).repeat_interleave(3, 2)
+    look = IMAGE.repeat_interleave(3, 1).repeat_interleave(3, 2)
     torch.testing.assert_close(measurement.on_gray(numbers), look)
     _, _, odd = task.degrade(torch.rand(3, 9, 7), TaskOptions())
     assert odd.shape == (3, 8, 6)
 
 
 @pytest.mark.parametrize(
-    ("task", "options", "told"),
+    ("task", "options", "message"),
     [
         ("inpaint", {"mask": torch.ones(4, 8, dtype=torch.bool)}, "mask of 4 x 8 does not fit"),
         ("inpaint", {"mask": torch.zeros(8, 8, dtype=torch.bool)}, "black everywhere"),
@@ -92,12 +92,12 @@ def test_a_small_picture_can_be_what_was_measured():
         ("deblur", {"share": 0.0}, "share 0.0"),
     ],
 )
-def test_bad_options_are_told_in_a_sentence(task, options, told):
-    with pytest.raises(UserError, match=told):
-        TASKS[task].degrade(PICTURE, TaskOptions(**options))
+def test_invalid_options_raise_errors(task, options, message):
+    with pytest.raises(UserError, match=message):
+        TASKS[task].degrade(IMAGE, TaskOptions(**options))
 
 
-def test_what_cannot_be_restored_is_told(tmp_path):
+def test_unsupported_models_tasks_and_images_raise_errors(tmp_path):
     hole = center_hole(SHAPE)
     measured = torch.zeros(1, hole.count)
     with pytest.raises(UserError, match="kadkhodaie_simoncelli does not support this model"):
@@ -107,7 +107,7 @@ def test_what_cannot_be_restored_is_told(tmp_path):
     with pytest.raises(UserError, match="did you mean 'inpaint'"):
         find_task("inpant")
     with pytest.raises(UserError, match="needs the clean image"):
-        TASKS["compressed"].degrade(PICTURE, TaskOptions(), measured=True)
+        TASKS["compressed"].degrade(IMAGE, TaskOptions(), measured=True)
     large = center_hole((1, 2000, 2000))
     with pytest.raises(UserError, match="megapixel"):
         restore(mixture(BlindMixture), large, torch.zeros(1, 1))
@@ -116,8 +116,8 @@ def test_what_cannot_be_restored_is_told(tmp_path):
         read_mask(tmp_path / "mask.png")
 
 
-def test_pictures_beyond_twice_the_trained_size_are_denoised_in_crops(tmp_path, monkeypatch):
-    """And come out as large as they were, with their measurements."""
+def test_images_beyond_twice_the_trained_size_are_denoised_in_crops(tmp_path, monkeypatch):
+    """They keep their size and match the measurements."""
     crops = []
     plain = restore_module.denoise_image
     monkeypatch.setattr(
@@ -135,9 +135,9 @@ def test_pictures_beyond_twice_the_trained_size_are_denoised_in_crops(tmp_path, 
         assert bool(crops) == (side > 16)
 
 
-def test_files_of_a_restoration(tmp_path):
+def test_restoration_writes_images_and_metrics(tmp_path):
     model = small_network(tmp_path / "run")
-    write_image(PICTURE, tmp_path / "ramp.png")
+    write_image(IMAGE, tmp_path / "ramp.png")
     config = StochasticAscentConfig(steps=3)
     job = RestoreJob(model, TASKS["inpaint"], TaskOptions(), config, samples=2, run="run")
     images = [tmp_path / "ramp.png"]
@@ -147,8 +147,8 @@ def test_files_of_a_restoration(tmp_path):
     assert document == json.loads((tmp_path / "ramp.json").read_text())
     for target in job.targets(tmp_path / "ramp.png", tmp_path):
         assert target.is_file(), target
-    with Image.open(tmp_path / "ramp-mean.png") as picture:
-        mean = torch.from_numpy(np.asarray(picture) / 255).float()[None]
+    with Image.open(tmp_path / "ramp-mean.png") as file:
+        mean = torch.from_numpy(np.asarray(file) / 255).float()[None]
     clean = torch.from_numpy(np.asarray(Image.open(tmp_path / "ramp.png")) / 255).float()[None]
     found = float(psnr(mean[None], clean[None]))
     assert document["psnr"]["mean_of_samples"] == pytest.approx(found, abs=0.2)  # 8-bit rounding
@@ -164,7 +164,7 @@ class Killed(Exception):
     pass
 
 
-def killing(at):
+def kill_at(at):
     def hook(step, steps):
         if step == at:
             raise Killed
@@ -172,8 +172,8 @@ def killing(at):
     return hook
 
 
-def everything(folder):
-    """All files but for times, as bytes or as what they hold."""
+def file_contents(folder):
+    """Contents of JSON files without durations, and bytes of PNG files."""
     documents = {p.name: json.loads(p.read_text()) for p in folder.glob("*.json")}
     for document in documents.values():
         del document["seconds"]
@@ -181,11 +181,11 @@ def everything(folder):
 
 
 @pytest.mark.parametrize("how", ["killed", pytest.param("stopped", marks=pytest.mark.slow)])
-def test_an_interrupted_restoration_is_resumed_to_the_same_bits(tmp_path, how):
-    """In the second of two images; the first is not restored again."""
+def test_interrupted_restoration_resumes_bit_identically(tmp_path, how):
+    """Interrupted in the second of two images; the first is not restored again."""
     model = small_network(tmp_path / "run")
     images = [tmp_path / "ramp.png", tmp_path / "flat.png"]
-    for path, image in zip(images, (PICTURE, PICTURE.flip(2)), strict=True):
+    for path, image in zip(images, (IMAGE, IMAGE.flip(2)), strict=True):
         write_image(image, path)
     config = StochasticAscentConfig(steps=9, beta=0.5)
     job = RestoreJob(model, TASKS["superres"], TaskOptions(), config, samples=2, run="run")
@@ -200,7 +200,7 @@ def test_an_interrupted_restoration_is_resumed_to_the_same_bits(tmp_path, how):
     calls = []
     with pytest.raises(Killed if how == "killed" else Interrupted):
         if how == "killed":
-            job.run_on(images, 1, folder, killing(6), save_seconds=0)
+            job.run_on(images, 1, folder, kill_at(6), save_seconds=0)
         else:
             job.run_on(images, 1, folder, stop=lambda: calls.append(1) or len(calls) == 6)
     assert not (broken / "flat.json").exists()
@@ -213,13 +213,13 @@ def test_an_interrupted_restoration_is_resumed_to_the_same_bits(tmp_path, how):
     folder.finish()
     assert steps == [7, 8, 9]
     assert (broken / "ramp.json").read_bytes() == first
-    assert everything(whole) == everything(broken)
+    assert file_contents(whole) == file_contents(broken)
     assert not (broken / "unfinished").exists()
 
 
-def test_a_restoration_that_fails_leaves_nothing_that_blocks_the_next(tmp_path):
+def test_failed_restoration_leaves_no_files(tmp_path):
     model = small_network(tmp_path / "run")
-    write_image(PICTURE, tmp_path / "ramp.png")
+    write_image(IMAGE, tmp_path / "ramp.png")
     images, out = [tmp_path / "ramp.png"], tmp_path / "out"
     config = StochasticAscentConfig(steps=3)
     job = RestoreJob(model, TASKS["inpaint"], TaskOptions(), config, samples=0)
