@@ -21,7 +21,6 @@ from ebmkit.evaluation.ood import (
     GENERATED,
     OOD,
     OodConfig,
-    _of_counts,
     _warnings,
     detection,
     find_set,
@@ -81,17 +80,6 @@ def test_ties_count_half_and_share_a_threshold():
     assert found["aupr_in"].value == pytest.approx(1 / 3 + 2 / 3 * 3 / 4)
     same = detection(torch.ones(5), torch.ones(7))
     assert (same["auroc"].value, same["fpr95"].value) == (0.5, 1)
-
-
-def test_measures_from_counts_equal_detection():
-    """Counts at distinct scores, with ties, give the values of `detection`."""
-    inside, outside = (normal(200, m, s).mul(4).round() for m, s in ((0.7, 1), (0, 2)))
-    scores = torch.cat([inside, outside]).numpy()
-    place = np.unique(scores, return_inverse=True)[1]
-    top = int(place.max()) + 1
-    counts = [np.bincount(p, minlength=top).astype(float) for p in np.split(place, [200])]
-    expected = [estimate.value for estimate in detection(inside, outside).values()]
-    assert _of_counts(*counts) == pytest.approx(expected, abs=1e-12)
 
 
 def test_intervals_of_perfect_detection_stay_within_0_and_1():

@@ -102,8 +102,6 @@ def test_ddpm_needs_labels_only_with_class_dropout():
     assert not plain.objective.needs_labels
     assert conditional.objective.needs_labels
     assert conditional.objective.needs_hard_labels
-    (term,) = parse_objective("ddpm")
-    assert term == parse_objective("ddpm")[0]
 
 
 def test_noise_levels_of_the_schedule_are_drawn_uniformly():

@@ -78,7 +78,8 @@ def test_killed_job_resumes_bit_identically(tmp_path, sampler, at):
     later = job_at(tmp_path / "broken", model, settings)
     steps = []
     later.run(lambda done, total: steps.append(done))
-    assert steps[0] <= at + 1  # no step is skipped
+    first = next(step for step in steps if step % 10)  # of the unfinished batch
+    assert at - 1 <= first <= at + 1  # no step is skipped, and at most two are repeated
     assert 20 in steps
     assert_identical(stored_batches(whole), stored_batches(later))
 
