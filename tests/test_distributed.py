@@ -23,7 +23,7 @@ from ebmkit.data.streams import Stream
 from ebmkit.training import RunFolder, resolve
 from ebmkit.training.loop import assemble
 
-pytestmark = pytest.mark.usefixtures("counted_once")
+pytestmark = pytest.mark.usefixtures("count_memory_once")
 
 SETTINGS = [
     "--width=8",

@@ -14,7 +14,7 @@ from PIL import Image
 import ebmkit
 from ebmkit.cli.tools import tables
 
-pytestmark = pytest.mark.usefixtures("counted_once", "few_resamples")
+pytestmark = pytest.mark.usefixtures("count_memory_once", "few_resamples")
 
 SMALL = [
     "--backbone", "gradresnet10", "--width", "8", "--set", "log_every=1",

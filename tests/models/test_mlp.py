@@ -91,7 +91,7 @@ def test_a_blind_network_learns_the_score_of_one_density():
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("counted_once")
+@pytest.mark.usefixtures("count_memory_once")
 def test_an_ncsn_trains_validates_and_comes_back(tmp_path):
     """That of the docs, on digits, at a few steps; with implicit score matching beside it."""
     small = {

@@ -39,7 +39,7 @@ def run(sampler, x, seed=0, steps=10_000):
 
 
 def slope(function, y, step=1e-6):
-    """Gradient by central differences of a function (B, ...) -> (B,) of separate images."""
+    """Gradient, by central differences, of a function (B, ...) -> (B,) that acts per image."""
     flat = y.flatten(1)
     columns = []
     for i in range(flat.shape[1]):

@@ -142,7 +142,7 @@ def test_the_model_s_schedule_is_sampled_and_no_other():
         SAMPLERS["mala"].build(model)
 
 
-@pytest.mark.usefixtures("counted_once")
+@pytest.mark.usefixtures("count_memory_once")
 def test_an_interrupted_run_with_dropout_resumes_to_the_same_bits(tmp_path):
     """Dropout is keyed by the step, whatever was drawn in between."""
     pytest.importorskip("diffusers")
