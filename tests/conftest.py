@@ -6,10 +6,10 @@ import os
 import sys
 from pathlib import Path
 
-# One thread in each process of the tests and in each they start: two of them share two cores.
+# One thread in each process of the tests: two processes share two cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
-# Some 100 processes are started, and importing torch takes twice as long without cached bytecode.
+# About 100 processes import torch, which takes twice as long without cached bytecode.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import pytest
@@ -19,9 +19,9 @@ sys.dont_write_bytecode = False
 
 @pytest.hookimpl(optionalhook=True, tryfirst=True)
 def pytest_xdist_auto_num_workers(config):
-    """How many processes ``-n auto`` is: one for each core, up to 4; where files are named, none.
+    """Number of processes for ``-n auto``: one per core, at most 4; none if files are named.
 
-    Each process imports everything once, which costs more than a file of tests saves.
+    The imports of another process take longer than it saves in a single file.
     """
     if any(".py" in argument for argument in config.args):
         return 0
@@ -31,16 +31,16 @@ def pytest_xdist_auto_num_workers(config):
 
 @pytest.fixture(scope="session", autouse=True)
 def _flush_denormals():
-    """As the first command of a test would do, so that the order of tests changes no bit."""
+    """Commands do this, too; here it makes results independent of the order of tests."""
     from ebmkit.compute import flush_denormals
 
     flush_denormals()
 
 
 def pytest_configure(config):
-    """Workers of a data loader are forked, from Python 3.12 on with a warning beside a thread.
+    """Ignore the warning of Python 3.12 about forks of a process with several threads.
 
-    The processes of pytest-xdist have one, which only waits for messages.
+    Workers of a data loader are forks. The second thread, of pytest-xdist, only waits for messages.
     """
     config.addinivalue_line(
         "filterwarnings", "ignore:This process .* is multi-threaded:DeprecationWarning"
@@ -48,15 +48,15 @@ def pytest_configure(config):
 
 
 @pytest.fixture(autouse=True, scope="module")
-def settled():
-    """What was imported by now lives to the end, so that looking for garbage can pass over it."""
+def freeze_garbage_collector():
+    """Exclude objects of imported modules, which live to the end, from garbage collection."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(autouse=True)
-def seeded():
-    """Every test draws the same numbers, whichever tests ran before it."""
+def seed_torch():
+    """Random numbers of a test do not depend on the tests before it."""
     import torch
 
     torch.manual_seed(0)
@@ -64,7 +64,7 @@ def seeded():
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of real data beside the repository; tests that need it skip where it is absent."""
+    """The folder of real data beside the repository; tests that need it are skipped without it."""
     folder = Path(__file__).resolve().parents[2] / "shared"
     if not folder.is_dir():
         pytest.skip("needs the folder shared/ beside the repository")
@@ -72,11 +72,11 @@ def shared() -> Path:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def counted_once_a_process():
-    """Memory and FLOPs of a step are counted once for each network, loss and shapes.
+def count_cost_once_per_process():
+    """Count memory and FLOPs of a step once for each network, loss and shapes.
 
-    Counting them (`tests/training/test_cost.py`) takes longer than a few steps of a small network.
-    So does the machine's rate of matrix products, which is measured once.
+    Counting (`tests/training/test_cost.py` tests it) takes longer than a few steps of a small
+    network. The rate of matrix products is measured once for the same reason.
     """
     from ebmkit.training import cost
 
@@ -107,8 +107,8 @@ def counted_once_a_process():
 
 
 @pytest.fixture(scope="module")
-def counted_once(counted_once_a_process):
-    """For tests of runs that are alike: the memory of the first one's step stands for all."""
+def count_memory_once(count_cost_once_per_process):
+    """For modules with similar runs: use the step memory of the first run for all."""
     from ebmkit.training import cost
 
     count, found = cost.step_memory, []
@@ -125,7 +125,7 @@ def counted_once(counted_once_a_process):
 
 @pytest.fixture(scope="module")
 def few_resamples():
-    """For tests of evaluation that are not of its intervals: bootstraps of few draws."""
+    """For tests of evaluations that do not test confidence intervals: few bootstrap resamples."""
     from ebmkit.evaluation import ood, statistics
 
     with pytest.MonkeyPatch.context() as patch:

@@ -1,8 +1,7 @@
 """Trains small networks of every kind under malloc's checks: ``python strided_1x1.py NAME...``.
 
-Each network runs forward, backward and twice backward in a process of its own, forked from one that
-has imported everything. `test_onednn.py` sets the environment and reads the JSON that is printed:
-network to how its process ended, 0 or minus the signal.
+Each network runs forward, backward and double backward in a fork of this process. It prints JSON:
+network to exit code, 0 or minus the signal. `test_onednn.py` sets the environment and reads it.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ CLASSES, CHANNELS, IMAGES = 3, 3, 2
 
 
 class OwnResNet(nn.Module):
-    """A user's backbone of plain convolutions, with strided 1x1 convolutions everywhere."""
+    """A user's backbone of strided 1x1 convolutions."""
 
     num_features = 8
 
@@ -46,7 +45,7 @@ class OwnResNet(nn.Module):
 
 
 class OwnUNet(nn.Module):
-    """A user's denoiser: down by a strided 1x1 convolution, up again, and a skip connection."""
+    """A user's denoiser: strided 1x1 convolution, transposed convolution, skip connection."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,7 +58,7 @@ class OwnUNet(nn.Module):
 
 
 class OwnEnergy(ebmkit.EnergyModel):
-    """A user's whole model, which no constructor of ours sees."""
+    """A user's complete model, which is not built by the package."""
 
     num_classes = CLASSES
 
@@ -74,12 +73,12 @@ class OwnEnergy(ebmkit.EnergyModel):
 
 
 def narrow(name: str) -> dict[str, object]:
-    """Options of the smallest legal network of a preset, with as few layers as it can have."""
+    """Options of the narrowest valid network of a preset."""
     config = (BACKBONES | DENOISERS)[name].config
     if config.kind == "gradresnet":
         return {"width": 2, "channels_per_group": 1}  # side connections need an even width
     if config.kind == "unet":
-        return {"width": 2, "norm_groups": 1, "dropout": 0.0}  # width 1: no embedding of the time
+        return {"width": 2, "norm_groups": 1, "dropout": 0.0}  # width 1 has no time embedding
     return {"width": 1}
 
 
@@ -93,7 +92,7 @@ def own_models() -> dict[str, ScoreModel]:
 
 
 def make(name: str) -> ScoreModel:
-    """A preset's smallest model, or one of a user."""
+    """The narrowest model of a preset, or a user's model."""
     torch.manual_seed(0)
     if name in BACKBONES:
         return ebmkit.create_model(name, CLASSES, in_channels=CHANNELS, **narrow(name))
@@ -107,16 +106,16 @@ def names() -> list[str]:
 
 
 def losses(model: ScoreModel, y: Tensor):
-    """One that needs a backward pass, and one that needs two."""
+    """A loss of the logits (one backward pass), and of the score (double backward)."""
     if isinstance(model, EnergyModel) and model.num_classes:
         yield model(y, 0.3).logits.square().sum()
     yield model.score(y, 0.3).square().sum()
 
 
 def train(name: str, layout: torch.memory_format) -> None:
-    """Two steps, with blocks taken and freed in between, at which malloc looks at its lists."""
+    """Two steps; blocks allocated and freed in between make malloc check its lists."""
     model = make(name).to(memory_format=layout).train()
-    size = 32 if name.endswith("imagenet") else 16  # else too few positions reach the kernel
+    size = 32 if name.endswith("imagenet") else 16  # smaller maps have too few positions
     y = torch.rand(IMAGES, CHANNELS, size, size).to(memory_format=layout)
     for _ in range(2):
         for loss in losses(model, y):
@@ -125,8 +124,8 @@ def train(name: str, layout: torch.memory_format) -> None:
             del blocks
 
 
-def ended(name: str, layout: torch.memory_format) -> int:
-    """Run `train` in a process of its own; how it ended."""
+def exit_code(name: str, layout: torch.memory_format) -> int:
+    """Run `train` in a fork; return its exit code."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -140,17 +139,17 @@ def ended(name: str, layout: torch.memory_format) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", default=names(), help="networks; none: all")
+    parser.add_argument("names", nargs="*", default=names(), help="networks (default: all)")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--contiguous", action="store_true", help="not channels last")
-    parser.add_argument("--unguarded", action="store_true", help="leave convolutions as they are")
-    asked = parser.parse_args()
+    parser.add_argument("--contiguous", action="store_true", help="instead of channels last")
+    parser.add_argument("--unguarded", action="store_true", help="do not change convolutions")
+    options = parser.parse_args()
     warnings.simplefilter("ignore")
-    torch.set_num_threads(asked.threads)
-    if asked.unguarded:
+    torch.set_num_threads(options.threads)
+    if options.unguarded:
         ebmkit.compute.MIN_SAFE_CHANNELS = 0
-    layout = torch.contiguous_format if asked.contiguous else torch.channels_last
-    print(json.dumps({name: ended(name, layout) for name in asked.names}))
+    layout = torch.contiguous_format if options.contiguous else torch.channels_last
+    print(json.dumps({name: exit_code(name, layout) for name in options.names}))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The closed-form models against independent sources: they are the oracle of everything else."""
+"""The closed-form models, on which other tests rely, against independent sources."""
 
 import math
 
@@ -22,7 +22,7 @@ def mixture_2d() -> GaussianMixture:
 
 
 def torch_mixture(model: GaussianMixture, sigma: float, components: list[int]) -> D.Distribution:
-    """PyTorch's own mixture of ``components`` of the 2-D mixture above, noised by ``sigma``."""
+    """PyTorch's mixture of ``components`` of `mixture_2d` with noise ``sigma``."""
     roots = torch.tensor(
         [[[0.6, 0.0], [0.3, 0.4]], [[0.5, 0.0], [-0.2, 0.3]], [[0.3, 0.0], [0.0, 0.7]]],
         dtype=torch.float64,
@@ -36,7 +36,7 @@ def torch_mixture(model: GaussianMixture, sigma: float, components: list[int]) -
 
 
 @pytest.mark.parametrize("sigma", SIGMAS)
-def test_log_density_is_that_of_torch_distributions(sigma):
+def test_log_density_equals_torch_distributions(sigma):
     model = mixture_2d()
     y = 3 * torch.randn(20, 2, dtype=torch.float64)
     expected = torch_mixture(model, sigma, [0, 1, 2]).log_prob(y)
@@ -73,19 +73,19 @@ def test_the_density_integrates_to_one():
 
 @pytest.mark.parametrize("sigma", SIGMAS)
 @pytest.mark.parametrize("label", [None, 0, 1])
-def test_tweedie_is_the_posterior_mean(sigma, label):
-    """denoise differentiates the density; posterior_mean regresses. One sign slip and they part."""
+def test_tweedie_denoiser_equals_the_posterior_mean(sigma, label):
+    """`denoise` differentiates the density, `posterior_mean` does not: a sign error shows."""
     model = mixture_2d()
     x, _ = model.sample(30)
     y = x + sigma * torch.randn_like(x)
-    # Tweedie adds sigma^2 score to y: it loses the digits by which |y| exceeds |x|, 1e-16 * |y|
+    # Tweedie adds sigma^2 score to y: cancellation where |y| exceeds |x|, 1e-16 * |y|
     torch.testing.assert_close(
         model.denoise(y, sigma, label), model.posterior_mean(y, sigma, label), rtol=1e-9, atol=1e-9
     )
 
 
-def test_posterior_mean_is_the_integral():
-    """E[x|y] by summing over a grid of clean x: no formula of conjugacy is used."""
+def test_posterior_mean_equals_numerical_integration():
+    """E[x|y] as a sum over a grid of clean x, without conjugacy."""
     model, sigma = mixture_2d(), 0.4
     axis = torch.linspace(-7, 7, 281, dtype=torch.float64)
     x = torch.cartesian_prod(axis, axis)
@@ -107,7 +107,7 @@ def test_noise_may_differ_per_image_and_images_have_any_shape():
     torch.testing.assert_close(together, model.posterior_mean(y, sigma, c), rtol=1e-10, atol=1e-10)
 
 
-def test_a_gaussian_shrinks_towards_its_mean():
+def test_gaussian_denoiser_shrinks_towards_the_mean():
     mean = torch.full((1, 2, 2), 0.5, dtype=torch.float64)
     model = Gaussian(mean, 0.04)
     y = torch.rand(3, 1, 2, 2, dtype=torch.float64)
@@ -123,7 +123,7 @@ def test_float_weights_are_not_rounded():
     torch.testing.assert_close(model.log_weights.exp(), expected, rtol=1e-14, atol=0)
 
 
-# --- the blind score, under a law of sigma -------------------------------------------------------
+# --- blind score for a distribution of sigma -----------------------------------------------------
 
 
 def test_blind_score_with_one_sigma_is_the_score():
@@ -136,12 +136,12 @@ def test_blind_score_with_one_sigma_is_the_score():
 
 
 @pytest.mark.parametrize("label", [None, 0, 1])
-def test_blind_score_is_the_regression_of_the_noise(label):
-    """Re-derived by brute force: the minimiser of E||sigma s(y) + eps||^2 over functions of y.
+def test_blind_score_is_the_regression_of_the_noise_on_the_image(label):
+    """The minimiser of E||sigma s(y) + eps||^2 over functions of y, by numerical integration.
 
     Setting the derivative to zero at every y gives s(y) = -E[sigma eps | y] / E[sigma^2 | y], with
-    sigma eps = y - x. Both expectations are sums over a grid of clean x and the law of sigma: no
-    score, no density of noisy images and no Tweedie enter.
+    sigma eps = y - x. Both expectations are sums over a grid of clean x and the distribution of
+    sigma, without scores, densities of noisy images or Tweedie's formula.
     """
     means = torch.tensor([[-1.0], [0.4], [1.5]], dtype=torch.float64)
     variances = torch.tensor([0.09, 0.04, 0.16], dtype=torch.float64)
@@ -171,12 +171,12 @@ def dsm_loss(predict, x, sigma, noise) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("levels", [[0.4], [0.1, 0.4, 1.5]], ids=["one-sigma", "law"])
-def test_denoising_score_matching_is_least_at_the_closed_form(levels):
-    """DSM is quadratic in s, so at its minimiser the slope along every direction g(y) vanishes.
+def test_denoising_score_matching_is_minimal_at_the_closed_form(levels):
+    """DSM is quadratic in s, so at its minimiser the slope in every direction g(y) vanishes.
 
-    Slopes are means over samples with known standard errors; they must be 0 within 4 of them for
-    directions that shift, scale, rotate and bend the score, and the same test must see the
-    deliberate slips: the score of one wrong sigma, and half the score.
+    Slopes are means over samples with known standard errors. For directions that shift, scale,
+    rotate and bend the score they must be 0 within 4 standard errors. The control: the score of a
+    wrong sigma, half the score and the negative score must fail by far.
     """
     model = mixture_2d()
     count = 40_000
@@ -205,8 +205,8 @@ def test_denoising_score_matching_is_least_at_the_closed_form(levels):
         assert worst(torch.stack([model.score(y, sigma=s) for s in levels]).mean(0)) > 20
 
 
-def test_denoising_score_matching_finds_a_gaussian():
-    """Fitted by least squares, a linear s(y) = A y + b is the closed-form score."""
+def test_least_squares_score_matching_recovers_a_gaussian_score():
+    """A linear s(y) = A y + b, fitted by least squares, equals the closed-form score."""
     mean = torch.tensor([0.5, -0.2], dtype=torch.float64)
     root = torch.tensor([[0.6, 0.0], [0.3, 0.4]], dtype=torch.float64)
     model, sigma, count = Gaussian(mean, root @ root.mT), 0.4, 100_000
@@ -230,13 +230,13 @@ def test_samples_have_the_moments_of_the_mixture():
     error = (spread.mean(0) - reference.variance).abs() / (spread.std(0) / count**0.5)
     assert error.max() < 4
     assert labels.double().mean() == pytest.approx(0.3, abs=4 * (0.21 / count) ** 0.5)
-    # within a label, too: label 1 is component 1 alone, with its off-diagonal covariance
+    # label 1 is component 1 alone, with its off-diagonal covariance
     own = x[labels == 1]
     products = (own[:, 0] - 1.5) * own[:, 1]
     assert products.mean() == pytest.approx(-0.1, abs=4 * float(products.std()) / len(own) ** 0.5)
 
 
-def test_samples_have_the_covariance_given():
+def test_samples_have_the_given_covariance():
     """In four dimensions, where the matrix of eigenvectors is not symmetric."""
     root, count = torch.randn(4, 4, dtype=torch.float64), 20_000
     covariance = root @ root.T
@@ -253,11 +253,11 @@ def test_the_same_generator_draws_the_same_samples():
     assert torch.equal(first[1], second[1])
 
 
-# --- mistakes ------------------------------------------------------------------------------------
+# --- invalid arguments ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "message"),
     [
         ({"covariances": torch.eye(3)}, "need covariances of shape"),
         ({"covariances": -1.0}, "positive definite"),
@@ -269,8 +269,8 @@ def test_the_same_generator_draws_the_same_samples():
         ({"labels": [-1, 0]}, "without gaps"),
     ],
 )
-def test_ill_formed_mixtures_are_refused(arguments, words):
-    with pytest.raises(UserError, match=words):
+def test_invalid_mixtures_are_refused(arguments, message):
+    with pytest.raises(UserError, match=message):
         GaussianMixture(torch.zeros(2, 2), **arguments)
 
 
@@ -279,7 +279,7 @@ def test_images_of_another_shape_are_refused():
         mixture_2d().log_density(torch.zeros(1, 3, dtype=torch.float64))
 
 
-def test_a_noise_conditional_model_must_be_told_sigma():
+def test_noise_conditional_model_requires_sigma():
     model, y = mixture_2d(), torch.zeros(1, 2, dtype=torch.float64)
     with pytest.raises(UserError, match="give sigma"):
         model.denoise(y)

@@ -1,4 +1,4 @@
-"""`ebmkit bench`: fair timing, equal work on both sides, and what the command leaves behind."""
+"""`ebmkit bench`: timing, equal work of both implementations, and the files of the command."""
 
 import importlib
 import json
@@ -42,7 +42,7 @@ EAGER = ComputeConfig(precision="fp32", compile="off")
 
 
 class Machine:
-    """A clock that candidates move, by an amount that may change from call to call."""
+    """A clock that candidates advance, by an amount that may change between calls."""
 
     def __init__(self):
         self.now, self.ran = 0.0, []
@@ -58,7 +58,7 @@ class Machine:
         return step
 
 
-def test_candidates_take_turns_and_turn_round():
+def test_interleave_alternates_the_order_of_candidates():
     machine = Machine()
     candidates = {name: machine.candidate(name, lambda m: 1.0) for name in "abc"}
     seconds = interleave(candidates, rounds=3, warmup=1, clock=machine.clock)
@@ -66,7 +66,7 @@ def test_candidates_take_turns_and_turn_round():
     assert {name: len(times) for name, times in seconds.items()} == dict.fromkeys("abc", 3)
 
 
-def test_a_machine_that_slows_down_does_not_change_the_ratio():
+def test_ratio_is_robust_to_a_machine_that_slows_down():
     machine = Machine()
     drift = 0.03  # of the first call's time, per second
     slow = machine.candidate("slow", lambda m: 2.0 * (1 + drift * m.now))
@@ -74,7 +74,7 @@ def test_a_machine_that_slows_down_does_not_change_the_ratio():
     seconds = interleave({"slow": slow, "fast": fast}, rounds=8, clock=machine.clock)
     assert seconds["slow"][-1] > 1.5 * seconds["slow"][0]
     ratio = ratio_to(seconds["slow"], seconds["fast"])
-    # whoever runs second in a round is slower by up to 2 * drift, each in turn
+    # the second candidate of a round is slower by up to 2 * drift; the order alternates
     assert ratio.median == pytest.approx(2.0, rel=drift)
     assert ratio.low == pytest.approx(2.0, rel=2 * drift)
     assert ratio.high == pytest.approx(2.0, rel=2 * drift)
@@ -85,7 +85,7 @@ def test_the_ratio_is_the_median_over_rounds():
     assert ratio_to(base, own) == Ratio(2.0, 1.75, 2.0)
 
 
-def test_fast_steps_are_called_several_times_and_all_as_often():
+def test_fast_steps_are_repeated_and_all_candidates_equally_often():
     machine = Machine()
     candidates = {
         "slow": machine.candidate("slow", lambda m: 0.04),
@@ -96,10 +96,10 @@ def test_fast_steps_are_called_several_times_and_all_as_often():
     assert seconds["fast"] == pytest.approx([0.01, 0.01])
 
 
-def test_memory_is_the_most_that_is_held_at_once():
+def test_peak_memory_is_the_largest_simultaneous_allocation():
     megabyte = 250_000  # float32
 
-    def one_after_another():
+    def sequential():
         weight = torch.zeros(megabyte)
 
         def step():
@@ -109,18 +109,18 @@ def test_memory_is_the_most_that_is_held_at_once():
 
         return step
 
-    def together():
+    def simultaneous():
         weight = torch.zeros(megabyte)
         return lambda: [torch.zeros(megabyte), torch.zeros(megabyte), weight]
 
-    assert peak_memory(one_after_another, CPU)[1] == pytest.approx(2e6, rel=0.01)
-    assert peak_memory(together, CPU)[1] == pytest.approx(3e6, rel=0.01)
+    assert peak_memory(sequential, CPU)[1] == pytest.approx(2e6, rel=0.01)
+    assert peak_memory(simultaneous, CPU)[1] == pytest.approx(3e6, rel=0.01)
 
 
 @pytest.mark.parametrize("objective", ["ce", "dsm", "cdsm", "ce+dsm", "0.5*ce+dsm-sum+cdsm"])
-def test_both_sides_compute_the_same_loss_and_gradients(objective):
+def test_library_and_plain_step_have_equal_losses_and_gradients(objective):
     model = network(TINY, 3, CPU)
-    with torch.no_grad():  # at the start the score is so small that the loss hardly depends on it
+    with torch.no_grad():  # the initial score is too small to influence the loss
         model.head.density.weight.mul_(30)
     generator = torch.Generator().manual_seed(0)
     drawn = {
@@ -135,12 +135,12 @@ def test_both_sides_compute_the_same_loss_and_gradients(objective):
     after = plain_loss(plain.model, timed_terms(objective), drawn)
     names = [name for name, _ in model.named_parameters()]
     mine, theirs = dict(ours.model.named_parameters()), dict(plain.model.named_parameters())
-    assert after.item() != pytest.approx(loss.item(), rel=1e-4)  # the update did something
+    assert after.item() != pytest.approx(loss.item(), rel=1e-4)  # the update has an effect
     # float32; AdamW's first update is the sign of the gradient, so entries near 0 may differ
     assert total.item() == pytest.approx(after.item(), rel=1e-3)
     compared = 0
     for name in names:
-        if theirs[name].grad is None:  # the classifier, where nothing asks for labels
+        if theirs[name].grad is None:  # the classifier, if no term uses labels
             assert mine[name].grad is None or not mine[name].grad.any()
             continue
         difference = (mine[name].grad - theirs[name].grad).norm()
@@ -150,7 +150,7 @@ def test_both_sides_compute_the_same_loss_and_gradients(objective):
 
 
 @pytest.mark.parametrize("what", INFERENCES)
-def test_both_sides_infer_the_same(what):
+def test_library_and_plain_inference_are_equal(what):
     model = network(TINY, 3, CPU)
     y = make_batch(4, 3, 8, CPU, torch.Generator().manual_seed(0)).y
     ours, plain = library_inference(model, what, y, EAGER)(), plain_inference(model, what, y)()
@@ -159,7 +159,7 @@ def test_both_sides_infer_the_same(what):
 
 
 @pytest.mark.slow
-def test_a_scaling_curve_leaves_out_what_does_not_fit(monkeypatch):
+def test_scaling_skips_points_that_do_not_fit_in_memory(monkeypatch):
     base = TINY._replace(what=SCALING)
     points = scaling_settings(base, widths=(8,), image_sizes=(8,), batches=(4, 8, 4096))
     assert [point.batch for point in points] == [4, 8, 4096]  # the base point once
@@ -173,14 +173,14 @@ def test_a_scaling_curve_leaves_out_what_does_not_fit(monkeypatch):
 
 
 def script(name):
-    """The script ``benchmarks/NAME.py``; ``peers.py`` imports peers only where it uses them."""
+    """The module ``benchmarks/NAME.py``; ``peers.py`` imports peers in functions."""
     folder = Path(__file__).resolve().parents[1] / "benchmarks"
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
         return importlib.import_module(name)
 
 
-def test_the_plot_shows_each_side_against_each_size(tmp_path, monkeypatch):
+def test_scaling_plot_has_one_line_per_implementation(tmp_path, monkeypatch):
     speed = script("speed")
 
     def row(width, who, seconds):
@@ -215,7 +215,7 @@ def bench_command(*arguments):
 
 
 @pytest.mark.slow
-def test_the_command_writes_rows_and_overwrites_nothing(tmp_path, capsys):
+def test_bench_command_writes_rows_and_overwrites_nothing(tmp_path, capsys):
     path = tmp_path / "bench.json"
     tiny = ("--width", 8, "--image-size", 8, "--batch", 2, "--rounds", 2, "--device", "cpu")
     assert bench_command(*tiny, "--objective", "ce,ce+dsm", "--json", path) == 0
@@ -236,14 +236,14 @@ def test_the_command_writes_rows_and_overwrites_nothing(tmp_path, capsys):
     assert "train ce+dsm: ebmkit" in capsys.readouterr().out
     before = path.read_bytes()
     assert bench_command(*tiny, "--json", path) == 2
-    told = capsys.readouterr().err
-    assert "exists" in told
-    assert len(told.strip().splitlines()) == 1
+    message = capsys.readouterr().err
+    assert "exists" in message
+    assert len(message.strip().splitlines()) == 1
     assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["--objective", "ce,dms"], "unknown objective 'dms': did you mean 'dsm'?"),
         (["--backbone", "gradresnet81"], "unknown backbone 'gradresnet81'"),
@@ -252,10 +252,10 @@ def test_the_command_writes_rows_and_overwrites_nothing(tmp_path, capsys):
         (["--json", "no/such/folder.json"], "there is no folder"),
     ],
 )
-def test_mistakes_get_one_sentence_before_anything_is_measured(arguments, told, capsys):
+def test_invalid_options_are_refused_before_measurements(arguments, message, capsys):
     assert bench_command(*arguments) == 2
     err = capsys.readouterr().err
-    assert told in err
+    assert message in err
     assert len(err.strip().splitlines()) == 1
 
 
@@ -265,7 +265,7 @@ def peers():
 
 
 def peer_loss(peers, sign):
-    """Vincent's loss as peers write it, or with a wrong sign of the noise."""
+    """Vincent's loss as in peers, or with a wrong sign of the noise (``sign`` -1)."""
 
     def make(model):
         def loss(x):
@@ -279,7 +279,7 @@ def peer_loss(peers, sign):
     return make
 
 
-def test_a_peer_is_compared_only_if_it_computes_the_same(peers):
+def test_peer_with_another_gradient_is_refused(peers):
     model = network(TINY, 3, CPU)
     x = make_batch(4, 3, 8, CPU, torch.Generator().manual_seed(0)).x
     assert "ours" in peers.check_same(peer_loss(peers, 1), model, x)
@@ -288,7 +288,7 @@ def test_a_peer_is_compared_only_if_it_computes_the_same(peers):
 
 
 @pytest.mark.parametrize("name", ["torchebm", "ebm"])
-def test_the_peers_installed_here_compute_the_same(peers, name):
+def test_installed_peers_compute_the_same_loss(peers, name):
     pytest.importorskip(name)
     make = {"torchebm": peers.torchebm_loss, "ebm": peers.registry_loss}[name]
     x = make_batch(4, 3, 8, CPU, torch.Generator().manual_seed(0)).x

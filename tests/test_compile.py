@@ -1,4 +1,4 @@
-"""Wrapped models: compiled or not, in any precision, the same quantities, and no graph is kept."""
+"""Wrapped models: equal quantities, compiled or not, in each precision; no graph is kept."""
 
 import gc
 
@@ -28,7 +28,7 @@ class Small(EnergyModel):
 
 
 class Counting:
-    """A compiler that runs the traced graph as it is, and counts its graphs."""
+    """A compiler backend that runs the traced graph eagerly and counts graphs."""
 
     def __init__(self):
         self.graphs = 0
@@ -69,17 +69,17 @@ QUANTITIES = {
 
 
 @pytest.mark.parametrize("quantity", QUANTITIES.values(), ids=QUANTITIES.keys())
-def test_compiled_quantities_are_the_eager_ones(quantity, small, counting, y):
+def test_compiled_quantities_equal_eager_ones(quantity, small, counting, y):
     expected = quantity(small, y)
     wrapped = Inference(mode="on", backend=counting).wrap(small)
     for _ in range(3):  # the first call is eager, the second compiles
-        # the same operations; a noise level squared in float32 instead of float64
+        # the same operations, but sigma is squared in float32 instead of float64
         torch.testing.assert_close(quantity(wrapped, y), expected, rtol=1e-6, atol=1e-7)
     assert counting.graphs == 1
 
 
-def test_another_noise_level_is_not_another_function(counting):
-    """The exact denoiser of a mixture, which is told its noise level."""
+def test_new_noise_level_does_not_recompile(counting):
+    """The exact denoiser of a mixture, with sigma as an input."""
     means = torch.rand(2, 1, 3, 3, dtype=torch.float64)
     mixture = GaussianMixture(means, 0.05)
     levels = [0.1, 0.2, 0.3, torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)]
@@ -106,7 +106,7 @@ def test_sizes_that_do_not_repeat_are_never_compiled(small, counting, y):
 
 
 @pytest.mark.slow
-def test_so_many_sizes_are_compiled_and_no_more(small, counting):
+def test_at_most_max_sizes_are_compiled(small, counting):
     wrapped = Inference(mode="on", backend=counting).wrap(small)
     for count in range(1, MAX_SIZES + 3):
         for _ in range(2):
@@ -115,13 +115,13 @@ def test_so_many_sizes_are_compiled_and_no_more(small, counting):
 
 
 @pytest.mark.slow
-def test_a_network_of_the_library_compiles_with_its_weights_left_free(counting):
+def test_new_weights_do_not_recompile(counting):
     model = create_model("gradresnet10", 3, in_channels=1, width=8, image_size=8).eval()
     model.requires_grad_(False)
     y = torch.rand(2, 1, 8, 8)
     wrapped = Inference(mode="on", backend=counting).wrap(model)
     for _ in range(2):
-        for parameter in model.parameters():  # other weights are not another function
+        for parameter in model.parameters():  # weights are inputs of the graph
             parameter.mul_(1.1)
         expected = model.score(y)
         for _ in range(2):
@@ -129,7 +129,7 @@ def test_a_network_of_the_library_compiles_with_its_weights_left_free(counting):
     assert counting.graphs == 1
 
 
-def test_auto_compiles_once_enough_work_lies_ahead(small, counting, y):
+def test_auto_compiles_once_enough_work_is_expected(small, counting, y):
     inference = Inference(mode="auto", backend=counting)
     wrapped = inference.wrap(small)
     inference.expect(COMPILE_THRESHOLD_SECONDS / 2)
@@ -142,7 +142,7 @@ def test_auto_compiles_once_enough_work_lies_ahead(small, counting, y):
     assert counting.graphs == 1
 
 
-def test_a_wrapper_has_what_the_model_has(small):
+def test_wrapper_exposes_attributes_and_parameters_of_the_model(small):
     wrapped = optimize(small)
     assert isinstance(wrapped, EnergyModel)
     assert (wrapped.num_classes, wrapped.noise_conditional) == (3, False)
@@ -154,14 +154,14 @@ def test_a_wrapper_has_what_the_model_has(small):
 
 
 def living_tensors():
-    return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+    return sum(issubclass(type(value), torch.Tensor) for value in gc.get_objects())
 
 
 @pytest.mark.parametrize(
     ("name", "mode"), [*((name, "off") for name in QUANTITIES), ("score", "on"), ("denoised", "on")]
 )
-def test_a_frozen_model_keeps_nothing(name, mode, small, counting, y):
-    """Whether or not the user says no_grad; not even until Python looks for cycles."""
+def test_frozen_model_keeps_no_tensors(name, mode, small, counting, y):
+    """Also without `no_grad`, and without garbage collection."""
     quantity = QUANTITIES[name]
     small = Inference(mode=mode, backend=counting).wrap(small)
     for _ in range(3):
@@ -178,7 +178,7 @@ def test_a_frozen_model_keeps_nothing(name, mode, small, counting, y):
 
 
 def test_a_frozen_model_records_no_second_derivatives(small, y, monkeypatch):
-    """With gradients switched on, a derivative would be recorded to be differentiated again."""
+    """Only a model with trainable parameters records the graph of the score."""
     recorded, original = [], energy.value_and_grads
 
     def spy(*arguments, record):
@@ -191,7 +191,7 @@ def test_a_frozen_model_records_no_second_derivatives(small, y, monkeypatch):
     assert recorded == [False, True]
 
 
-def test_where_a_gradient_is_wanted_nothing_is_compiled(small, counting, y):
+def test_calls_that_need_gradients_are_not_compiled(small, counting, y):
     weight = next(small.requires_grad_(True).parameters())
     expected = torch.autograd.grad(small.score(y).square().sum(), weight)
     wrapped = Inference(mode="on", backend=counting).wrap(small)
@@ -206,7 +206,7 @@ def test_where_a_gradient_is_wanted_nothing_is_compiled(small, counting, y):
     assert counting.graphs == 0
 
 
-def test_a_score_can_be_differentiated_by_the_image_and_within_a_functional_transform(small, y):
+def test_score_supports_double_backward_and_functional_transforms(small, y):
     leaf, v = y.clone().requires_grad_(), torch.randn_like(y)
     (product,) = torch.autograd.grad(small.score(leaf), leaf, v)
     functional = torch.func.vjp(small.score, y)[1](v)[0]
@@ -232,7 +232,7 @@ def test_a_trainable_model_is_compiled_under_no_grad(small, counting, y):
 
 
 @pytest.mark.slow
-def test_bf16_rounds_the_network_and_nothing_else(small, counting, y):
+def test_bf16_applies_to_the_network_only(small, counting, y):
     expected = {name: quantity(small, y) for name, quantity in QUANTITIES.items()}
     wrapped = Inference("bf16", "on", counting).wrap(small)
     for name, quantity in QUANTITIES.items():
@@ -240,22 +240,22 @@ def test_bf16_rounds_the_network_and_nothing_else(small, counting, y):
             found = quantity(wrapped, y)
             assert found.dtype == torch.float32
             error = (found - expected[name]).norm() / expected[name].norm()
-            # bfloat16 has 8 bits: 2^-9 a rounding, a few of which add up in so small a network
+            # bfloat16 has 8 bits: relative error 2^-9 per rounding, a few of which add up
             assert error < 2e-2, name
     assert not torch.equal(wrapped.score(y), expected["score"])
-    assert torch.equal(small.score(y), expected["score"])  # the model itself is not touched
+    assert torch.equal(small.score(y), expected["score"])  # the model is unchanged
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "message"),
     [
         ({"precision": "fp16"}, "precision 'fp16'"),
         ({"precision": "tf32"}, "needs an NVIDIA GPU"),
         ({"compile": "yes"}, "compile mode 'yes'"),
     ],
 )
-def test_what_the_device_does_not_have_is_refused(options, words, small):
-    with pytest.raises(UserError, match=words):
+def test_unsupported_precisions_and_modes_are_refused(options, message, small):
+    with pytest.raises(UserError, match=message):
         optimize(small, **options)
 
 
@@ -264,19 +264,19 @@ def test_auto_is_float32_and_eager_on_a_cpu(small):
     assert (inference.precision, inference.mode) == ("fp32", "off")
 
 
-# --- what cannot be compiled ---------------------------------------------------------------------
+# --- models that cannot be compiled --------------------------------------------------------------
 
 
-class Talking(Small):
-    """Its forward pass writes to a file, which no graph can."""
+class GraphBreak(Small):
+    """Its forward pass contains a graph break."""
 
     def forward(self, y, sigma=None):
         torch._dynamo.graph_break()
         return super().forward(y, sigma)
 
 
-def test_what_cannot_be_compiled_is_told(y, counting):
-    model = Talking().eval().requires_grad_(False)
+def test_model_that_cannot_be_compiled_raises_or_runs_eagerly(y, counting):
+    model = GraphBreak().eval().requires_grad_(False)
     expected = model.score(y)
     wrapped = Inference(mode="on", backend=counting).wrap(model)
     wrapped.score(y)
@@ -288,12 +288,12 @@ def test_what_cannot_be_compiled_is_told(y, counting):
     wrapped.score(y)
     with pytest.warns(UserWarning, match="not compiled, running eagerly"):
         assert torch.equal(wrapped.score(y), expected)
-    assert torch.equal(wrapped.score(y), expected)  # and is not tried again
+    assert torch.equal(wrapped.score(y), expected)  # without a second attempt
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # of the compiler about its own parts
-def test_the_real_compiler_gives_the_same_scores():
+@pytest.mark.filterwarnings("ignore")  # warnings of the compiler
+def test_default_compiler_gives_the_same_scores():
     model = create_model("gradresnet10", 3, in_channels=1, width=8, image_size=8).eval()
     model.requires_grad_(False)
     y, c = torch.rand(4, 1, 8, 8), torch.tensor([0, 2, 1, 1])
@@ -302,6 +302,6 @@ def test_the_real_compiler_gives_the_same_scores():
     for _ in range(3):
         found = wrapped.score(y), wrapped.denoise(y, 0.1, c)
         for a, b in zip(found, expected, strict=True):
-            # sums in another order: 1e-7 a sum, up to 1e-5 through 10 layers and back
+            # sums in another order: 1e-7 per sum, up to 1e-5 for 10 layers forward and backward
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
     assert wrapped.inference.compiled

@@ -1,4 +1,4 @@
-"""Devices, precisions, and what a device has: memory and the rate of matrix products."""
+"""Devices, precisions, available memory and the rate of matrix products."""
 
 import shutil
 import subprocess
@@ -22,7 +22,7 @@ from ebmkit.compute import (
 CPU = torch.device("cpu")
 
 
-def test_a_precision_or_mode_that_the_device_lacks_is_refused(monkeypatch):
+def test_unsupported_precision_mode_and_device_are_refused(monkeypatch):
     with pytest.raises(ebmkit.UserError, match=r"'tf32' needs an NVIDIA GPU.*device is a CPU: use"):
         pick_precision("tf32", CPU)
     with pytest.raises(ebmkit.UserError, match=r"unknown precision 'fp8'.*auto, bf16, fp32, tf32"):
@@ -40,7 +40,7 @@ def test_a_precision_or_mode_that_the_device_lacks_is_refused(monkeypatch):
 
 @pytest.mark.skipif(not torch.set_flush_denormal(True), reason="this processor has no such setting")
 def test_commands_flush_denormal_numbers_in_all_threads():
-    """A command sets it before PyTorch starts its second thread, which takes half of the tensor."""
+    """The command sets it before PyTorch starts a second thread, which computes half the tensor."""
     code = """
 import torch
 from ebmkit import UserError
@@ -55,12 +55,12 @@ except UserError:
     assert found.stdout == "0\n"
 
 
-def test_free_memory_is_that_of_the_tightest_control_group(tmp_path, monkeypatch):
+def test_available_memory_is_that_of_the_tightest_control_group(tmp_path, monkeypatch):
     inner = tmp_path / "root" / "a" / "b"
     inner.mkdir(parents=True)
 
-    def write(folder, most, used, cache):
-        (folder / "memory.max").write_text(f"{most}\n")
+    def write(folder, limit, used, cache):
+        (folder / "memory.max").write_text(f"{limit}\n")
         (folder / "memory.current").write_text(f"{used}\n")
         (folder / "memory.stat").write_text(f"anon 5\ninactive_file {cache}\n")
 
@@ -73,7 +73,7 @@ def test_free_memory_is_that_of_the_tightest_control_group(tmp_path, monkeypatch
 
 
 def test_the_matrix_rate_is_in_flops_per_second(monkeypatch):
-    # 10 ms a product, whatever it took
+    # the timer reports 10 ms per product
     timed = SimpleNamespace(median=0.01)
     monkeypatch.setattr(benchmark.Timer, "blocked_autorange", lambda self, min_run_time: timed)
     assert matrix_rate(torch.device("cpu")) == pytest.approx(2 * 1024**3 / 0.01)

@@ -1,4 +1,4 @@
-"""What the package imports is what it declares, and what is declared is pinned."""
+"""Imports are declared as dependencies, and dependencies are pinned."""
 
 import ast
 import functools
@@ -29,7 +29,7 @@ PIN = r"^([\w.-]+)==(\S+)(?: ; .*)?(?: \\\n    --hash=sha256:[0-9a-f]{64})+$"
 """Name, version, and at least one digest."""
 
 OF_TORCH = {"triton"}
-"""Comes with PyTorch where there is one; only looked for."""
+"""Installed with PyTorch on some platforms; the package only checks for it."""
 
 
 @functools.cache
@@ -49,7 +49,7 @@ def imported():
 
 
 def modules(node):
-    """Modules that a statement imports or looks for."""
+    """Modules that a statement imports or checks for."""
     if isinstance(node, ast.Import):
         return [alias.name for alias in node.names]
     if isinstance(node, ast.ImportFrom):
@@ -70,13 +70,13 @@ def test_every_import_is_declared_and_every_dependency_imported():
     assert (REQUIRED | EXTRA) - names == set()
 
 
-def test_what_is_optional_is_imported_where_it_is_used():
-    """An extra that is not installed breaks no module."""
+def test_optional_packages_are_not_imported_at_module_level():
+    """All modules can be imported without the extras."""
     assert {(n, where) for n, top, where in imported() if top and n not in REQUIRED} == set()
 
 
 def test_every_dependency_is_pinned_with_hashes():
-    """Within its declared bounds; and the file names no host."""
+    """Pins are within the declared bounds, and the file names no host."""
     text = (ROOT / "constraints.txt").read_text()
     assert "://" not in text
     pins = re.findall(PIN, text, re.MULTILINE)
@@ -101,7 +101,7 @@ def pins_of(lines):
 
 
 def test_a_clone_and_constraints_txt_have_the_same_pins():
-    """`.ci/constraints` writes both; those of pyproject.toml are also of the tools, unhashed."""
+    """`.ci/constraints` writes both; pyproject.toml also pins the tools, without hashes."""
     clone = pins_of(PYPROJECT["tool"]["uv"]["constraint-dependencies"])
     lines = re.findall(r"^[\w.-]+==[^\\\n]+", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     users = pins_of(lines)
@@ -110,11 +110,11 @@ def test_a_clone_and_constraints_txt_have_the_same_pins():
     }
     tools = map(Requirement, PYPROJECT["dependency-groups"]["dev"])
     assert {canonicalize_name(tool.name) for tool in tools} - clone.keys() == set()
-    assert {"griffelib", "pluggy", "mkdocs-autorefs"} <= clone.keys()  # what the tools need, too
+    assert {"griffelib", "pluggy", "mkdocs-autorefs"} <= clone.keys()  # dependencies of the tools
 
 
 def test_newest_versions_are_tried_without_the_pins():
-    """uv takes constraints from the project of the folder it runs in."""
+    """uv uses the constraints of the project in its working folder."""
     text = (ROOT / ".ci" / "dependencies").read_text()
     (install,) = re.findall(r"run\(\[\*install.*", text)
     assert "cwd=place" in install

@@ -1,4 +1,4 @@
-"""Several processes train as one: gradients, continuation with another number, mistakes."""
+"""Training by several processes: equality with one process, resuming, and errors."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from ebmkit.data.streams import Stream
 from ebmkit.training import RunFolder, resolve
 from ebmkit.training.loop import assemble
 
-pytestmark = pytest.mark.usefixtures("counted_once")
+pytestmark = pytest.mark.usefixtures("count_memory_once")
 
 SETTINGS = [
     "--width=8",
@@ -59,13 +59,13 @@ def weights(path: Path) -> torch.Tensor:
 def two_processes(request, tmp_path_factory) -> Path:
     """A run of four steps by two processes."""
     own = ["--recipe=digits-adamw", f"--set=optimizer.kind={request.param}"]
-    own += ["--set=optimizer.lr=3e-3"]  # of the recipe: rounding grows with the rate
+    own += ["--set=optimizer.lr=3e-3"]  # the recipe's value, also for Muon: rounding grows with it
     own += ["--no-evaluate"]
     return train_by_two(tmp_path_factory.mktemp("parallel"), "--steps=4", *own)
 
 
 def train_by_two(folder: Path, *own: str) -> Path:
-    """A run by two processes, this one and another, told what torchrun tells them."""
+    """A run by this process and another one, with torchrun's environment variables."""
     arguments = ["train", "--out=two", *own, *SETTINGS]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -73,7 +73,7 @@ def train_by_two(folder: Path, *own: str) -> Path:
     variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     with (
         pytest.MonkeyPatch.context() as patch,
-        torch._dynamo.config.patch(optimize_ddp=True),  # which the run switches off
+        torch._dynamo.config.patch(optimize_ddp=True),  # the run disables it
         warnings.catch_warnings(),
         subprocess.Popen(
             [sys.executable, "-m", "ebmkit", *arguments],
@@ -81,33 +81,33 @@ def train_by_two(folder: Path, *own: str) -> Path:
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         ) as other,
     ):  # fmt: skip
-        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # of torch itself
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # from PyTorch
         patch.setattr(distributed, "TIMEOUT", timedelta(minutes=2))
         try:
             first = ebmkit_command(*arguments, cwd=folder, RANK="0", **variables)
-            printed, told = other.communicate(timeout=120)
+            printed, stderr = other.communicate(timeout=120)
         finally:
             other.kill()
             if torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()
-    assert first.returncode == other.returncode == 0, first.stderr + told
+    assert first.returncode == other.returncode == 0, first.stderr + stderr
     assert first.stdout.count("run folder: two") == 1
-    assert "run folder" not in printed  # one process writes
+    assert "run folder" not in printed  # only rank 0 prints
     return folder / "two"
 
 
 @pytest.fixture(scope="module")
-def alone(two_processes) -> RunFolder:
-    """The same run by one process, six steps at the same rate."""
+def one_process(two_processes) -> RunFolder:
+    """The same run by one process, with six steps."""
     config = resolve(RunFolder.open(two_processes).config(), {"steps": 6})
     folder = RunFolder.create(two_processes.parent / "one", config)
     assemble(config, folder).fit()
     return folder
 
 
-def compare(some: list[dict], others: list[dict]) -> None:
-    """Losses, gradient norms and validations, up to sums of float32 in another order."""
-    for one, other in zip(some, others, strict=True):
+def compare(rows: list[dict], other_rows: list[dict]) -> None:
+    """Losses, gradient norms and validations are equal up to the order of float32 sums."""
+    for one, other in zip(rows, other_rows, strict=True):
         keys = one.keys() - {"images_per_s", "kind"}
         assert keys == other.keys() - {"images_per_s", "kind"}
         for key in keys:
@@ -115,15 +115,15 @@ def compare(some: list[dict], others: list[dict]) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_with_the_double_batch(two_processes, alone):
+def test_two_processes_train_like_one_process(two_processes, one_process):
     rows = RunFolder(two_processes).metrics()
-    compare(rows, [row for row in alone.metrics() if row["step"] <= 4])
+    compare(rows, [row for row in one_process.metrics() if row["step"] <= 4])
     assert {row["kind"] for row in rows} == {"train", "validation"}
 
 
 @pytest.mark.slow
-def test_one_step_of_the_recipe_by_two_processes_is_one_by_a_single_one(tmp_path):
-    """By Muon at 1e-2, averaged, with alternating flips; to a thousandth of how far it moved."""
+def test_first_recipe_step_is_equal_with_one_and_two_processes(tmp_path):
+    """Muon at 1e-2, averaged weights, alternating flips; tolerance 1/1000 of the weight update."""
     two = train_by_two(
         tmp_path,
         "--recipe=digits",
@@ -146,16 +146,16 @@ def test_one_step_of_the_recipe_by_two_processes_is_one_by_a_single_one(tmp_path
 
 
 @pytest.mark.slow
-def test_a_run_resumes_with_another_number_of_processes(two_processes, alone):
+def test_a_run_resumes_with_another_number_of_processes(two_processes, one_process):
     config = resolve(RunFolder.open(two_processes).config(), {"steps": 6})
     folder = RunFolder.create(two_processes.parent / "cut", config)
     folder.save_checkpoint(RunFolder(two_processes).load_checkpoint())
     resumed = assemble(config, folder)
     assert resumed.step == 4
     resumed.fit()
-    later = [row for row in alone.metrics() if row["step"] > 4]
+    later = [row for row in one_process.metrics() if row["step"] > 4]
     compare(folder.metrics(), later)
-    a, b = weights(folder.path), weights(alone.path)
+    a, b = weights(folder.path), weights(one_process.path)
     assert float((a - b).norm() / b.norm()) < 1e-4
 
 
@@ -182,7 +182,7 @@ def test_a_port_in_use_is_reported(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-def test_mistakes_of_the_launcher_are_reported(monkeypatch):
+def test_invalid_launcher_variables_are_reported(monkeypatch):
     for name, value in {"MASTER_ADDR": "localhost", "MASTER_PORT": "1", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("RANK", "2")
@@ -198,8 +198,8 @@ def test_mistakes_of_the_launcher_are_reported(monkeypatch):
         distributed.device_of_rank(torch.device("cuda"))
 
 
-def test_only_the_run_of_this_launch_is_continued(tmp_path, monkeypatch):
-    """A restarted command goes on with what it wrote itself, never with an older run."""
+def test_restart_resumes_only_the_run_of_the_same_launch(tmp_path, monkeypatch):
+    """A restarted command resumes its own run, never an older one."""
     config = resolve({"steps": 1})
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "first")
     RunFolder.create(tmp_path / "run", config)
@@ -213,12 +213,12 @@ def test_only_the_run_of_this_launch_is_continued(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_mistake_under_torchrun_is_one_sentence(tmp_path):
-    """Met by both processes at once; the first tells of it, the other is ended while it waits."""
+def test_error_under_torchrun_is_one_sentence(tmp_path):
+    """The error occurs in both processes; rank 0 reports it, and the other is stopped."""
     found = run(launch(2, "train", "--steps=1", "--precision=fp8", *SETTINGS), tmp_path)
     assert found.returncode != 0
     assert found.stderr.count("ebmkit: configuration: compute.precision = 'fp8' is not legal") == 1
-    # torchrun's own account of the failure follows; nothing of the other process precedes it
+    # only torchrun's report of the failure follows
     assert "[rank" not in found.stderr
     assert not (tmp_path / "runs").exists()
 
@@ -235,7 +235,7 @@ def test_without_a_launcher_there_is_one_process(monkeypatch):
 
 @pytest.mark.slow
 def test_a_process_that_dies_is_restarted_and_the_run_resumes(tmp_path):
-    """Kill one of two processes; torchrun starts both again, which go on from the checkpoint."""
+    """Kill one of two processes; torchrun restarts both, and they resume from the checkpoint."""
     arguments = ["train", "--steps=100", "--set=checkpoint_every=10", *SETTINGS, "--no-evaluate"]
     command = launch(2, *arguments, options=("--max-restarts=1",))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -247,22 +247,22 @@ def test_a_process_that_dies_is_restarted_and_the_run_resumes(tmp_path):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     os.kill(_children(process.pid)[-1], signal.SIGKILL)
-    _, told = process.communicate(timeout=240)
-    assert process.returncode == 0, told[-3000:]
+    _, stderr = process.communicate(timeout=240)
+    assert process.returncode == 0, stderr[-3000:]
     rows = [r for r in RunFolder(folder).metrics() if r["kind"] == "train"]
-    assert [row["step"] for row in rows] == list(range(1, 101))  # none lost, none twice
+    assert [row["step"] for row in rows] == list(range(1, 101))  # no step is missing or repeated
     assert len(list((tmp_path / "runs").iterdir())) == 1
     document = json.loads((folder / "environment.json").read_text())
     assert document["processes"] == 2
 
 
 def _children(parent: int) -> list[int]:
-    """Processes that ``parent`` started, by number."""
+    """Sorted ids of the child processes of ``parent``."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = stat.read_text().rsplit(")", 1)[1].split()
-        except OSError:  # it ended meanwhile
+        except OSError:  # the process ended
             continue
         if int(fields[1]) == parent:
             found.append(int(stat.parent.name))

@@ -1,4 +1,4 @@
-"""What the documentation's Python examples import is there."""
+"""Names imported by Python examples of the documentation exist."""
 
 import ast
 import importlib
@@ -12,7 +12,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 
 
 def imports(page):
-    """(module, name) of each import of ours in the page's Python blocks; name None: the module."""
+    """(module, name) of each import from ebmkit in the page's Python blocks; None for a module."""
     for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
         for node in ast.walk(ast.parse(block)):
             if isinstance(node, ast.ImportFrom) and str(node.module).startswith("ebmkit"):
@@ -22,7 +22,7 @@ def imports(page):
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if any(imports(p))], ids=lambda p: p.stem)
-def test_what_an_example_imports_is_there(page):
+def test_imports_of_examples_exist(page):
     for module, name in imports(page):
         found = importlib.import_module(module)
         assert name is None or hasattr(found, name), f"from {module} import {name}"

@@ -1,4 +1,4 @@
-"""What `EnergyModel` derives from energies, and how it refuses what makes no sense."""
+"""Quantities that `EnergyModel` derives from energies, and refused arguments."""
 
 import math
 
@@ -28,7 +28,7 @@ def mixture():
     return GaussianMixture(means, torch.tensor([0.02, 0.03, 0.05]), labels=[0, 1, 1])
 
 
-def test_energies_by_hand():
+def test_energies_match_hand_computed_values():
     energies = Energies(torch.tensor([[0.0, math.log(3)]]), torch.tensor([-2.0]))
     torch.testing.assert_close(
         energies.log_joint(), torch.tensor([[math.log(0.25) - 2, math.log(0.75) - 2]])
@@ -36,7 +36,7 @@ def test_energies_by_hand():
     torch.testing.assert_close(energies.at_label(torch.tensor([1])), torch.tensor([math.log(0.75)]))
 
 
-def test_one_forward_pass_gives_energies_and_every_score():
+def test_value_and_grads_gives_energies_and_all_scores():
     model, sigma = mixture(), 0.2
     y, c = torch.rand(5, 1, 1, 2, dtype=torch.float64), torch.tensor([0, 1, 1, 0, 1])
     targets = LogDensity(), LogDensity(c), LabelLogProbability(c)
@@ -47,14 +47,14 @@ def test_one_forward_pass_gives_energies_and_every_score():
     assert torch.equal(scores[2], model.label_score(y, c, sigma))
 
 
-def test_the_label_minus_one_stands_for_none():
+def test_label_minus_one_means_no_label():
     model, y = mixture(), torch.rand(3, 1, 1, 2, dtype=torch.float64)
     scores = model._score(y, 0.2, torch.tensor([0, -1, 1]))
     assert torch.equal(scores[1], model.score(y, 0.2)[1])
     torch.testing.assert_close(scores[::2], model.score(y[::2], 0.2, torch.tensor([0, 1])))
 
 
-def test_labels_in_the_place_of_sigma_are_refused():
+def test_labels_passed_as_sigma_are_refused():
     with pytest.raises(UserError, match="pass labels as c="):
         mixture().score(torch.rand(2, 1, 1, 2, dtype=torch.float64), torch.tensor([0, 1]))
 
@@ -64,7 +64,7 @@ def test_adversarial_gradient_is_the_difference_of_the_denoisers():
     y, c = torch.rand(2, 1, 1, 2, dtype=torch.float64), torch.tensor([0, 1])
     difference = model.denoise(y, sigma, c) - model.denoise(y, sigma)
     expected = difference / sigma[:, None, None, None] ** 2
-    # the difference of two denoised images loses their common digits: 1e-16 / sigma^2
+    # cancellation in the difference of two denoised images: 1e-16 / sigma^2
     torch.testing.assert_close(model.label_score(y, c, sigma), expected, rtol=1e-10, atol=1e-12)
 
 
@@ -73,8 +73,8 @@ def test_energy_is_minus_the_log_density():
     assert torch.equal(model.energy(y, 0.1), -model.log_density(y, 0.1))
 
 
-def test_the_noise_level_is_read_off_a_blind_score():
-    """Noise under the Gaussian of its own level: ||score|| = sqrt(d) / sigma up to sampling."""
+def test_blind_model_estimates_sigma_from_its_score():
+    """Gaussian noise under a Gaussian of the same sigma: ||score|| = sqrt(d) / sigma on average."""
     model, dim = Blind(0.3), 3 * 32 * 32
     y = 0.3 * torch.randn(8, 3, 32, 32, dtype=torch.float64)
     # ||eps|| / sqrt(d) deviates from 1 by 1 / sqrt(2 d) = 1.3 %; 4 of these
@@ -93,28 +93,28 @@ def test_blind_denoising_uses_the_estimated_level():
     torch.testing.assert_close(model.denoise(y), model.denoise(y, level))
     torch.testing.assert_close(model.denoise(y, c=c), model.denoise(y, level, c))
     estimated = model.denoise(y)
-    # the step has the length of noise of that level: ||D(y) - y|| = sigma sqrt(d)
+    # the step is as long as noise of this level: ||D(y) - y|| = sigma sqrt(d)
     torch.testing.assert_close((estimated - y).flatten(1).norm(dim=1), level * 4)
 
 
-def test_blind_denoising_leaves_an_image_of_zero_score_as_it_is():
-    """A bias-free network has a score of 0 at a black image; infinity times 0 would be NaN."""
+def test_blind_denoising_keeps_an_image_with_zero_score():
+    """A bias-free network has score 0 at a black image: sigma is infinite, and inf * 0 is NaN."""
     black = torch.zeros(2, 1, 4, 4, dtype=torch.float64)
     assert torch.equal(Blind(0.3).denoise(black), black)
 
 
-def test_scores_need_no_grad_mode_and_leave_none_behind():
+def test_score_is_available_and_detached_under_no_grad():
     model, y = mixture(), torch.rand(2, 1, 1, 2, dtype=torch.float64)
     expected = model.score(y, sigma=0.1)
     with torch.no_grad():
-        silent = model.score(y, sigma=0.1)
-    assert torch.equal(silent, expected)
-    assert not silent.requires_grad
+        detached = model.score(y, sigma=0.1)
+    assert torch.equal(detached, expected)
+    assert not detached.requires_grad
     with torch.inference_mode():
         assert torch.equal(model.score(y, sigma=0.1), expected)
 
 
-def test_a_score_trains_the_parameters():
+def test_score_is_differentiable_with_respect_to_parameters():
     model, y = Blind(0.5), torch.rand(2, 1, 2, 2, dtype=torch.float64)
     (gradient,) = torch.autograd.grad(model.score(y).sum(), model.scale)
     torch.testing.assert_close(gradient, 2 * y.sum() / 0.5**3)  # score = -y / scale^2
@@ -130,14 +130,14 @@ def test_energy_models_are_denoisers():
 @pytest.mark.parametrize(
     "label", [1, torch.tensor(1), torch.tensor([1, 1]), torch.tensor([1, 1]).int()]
 )
-def test_labels_come_as_number_or_tensor(label):
+def test_labels_may_be_numbers_or_tensors(label):
     model, y = mixture(), torch.rand(2, 1, 1, 2, dtype=torch.float64)
     expected = model.score(y, 0.1, torch.tensor([1, 1]))
     assert torch.equal(model.score(y, 0.1, label), expected)
 
 
 @pytest.mark.parametrize(
-    ("label", "words"),
+    ("label", "message"),
     [
         (2, "label 2 is out of range: this model knows 0 to 1"),
         (-1, "label -1 is out of range"),
@@ -151,13 +151,13 @@ def test_labels_come_as_number_or_tensor(label):
     ],
 )
 @pytest.mark.parametrize("method", ["score", "label_score", "denoise"])
-def test_illegal_labels_are_refused(method, label, words):
+def test_invalid_labels_are_refused(method, label, message):
     model, y = mixture(), torch.rand(2, 1, 1, 2, dtype=torch.float64)
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=message):
         getattr(model, method)(y, c=label, sigma=0.1)
 
 
 @pytest.mark.parametrize("method", ["score", "label_score", "denoise"])
-def test_a_model_without_labels_refuses_one(method):
+def test_model_without_labels_refuses_a_label(method):
     with pytest.raises(UserError, match="trained without labels: leave the label out"):
         getattr(Blind(0.3), method)(torch.zeros(1, 1, 2, 2, dtype=torch.float64), c=0)

@@ -1,4 +1,4 @@
-"""A user's mistake is answered by one sentence with the nearest legal name."""
+"""Errors for users: one sentence, with the nearest valid name."""
 
 from typing import Annotated
 
@@ -27,24 +27,24 @@ class Outer(BaseModel):
     steps: Annotated[int, Field(ge=0)] = 0
 
 
-def test_an_unknown_name_suggests_the_nearest():
+def test_unknown_name_error_suggests_the_nearest_name():
     error = unknown_name("dataset", "Cifar-10", ["digits", "cifar10", "cifar100"])
     assert str(error) == (
         "unknown dataset 'Cifar-10': did you mean 'cifar10'? Known: cifar10, cifar100, digits"
     )
 
 
-def test_a_name_like_none_lists_the_known():
+def test_unknown_name_error_lists_names_if_none_is_near():
     assert str(unknown_name("head", "zzz", ["b", "a"])) == "unknown head 'zzz': known: a, b"
 
 
-def test_find_returns_the_entry_or_refuses():
+def test_find_returns_the_entry_or_raises():
     assert find("head", {"a": 1}, "a") == 1
     with pytest.raises(UserError, match="unknown head 'b'"):
         find("head", {"a": 1}, "b")
 
 
-def test_legal_values_build_the_model():
+def test_valid_values_build_the_model():
     assert validated(Outer, {"inner": {"width": 8}, "steps": 3}, "config").inner.width == 8
 
 
@@ -76,7 +76,7 @@ def test_legal_values_build_the_model():
         ),
     ],
 )
-def test_an_illegal_value_is_one_sentence(values, sentence):
+def test_invalid_value_error_is_one_sentence(values, sentence):
     with pytest.raises(UserError) as caught:
         validated(Outer, values, "config")
     assert str(caught.value) == sentence

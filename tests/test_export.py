@@ -1,4 +1,4 @@
-"""Exported files: run by PyTorch and by ONNX Runtime alone, they give the model's values."""
+"""Exported files, run by PyTorch or ONNX Runtime alone, give the model's values."""
 
 import importlib.util
 import itertools
@@ -20,7 +20,7 @@ needs_onnx = pytest.mark.skipif(not ONNX, reason="needs the extra onnx")
 
 
 class Small(nn.Module):
-    """A backbone with what exporters stumble over: stride 2 on odd sizes, a group norm, GELU."""
+    """A backbone that is hard to export: stride 2 on odd sizes, a group norm, GELU."""
 
     num_features = 8
 
@@ -34,7 +34,7 @@ class Small(nn.Module):
 
 
 class Counting(Small):
-    """The same, with a Python number of images in it."""
+    """`Small`, with the number of images as a Python integer in its code."""
 
     def forward(self, y):
         return Features(super().forward(y).pooled.reshape(len(y), self.num_features))
@@ -47,7 +47,7 @@ def small(channels=1, backbone=Small, reference_size=(9, 6), num_classes=3):
 
 
 def run_alone(path, *inputs):
-    """The outputs of a file, by what anyone would load it with."""
+    """Outputs of an exported file, computed without ebmkit."""
     if path.suffix == ".pt2":
         return torch.export.load(path).module()(*inputs)
     import onnxruntime
@@ -109,7 +109,7 @@ def test_blind_denoisers_give_the_models_values(tmp_path, suffix, channels):
         pytest.param(3, "denoiser.onnx", marks=[needs_onnx, pytest.mark.slow]),
     ],
 )
-def test_gradresnet(tmp_path, channels, name):
+def test_exported_gradresnet_gives_the_models_values(tmp_path, channels, name):
     model = create_model(num_classes=3, in_channels=channels, width=8, image_size=8)
     what = name.split(".")[0]
     made = export(model, tmp_path / name, what)
@@ -122,7 +122,7 @@ def test_gradresnet(tmp_path, channels, name):
 
 
 @pytest.mark.slow
-def test_a_closed_form_denoiser_gives_the_posterior_mean(tmp_path):
+def test_exported_mixture_gives_the_posterior_mean(tmp_path):
     mixture = GaussianMixture(torch.rand(3, 1, 2, 3), 0.1)
     path = export(mixture, tmp_path / "mixture.pt2", image_size=(2, 3), channels=1).path
     y, sigma = torch.rand(4, 1, 2, 3), torch.tensor([0.1, 0.2, 0.3, 0.4])
@@ -130,7 +130,7 @@ def test_a_closed_form_denoiser_gives_the_posterior_mean(tmp_path):
 
 
 @pytest.mark.slow
-def test_images_larger_than_the_trained_ones(tmp_path):
+def test_export_for_images_larger_than_the_trained_ones(tmp_path):
     model = small(reference_size=(4, 4))  # log-densities are sums over tiles
     path = export(model, tmp_path / "denoiser.pt2", image_size=(12, 8)).path
     y, sigma = torch.rand(2, 1, 12, 8), torch.rand(2)
@@ -139,7 +139,7 @@ def test_images_larger_than_the_trained_ones(tmp_path):
 
 @pytest.mark.parametrize("kernel", [1, 3, 7])
 @pytest.mark.parametrize("stride", [1, 2, 3, 4])
-def test_the_gradient_of_a_convolution_is_a_transposed_one(kernel, stride):
+def test_convolution_backward_equals_autograd(kernel, stride):
     for (height, width), groups in itertools.product([(7, 8), (9, 10)], [1, 2]):
         x = torch.rand(2, 4, height, width, dtype=torch.float64, requires_grad=True)
         weight = torch.rand(6, 4 // groups, kernel, kernel, dtype=torch.float64)
@@ -154,7 +154,7 @@ def test_the_gradient_of_a_convolution_is_a_transposed_one(kernel, stride):
         torch.testing.assert_close(found, expected)
 
 
-def test_a_fixed_batch_and_code_that_needs_one(tmp_path):
+def test_model_that_depends_on_the_batch_size_needs_a_fixed_batch(tmp_path):
     model = small(backbone=Counting)
     with pytest.raises(UserError, match=r"number of images became a constant.*fixed batch"):
         export(model, tmp_path / "free.pt2")
@@ -165,7 +165,7 @@ def test_a_fixed_batch_and_code_that_needs_one(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_file_says_what_it_is_and_the_model_stays_as_it_was(tmp_path):
+def test_file_contains_the_card_and_the_model_stays_unchanged(tmp_path):
     model = small().double().train()
     model.card = ModelCard(dataset="digits", image_size=(5, 7), channels=1, sigma_range=(0.1, 0.2))
     path = export(model, tmp_path / "denoiser.pt2").path
@@ -178,7 +178,7 @@ def test_the_file_says_what_it_is_and_the_model_stays_as_it_was(tmp_path):
     assert model.head.density.weight.dtype == torch.float64
 
 
-# --- wrong files ---------------------------------------------------------------------------------
+# --- wrong outputs -------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -196,7 +196,7 @@ def test_a_wrong_operation_leaves_no_file(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_model_without_numbers_leaves_no_file(tmp_path):
+def test_model_with_nan_outputs_leaves_no_file(tmp_path):
     model = small()
     model.head.density.weight.fill_(float("nan"))
     with pytest.raises(UserError, match=r"by nan of an image's largest value"):
@@ -204,7 +204,7 @@ def test_a_model_without_numbers_leaves_no_file(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-# --- mistakes ------------------------------------------------------------------------------------
+# --- invalid arguments ---------------------------------------------------------------------------
 
 
 def refusal(*arguments, **options):
@@ -214,7 +214,7 @@ def refusal(*arguments, **options):
     return str(caught.value)
 
 
-def test_existing_files_and_missing_folders(tmp_path):
+def test_existing_files_and_missing_folders_are_refused(tmp_path):
     path = tmp_path / "denoiser.pt2"
     path.write_bytes(b"mine")
     assert "exists: choose another name" in refusal(small(), path)
@@ -223,28 +223,28 @@ def test_existing_files_and_missing_folders(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["denoiser", "denoiser.pt", "denoiser.ONNX.gz"])
-def test_unknown_suffixes(tmp_path, name):
-    told = refusal(small(), tmp_path / name)
-    assert ".pt2 for PyTorch" in told
-    assert ".onnx for ONNX" in told
+def test_unknown_suffixes_are_refused(tmp_path, name):
+    message = refusal(small(), tmp_path / name)
+    assert ".pt2 for PyTorch" in message
+    assert ".onnx for ONNX" in message
 
 
-def test_a_missing_extra(tmp_path, monkeypatch):
+def test_missing_extra_error_names_the_package(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    told = refusal(small(), tmp_path / "denoiser.onnx")
-    assert told.endswith("pip install 'ebmkit-vision[onnx]'")
+    message = refusal(small(), tmp_path / "denoiser.onnx")
+    assert message.endswith("pip install 'ebmkit-vision[onnx]'")
 
 
-def test_what_a_model_cannot_do(tmp_path):
+def test_unsupported_functions_of_a_model_are_refused(tmp_path):
     path = tmp_path / "model.pt2"
     assert "did you mean 'denoiser'?" in refusal(small(), path, "denoise")
     assert "cannot classify" in refusal(small(num_classes=0), path, "classifier")
     mixture = GaussianMixture(torch.rand(2, 1, 2, 2))
-    told = refusal(mixture, path, "blind-denoiser", image_size=2, channels=1)
-    assert "takes the noise level as an input" in told
+    message = refusal(mixture, path, "blind-denoiser", image_size=2, channels=1)
+    assert "takes the noise level as an input" in message
 
 
-def test_sizes_and_batches(tmp_path):
+def test_invalid_sizes_and_batches_are_refused(tmp_path):
     path = tmp_path / "model.pt2"
     unsized = small(reference_size=None)
     assert "give image_size" in refusal(unsized, path)
@@ -257,8 +257,8 @@ def test_sizes_and_batches(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_command(tmp_path, monkeypatch, capsys):
-    """A network of the library, exported as users do, gives the denoised images of its model."""
+def test_export_command(tmp_path, monkeypatch, capsys):
+    """A network exported by `ebmkit export` gives the denoised images of its model."""
     backbone = GradResNetConfig(depth=10, width=8)
     shape = ModelConfig(backbone=backbone, in_channels=3, num_classes=3)
     card = ModelCard(image_size=(8, 8), channels=3, classifies=True)

@@ -1,4 +1,4 @@
-"""Pictures of any size: assembled from crops, exact where the model is a sum over pixels."""
+"""Images of any size, assembled from crops; exact for a log-density that is a sum of pixels."""
 
 import math
 
@@ -28,13 +28,13 @@ def test_blended_crops_give_the_exact_score_of_independent_pixels(shape, tile, o
     torch.testing.assert_close(score, -4 * (y - 0.5))
 
 
-def test_the_noise_level_is_that_of_the_whole_picture():
+def test_sigma_is_estimated_from_the_full_image():
     y = torch.rand(3, 50, 70, dtype=torch.float64)
     blind = denoise_image(Pixels(), y, tile=16)
     sigma = math.sqrt(y.numel()) / float((4 * (y - 0.5)).norm())
     assert blind.sigma == pytest.approx(sigma)
     torch.testing.assert_close(blind.image, y - sigma**2 * 4 * (y - 0.5))
-    labelled = denoise_image(Pixels(), y, c=1, tile=16)  # the level of the unconditional score
+    labelled = denoise_image(Pixels(), y, c=1, tile=16)  # from the unconditional score
     assert labelled.sigma == pytest.approx(sigma)
 
 
@@ -47,26 +47,26 @@ def test_progress_counts_all_crops():
     assert list(done) == sorted(set(done))
 
 
-def test_a_black_picture_stays_black():
+def test_black_image_stays_black():
     model = ebmkit.create_model("gradresnet18", 3, in_channels=1, width=8)
     result = denoise_image(model, torch.zeros(1, 40, 40), tile=16)
     assert torch.equal(result.image, torch.zeros(1, 40, 40))
 
 
-def test_a_picture_of_one_crop_is_the_model_itself():
+def test_score_of_an_image_of_one_crop_equals_the_models():
     model = ebmkit.create_model("gradresnet18", 3, in_channels=1, width=8, image_size=16).double()
     y = torch.rand(1, 32, 30).double()
     torch.testing.assert_close(image_score(model, y, c=2, tile=32), model.score(y[None], c=2)[0])
 
 
 @pytest.mark.parametrize("sigma", [0.0, -0.1, float("inf"), float("nan")])
-def test_noise_levels_are_checked(sigma):
+def test_invalid_noise_levels_are_refused(sigma):
     with pytest.raises(UserError, match="finite number above 0"):
         denoise_image(Pixels(), torch.rand(1, 8, 8), sigma)
     with pytest.raises(UserError, match="finite number above 0"):
         Pixels().denoise(torch.rand(1, 1, 8, 8), sigma)
 
 
-def test_overlaps_are_checked():
+def test_invalid_overlap_is_refused():
     with pytest.raises(UserError, match="overlap 16"):
         image_score(Pixels(), torch.rand(1, 8, 8), tile=16, overlap=16)

@@ -1,4 +1,4 @@
-"""Importing the library is light, and its docstring examples are true."""
+"""Imports of the package, its public names and its docstring examples."""
 
 import doctest
 import importlib
@@ -19,7 +19,7 @@ MODULES = ["ebmkit", "ebmkit.models"] + [
 ]
 
 
-def test_import_is_light():
+def test_import_loads_no_heavy_module():
     code = f"""
 import sys, ebmkit
 print([m for m in {HEAVY} if m in sys.modules])
@@ -31,7 +31,7 @@ print("matplotlib" in sys.modules)
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_docstring_examples(name):
+def test_docstring_examples_are_correct(name):
     failures, _ = doctest.testmod(importlib.import_module(name))
     assert failures == 0
 

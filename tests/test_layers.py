@@ -1,4 +1,4 @@
-"""The package is in layers: a module imports its own layer and those below, and no cycle exists."""
+"""The package has layers: modules import only their own layer and those below, without cycles."""
 
 import ast
 import functools
@@ -22,15 +22,15 @@ LAYERS = [
     ("experiments",),
     ("cli", "__main__"),
 ]
-"""From the bottom. Objectives stand above samplers, since maximum likelihood draws from the model;
-sampling jobs, which know of runs, guides and metrics, stand above all that they use."""
+"""From the lowest. Objectives are above samplers, because maximum likelihood samples the model;
+sampling jobs are above the runs, guides and metrics that they use."""
 
 
 @functools.cache
 def imports():
-    """Module -> the modules of the package that it imports, for type checkers or at a call too.
+    """Module -> the modules of the package that it imports, also for type checkers or in functions.
 
-    Not of the package itself, which imports a public name when it is asked for.
+    `ebmkit/__init__.py` is not read, because it imports public names lazily.
     """
     paths = {_name(path): path for path in (ROOT / "ebmkit").rglob("*.py")}
     found = {"__init__": set()}
@@ -75,10 +75,10 @@ def test_a_module_imports_its_own_layer_and_those_below():
     assert not upward, "\n".join(upward)
 
 
-def test_no_module_imports_itself_in_a_circle():
+def test_there_are_no_import_cycles():
     graph = imports()
-    circles = [sorted(c) for c in _components(graph) if len(c) > 1]
-    assert not circles, "\n".join(map(" <-> ".join, circles))
+    cycles = [sorted(c) for c in _components(graph) if len(c) > 1]
+    assert not cycles, "\n".join(map(" <-> ".join, cycles))
 
 
 def _components(graph):

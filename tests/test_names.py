@@ -1,4 +1,4 @@
-"""Nothing here depends on a top-level package called `tests`, which other distributions install."""
+"""No code depends on a top-level package `tests`, because other distributions install one."""
 
 import importlib
 import re
@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("tests", "ebmkit", "benchmarks", "examples", "docs", ".ci")
 IMPORTS_TESTS = re.compile(r"^\s*(?:from|import) tests\b|-m\W+tests\.|\"tests\.\w", re.MULTILINE)
-"""An import, a module to run, and a module's name in a string."""
+"""Matches imports, ``-m tests.MODULE`` and module names in strings."""
 
 
 def test_nothing_imports_a_package_called_tests():

@@ -1,4 +1,4 @@
-"""Noise levels as people write them, and laws that draw what they say."""
+"""Accepted forms of noise levels, and distributions of noise laws."""
 
 import math
 
@@ -34,7 +34,7 @@ LAWS = {
         ("50/1", 50.0),
     ],
 )
-def test_forms(value, sigma):
+def test_accepted_forms_of_sigma(value, sigma):
     assert parse_sigma(value) == pytest.approx(sigma, rel=1e-15)
 
 
@@ -42,7 +42,7 @@ def test_forms(value, sigma):
     "value",
     ["abc", "", "/", "25/", "/255", "1/0", "1/2/3", "25,5", "0x10", "25/255/1", None, True, [0.1]],
 )
-def test_what_is_no_number_is_refused(value):
+def test_sigma_that_is_not_a_number_is_refused(value):
     with pytest.raises(
         UserError, match="is not a noise level: write a number or a fraction, as in"
     ):
@@ -50,12 +50,12 @@ def test_what_is_no_number_is_refused(value):
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "-25/255", "0/255", "nan", "inf", "1e999", 0, -0.1])
-def test_only_finite_numbers_above_zero_are_levels(value):
+def test_sigma_must_be_finite_and_positive(value):
     with pytest.raises(UserError, match="must be a finite number above 0"):
         parse_sigma(value)
 
 
-def test_no_noise_is_a_level_only_where_allowed():
+def test_sigma_zero_is_accepted_only_if_allowed():
     class Config(BaseModel):
         sigma: SigmaOrZero
 
@@ -100,14 +100,14 @@ def test_the_law_has_its_distribution_function(kind):
     assert law.range == (LOW, HIGH)
 
 
-def test_the_papers_law_from_zero_has_mean_a_third_of_max():
+def test_squared_uniform_law_from_zero_has_mean_max_over_three():
     law = NoiseLaw(kind="squared-uniform", max="20/255")  # E[u^2] = 1/3
     sigma = law.sample(COUNT, torch.Generator().manual_seed(0), "cpu")
     error = (1 / 5 - 1 / 9) ** 0.5 * (20 / 255) / COUNT**0.5
     assert abs(sigma.mean().item() - 20 / 255 / 3) < 4 * error
 
 
-def test_fixed_and_none():
+def test_fixed_law_and_no_noise():
     generator = torch.Generator()
     assert NoiseLaw(kind="fixed", max="25/255").sample(3, generator, "cpu").tolist() == (
         pytest.approx([25 / 255] * 3)
@@ -118,7 +118,7 @@ def test_fixed_and_none():
 
 
 @pytest.mark.parametrize(
-    ("values", "told"),
+    ("values", "message"),
     [
         ({"kind": "uniform"}, "max above 0"),
         ({"kind": "uniform", "min": "50/255", "max": "25/255"}, "swap"),
@@ -129,11 +129,11 @@ def test_fixed_and_none():
         ({"kind": "gaussian"}, "squared-uniform"),
     ],
 )
-def test_an_illegal_law_is_told(values, told):
-    with pytest.raises(UserError, match=told):
+def test_invalid_law_is_refused(values, message):
+    with pytest.raises(UserError, match=message):
         validated(NoiseLaw, values, "noise")
 
 
-def test_a_law_does_not_change():
+def test_noise_law_is_immutable():
     with pytest.raises(ValidationError):
         NoiseLaw().max = 1.0

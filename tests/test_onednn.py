@@ -1,4 +1,4 @@
-"""Strided 1x1 convolutions of few channels: the same values and gradients, and sound memory."""
+"""Strided 1x1 convolutions of few channels: same values and gradients, no memory corruption."""
 
 import copy
 import ctypes
@@ -24,16 +24,16 @@ from ebmkit.training.step import TrainingStep
 SCAN = Path(__file__).resolve().parent / "strided_1x1.py"
 OWN = ["own backbone", "own denoiser", "own model"]
 QUICK = ["gradresnet18", *OWN]
-"""The paper's network and a user's."""
+"""The network of the paper and user models."""
 
 MALLOC_DEBUG = "libc_malloc_debug.so.0"
 AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
 
 
 def scan(*arguments, threads=1):
-    """How each network's process ended, under malloc's checks, with the kernels for AVX2.
+    """Exit code of each network's process, under malloc's checks, with the kernels for AVX2.
 
-    Without the C library's checks, what is freed is overwritten, and a crash has to show it.
+    Without the debug library freed memory is overwritten, and only a crash shows corruption.
     """
     environment = os.environ | AVX2 | {"OMP_NUM_THREADS": str(threads), "MALLOC_PERTURB_": "85"}
     try:
@@ -57,15 +57,15 @@ def scan(*arguments, threads=1):
 )
 def test_every_preset_trains_without_memory_corruption(threads, layout):
     pytest.importorskip("diffusers")
-    found, said = scan(*layout, threads=threads)
+    found, stderr = scan(*layout, threads=threads)
     assert len(found) > len(QUICK)
-    assert set(found.values()) == {0}, (found, said)
+    assert set(found.values()) == {0}, (found, stderr)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="as measured on Linux")
 def test_scan_detects_the_corruption_without_the_change():
-    """The control. Where it finds none, this PyTorch or processor does not have the defect."""
+    """The control; without corruption this PyTorch or processor does not have the defect."""
     found, _ = scan("--unguarded", *QUICK)
     if not any(found.values()):
         pytest.skip("no corruption without the change: is it still needed?")
@@ -79,7 +79,7 @@ def strided(channels=4, stride=2, **options):
 @pytest.mark.parametrize("stride", [2, 3, (2, 1), (1, 2)], ids=str)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_values_and_gradients_are_those_of_the_strided_convolution(stride, layout):
-    """In float64, whose kernels are other ones: forward, gradients, gradients of the gradient."""
+    """In float64, which uses other kernels: outputs, gradients and second derivatives."""
     for bias, size in itertools.product((False, True), ((8, 8), (7, 5), (1, 1))):
         plain = strided(stride=stride, bias=bias)
         changed = copy.deepcopy(plain)
@@ -97,7 +97,7 @@ def test_values_and_gradients_are_those_of_the_strided_convolution(stride, layou
 
 
 def test_only_affected_convolutions_change():
-    kept = nn.ModuleList(
+    unaffected = nn.ModuleList(
         [
             strided(channels=8),
             strided(stride=1),
@@ -107,10 +107,10 @@ def test_only_affected_convolutions_change():
             nn.Conv2d(4, 4, (1, 3), stride=2),
         ]
     )
-    before = [(conv.stride, conv.padding) for conv in kept]
-    subsample_before_1x1(kept)
-    assert [(conv.stride, conv.padding) for conv in kept] == before
-    assert not any(conv._forward_pre_hooks for conv in kept)
+    before = [(conv.stride, conv.padding) for conv in unaffected]
+    subsample_before_1x1(unaffected)
+    assert [(conv.stride, conv.padding) for conv in unaffected] == before
+    assert not any(conv._forward_pre_hooks for conv in unaffected)
 
 
 def test_second_call_changes_nothing():
@@ -131,12 +131,12 @@ def test_without_onednn_nothing_changes(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:a score is differentiated through")
 @pytest.mark.parametrize("name", ["gradresnet18", "resnet18", "resnet50", "wideresnet10-jem"])
-def test_narrow_presets_compute_what_they_computed(name, monkeypatch):
-    """Energies and scores in float64, with the change and without; state dicts fit both ways."""
+def test_narrow_presets_give_the_same_values_with_the_change(name, monkeypatch):
+    """Energies and scores in float64; state dicts are compatible."""
     options = {"channels_per_group": 1} if name == "gradresnet18" else {}
 
     def make():
-        width = 1 if name == "resnet50" else 2  # its blocks widen four times
+        width = 1 if name == "resnet50" else 2  # its blocks multiply the width by four
         model = create_model(name, 3, in_channels=1, width=width, **options)
         return model.double().eval()
 
@@ -185,7 +185,7 @@ def test_plain_denoisers_are_changed_too():
 
 
 class Own(EnergyModel):
-    """A whole model of a user, which no constructor here sees."""
+    """A user's complete model, which is not built by the package."""
 
     num_classes = 5
 

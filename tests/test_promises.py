@@ -1,4 +1,4 @@
-"""The page on reliability and security names tests that exist, and figures no host."""
+"""Consistency of docs/reliability.md, the constraints and the stored results."""
 
 import re
 from pathlib import Path
@@ -7,14 +7,14 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "reliability.md"
 
 
-def test_every_test_that_is_named_exists():
+def test_tests_named_in_the_documentation_exist():
     named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", PAGE.read_text())
     assert len(named) > 25
     for file, name in named:
         assert f"def {name}(" in (ROOT / file).read_text(), f"{file}::{name}"
 
 
-def test_the_constraints_pin_what_the_golden_runs_were_made_on():
+def test_constraints_pin_the_pytorch_version_of_the_golden_runs():
     pinned = re.search(r"^torch==([\d.]+)", (ROOT / "constraints.txt").read_text(), re.M)[1]
     assert f'"made_on": "torch {pinned},' in (ROOT / "tests/golden/golden.json").read_text()
 

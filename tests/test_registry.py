@@ -1,4 +1,4 @@
-"""Plugins: the examples of CONTRIBUTING, as a user's file, through every command."""
+"""Plugins: the examples of CONTRIBUTING.md as plugin files, used with every command."""
 
 import json
 import re
@@ -54,14 +54,14 @@ command("train", "--resume=run", "--no-evaluate")
 command("evaluate", "run", "--suite=score-norm", "--limit=20")
 command("sample", "run", *{sample}, "--out=guided")
 """
-"""In one process, for importing PyTorch takes longer than all of this."""
+"""In one process, because importing PyTorch takes longer than these commands."""
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """The folder of a run that was trained, loaded, resumed, evaluated and sampled from.
 
-    Each example is a plugin of its own, so each stands alone.
+    Each example is a separate plugin, so each must be complete.
     """
     folder = tmp_path_factory.mktemp("plugins")
     for name, text in zip(PLUGINS, EXAMPLES, strict=True):
@@ -85,13 +85,13 @@ def test_a_run_records_its_plugins(trained):
 
 
 @pytest.mark.slow
-def test_with_them_a_run_is_evaluated_and_sampled_from(trained):
+def test_run_with_plugins_can_be_evaluated_and_sampled_from(trained):
     assert (trained / "run" / "evaluation" / "score-norm.png").is_file()
     assert (trained / "guided" / "sampling.json").is_file()
 
 
 @pytest.mark.slow
-def test_without_its_plugins_a_run_is_refused_in_one_sentence(trained):
+def test_run_without_its_plugins_is_refused_in_one_sentence(trained):
     with pytest.raises(UserError, match=r"needs the plugins 'example_0' .*, which are not loaded"):
         ebmkit.load(trained / "run")
     ended = ebmkit_command("sample", "run", "--out=no", cwd=trained)
@@ -102,7 +102,7 @@ def test_without_its_plugins_a_run_is_refused_in_one_sentence(trained):
         resolve(RunFolder.open(trained / "run").config())
 
 
-def test_a_changed_plugin_is_warned_of(tmp_path):
+def test_changed_plugin_raises_a_warning(tmp_path):
     path = tmp_path / "harmless_parts.py"
     path.write_text("")
     plugin = load_plugin(path)
@@ -112,21 +112,21 @@ def test_a_changed_plugin_is_warned_of(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "message"),
     [
         ("1 / 0", "cannot be imported: ZeroDivisionError"),
         ("def", "cannot be imported: SyntaxError"),
         ("from ebmkit.models import HEADS; HEADS['logit'] = None", "a head 'logit' already"),
     ],
 )
-def test_a_plugin_that_fails_is_told_in_one_sentence(tmp_path, text, words):
+def test_error_of_a_failing_plugin_is_one_sentence(tmp_path, text, message):
     path = tmp_path / f"failing_{abs(hash(text))}.py"
     path.write_text(text)
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=message):
         load_plugin(path)
 
 
-def test_a_plugin_that_is_not_there_is_told_what_could_be_named():
+def test_missing_plugin_error_lists_the_accepted_forms():
     with pytest.raises(UserError, match="there is no plugin file"):
         load_plugin("nothing.py")
     with pytest.raises(UserError, match=r"entry point of the group ebmkit\.plugins"):

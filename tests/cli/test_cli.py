@@ -1,4 +1,4 @@
-"""The command line, as a user meets it: what it prints, leaves behind, refuses, and exits with."""
+"""The command line: output, files, errors and exit codes."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from PIL import Image
 import ebmkit
 from ebmkit.cli.tools import tables
 
-pytestmark = pytest.mark.usefixtures("counted_once", "few_resamples")
+pytestmark = pytest.mark.usefixtures("count_memory_once", "few_resamples")
 
 SMALL = [
     "--backbone", "gradresnet10", "--width", "8", "--set", "log_every=1",
@@ -23,18 +23,18 @@ SMALL = [
 ]  # fmt: skip
 
 
-def refused(result, *told):
-    """One sentence on stderr, exit code 2, no traceback."""
+def assert_refused(result, *messages):
+    """Check for one sentence on stderr, exit code 2 and no traceback."""
     assert result.returncode == 2, result.stderr
     assert "Traceback" not in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1, result.stderr
-    for text in told:
+    for text in messages:
         assert text in result.stderr
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A folder with one small trained run on digits, made through the command line."""
+def home(tmp_path_factory):
+    """A folder with images and a small run on digits, trained by the command line."""
     folder = tmp_path_factory.mktemp("place")
     result = ebmkit_command(
         "train", "--objective", "ce+dsm", "--steps", 4, "--out", "run", *SMALL, cwd=folder,
@@ -47,11 +47,11 @@ def place(tmp_path_factory):
     return folder
 
 
-def test_training_ends_with_a_table_and_pictures(place):
-    printed = (place / "train.txt").read_text()
+def test_training_ends_with_a_table_and_plots(home):
+    printed = (home / "train.txt").read_text()
     for word in ("accuracy", "PSNR", "15", "25", "50", "run folder: run"):
         assert word in printed
-    run = place / "run"
+    run = home / "run"
     for name in (
         "config.yaml",
         "environment.json",
@@ -71,51 +71,51 @@ def test_training_ends_with_a_table_and_pictures(place):
 
 
 @pytest.mark.slow
-def test_evaluate_repeats_what_training_measured(place):
-    path = place / "run" / "evaluation" / "denoise.json"
+def test_evaluate_reproduces_the_metrics_of_training(home):
+    path = home / "run" / "evaluation" / "denoise.json"
     before = json.loads(path.read_text())
-    result = ebmkit_command("evaluate", "run", "--suite", "classify,denoise", cwd=place)
+    result = ebmkit_command("evaluate", "run", "--suite", "classify,denoise", cwd=home)
     assert result.returncode == 0, result.stderr
     after = json.loads(path.read_text())
     assert after["psnr"] == pytest.approx(before["psnr"], abs=1e-4)
-    limited = ebmkit_command("evaluate", "run", "--suite", "classify", "--limit", 20, cwd=place)
+    limited = ebmkit_command("evaluate", "run", "--suite", "classify", "--limit", 20, cwd=home)
     assert limited.returncode == 0, limited.stderr
-    assert json.loads(path.read_text()) == after  # a limited evaluation goes elsewhere
+    assert json.loads(path.read_text()) == after  # a limited evaluation writes to another folder
 
 
-def test_classify_prints_classes_probabilities_and_density(place):
-    result = ebmkit_command("classify", "run", "gray.png", cwd=place)
+def test_classify_prints_classes_probabilities_and_density(home):
+    result = ebmkit_command("classify", "run", "gray.png", cwd=home)
     assert result.returncode == 0, result.stderr
     assert "%" in result.stdout
     assert "nats" in result.stdout
     assert "resized to 8x8" in result.stderr
 
 
-def test_denoise_from_the_command_line_is_denoise_from_python(place):
+def test_denoise_command_equals_the_python_call(home):
     result = ebmkit_command(
-        "denoise", "run", "gray.png", "--sigma", "25/255", "--label", "3", "--out", "out", cwd=place
+        "denoise", "run", "gray.png", "--sigma", "25/255", "--label", "3", "--out", "out", cwd=home
     )
     assert result.returncode == 0, result.stderr
-    written = np.asarray(Image.open(place / "out" / "gray.png"))
-    y = torch.from_numpy(np.asarray(Image.open(place / "gray.png")) / 255).float()[None, None]
-    expected = ebmkit.load(place / "run").denoise(y, 25 / 255, 3).clamp(0, 1)[0, 0]
+    written = np.asarray(Image.open(home / "out" / "gray.png"))
+    y = torch.from_numpy(np.asarray(Image.open(home / "gray.png")) / 255).float()[None, None]
+    expected = ebmkit.load(home / "run").denoise(y, 25 / 255, 3).clamp(0, 1)[0, 0]
     assert np.abs(written / 255 - expected.numpy()).max() <= 0.5 / 255 + 1e-5  # 8-bit rounding
-    again = ebmkit_command("denoise", "run", "gray.png", "--out", "out", cwd=place)
-    refused(again, "exists")
-    estimated = ebmkit_command("denoise", "run", "gray.png", "--out", "blind", cwd=place)
+    again = ebmkit_command("denoise", "run", "gray.png", "--out", "out", cwd=home)
+    assert_refused(again, "exists")
+    estimated = ebmkit_command("denoise", "run", "gray.png", "--out", "blind", cwd=home)
     assert "(estimated)" in estimated.stdout
 
 
 @pytest.mark.parametrize("kind", ["backbones", "heads", "objectives", "datasets", "recipes"])
-def test_list_shows_the_tables(place, kind):
-    result = ebmkit_command("list", kind, cwd=place)
+def test_list_shows_the_tables(home, kind):
+    result = ebmkit_command("list", kind, cwd=home)
     assert result.returncode == 0
     for name in tables()[kind]:
         assert name in result.stdout
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["--backbone", "gradresnet81"], "did you mean 'gradresnet18'"),
         (["--objective", "ce+dms"], "did you mean 'dsm'"),
@@ -136,14 +136,14 @@ def test_list_shows_the_tables(place, kind):
         (["--resume", "run", "--out", "other"], "leave out --out"),
     ],
 )
-def test_training_refuses_in_one_sentence(place, arguments, told):
-    before = sorted(place.rglob("*"))
-    refused(ebmkit_command("train", *arguments, cwd=place), told)
-    assert sorted(place.rglob("*")) == before  # nothing was left behind
+def test_train_refuses_invalid_options_in_one_sentence(home, arguments, message):
+    before = sorted(home.rglob("*"))
+    assert_refused(ebmkit_command("train", *arguments, cwd=home), message)
+    assert sorted(home.rglob("*")) == before  # no file was created
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["classify", "nowhere", "gray.png"], "no run folder"),
         (["classify", ".", "gray.png"], "holds no model.json"),
@@ -160,25 +160,25 @@ def test_training_refuses_in_one_sentence(place, arguments, told):
         (["data", "pack", "nowhere", "out.h5"], "nowhere"),
     ],
 )
-def test_other_commands_refuse_in_one_sentence(place, arguments, told):
-    before = sorted(place.rglob("*"))
-    refused(ebmkit_command(*arguments, cwd=place), told)
-    assert sorted(place.rglob("*")) == before
+def test_other_commands_refuse_invalid_arguments_in_one_sentence(home, arguments, message):
+    before = sorted(home.rglob("*"))
+    assert_refused(ebmkit_command(*arguments, cwd=home), message)
+    assert sorted(home.rglob("*")) == before
 
 
-def test_a_model_without_labels_denoises_and_says_that_it_cannot_classify(tmp_path):
+def test_model_without_labels_refuses_classify_and_labels(tmp_path):
     result = ebmkit_command(
         "train", "--dataset", "patches", "--steps", 3, "--out", "run", "--no-evaluate", *SMALL,
         cwd=tmp_path,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     Image.fromarray(np.zeros((9, 7, 3), np.uint8)).save(tmp_path / "black.png")
-    refused(ebmkit_command("classify", "run", "black.png", cwd=tmp_path), "without labels")
+    assert_refused(ebmkit_command("classify", "run", "black.png", cwd=tmp_path), "without labels")
     labelled = ["denoise", "run", "black.png", "--out", "x", "--label", "0"]
-    refused(ebmkit_command(*labelled, cwd=tmp_path), "without labels")
+    assert_refused(ebmkit_command(*labelled, cwd=tmp_path), "without labels")
 
 
-def test_ctrl_c_saves_says_how_to_go_on_and_exits_with_130(tmp_path):
+def test_ctrl_c_saves_prints_the_resume_command_and_exits_with_130(tmp_path):
     metrics, ended = tmp_path / "run" / "metrics.jsonl", threading.Event()
 
     def press():
@@ -200,16 +200,16 @@ def test_ctrl_c_saves_says_how_to_go_on_and_exits_with_130(tmp_path):
 
 
 @pytest.mark.slow
-def test_packing_a_folder_and_training_on_the_file(tmp_path):
+def test_training_on_a_packed_folder(tmp_path):
     g = np.random.default_rng(0)
     for label in ("cats", "dogs"):
         (tmp_path / "pictures" / label).mkdir(parents=True)
         for i in range(20):
-            picture = g.integers(0, 256, (16, 16, 3), dtype=np.uint8)
-            Image.fromarray(picture).save(tmp_path / "pictures" / label / f"{i}.png")
+            image = g.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+            Image.fromarray(image).save(tmp_path / "pictures" / label / f"{i}.png")
     packed = ebmkit_command("data", "pack", "pictures", "set.h5", cwd=tmp_path)
     assert packed.returncode == 0, packed.stderr
-    refused(ebmkit_command("data", "pack", "pictures", "set.h5", cwd=tmp_path), "exists")
+    assert_refused(ebmkit_command("data", "pack", "pictures", "set.h5", cwd=tmp_path), "exists")
     trained = ebmkit_command(
         "train", "--dataset", "hdf5", "--data-dir", "set.h5", "--steps", 2, "--out", "run", *SMALL,
         "--no-evaluate", cwd=tmp_path,
@@ -219,7 +219,7 @@ def test_packing_a_folder_and_training_on_the_file(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_that_goes_astray_says_so_and_ends_with_its_history(tmp_path):
+def test_diverging_run_reports_each_rollback_and_exits_with_2(tmp_path):
     arguments = ["--set=watch.breaches=1", "--set=optimizer.lr=3", "--set=validation_images=0"]
     arguments += ["--set=negatives.steps=2", "--set=negatives.buffer_size=128", "--width=8"]
     ended = ebmkit_command(

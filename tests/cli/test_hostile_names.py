@@ -1,4 +1,4 @@
-"""Names that speak to the terminal, through the real commands; and a reading process that dies."""
+"""Commands with names that contain escape sequences; and a killed worker process."""
 
 import io
 import json
@@ -20,52 +20,52 @@ from rich.text import Text
 
 from ebmkit.terminal import CleanConsole, clean, escape_markup, one_line, progress_bar, shown_name
 
-pytestmark = pytest.mark.usefixtures("counted_once", "few_resamples")
+pytestmark = pytest.mark.usefixtures("count_memory_once", "few_resamples")
 
-SPEAKS = ("\x1b]0;owned\x07cat", "dog\n\x1b[2Jdone", "$\\frac{bird$", "[red]\u202egnp")
+HOSTILE_NAMES = ("\x1b]0;owned\x07cat", "dog\n\x1b[2Jdone", "$\\frac{bird$", "[red]\u202egnp")
 
 
-def pictures(place, count, seed):
-    place.mkdir(parents=True)
+def write_images(folder, count, seed):
+    folder.mkdir(parents=True)
     g = np.random.default_rng(seed)
     for i in range(count):
-        Image.fromarray(g.integers(0, 256, (8, 8), dtype=np.uint8)).save(place / f"{i}.png")
+        Image.fromarray(g.integers(0, 256, (8, 8), dtype=np.uint8)).save(folder / f"{i}.png")
 
 
 def command(*arguments, cwd):
     with warnings.catch_warnings():
-        warnings.simplefilter("always")  # shown, as the command line does
+        warnings.simplefilter("always")  # the command line shows warnings
         return ebmkit_command(*arguments, cwd=cwd)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A folder of classes whose names speak, and a run that was trained on it."""
+    """A folder with a run trained on classes with hostile names, and the result of the command."""
     home = tmp_path_factory.mktemp("names")
     for part in ("train", "test"):
-        for number, name in enumerate(SPEAKS):
-            pictures(home / "set" / part / name, 8, number)
-        (home / "set" / part / SPEAKS[0] / "bad\x1b[2J\n.png").write_bytes(b"no picture")
+        for number, name in enumerate(HOSTILE_NAMES):
+            write_images(home / "set" / part / name, 8, number)
+        (home / "set" / part / HOSTILE_NAMES[0] / "bad\x1b[2J\n.png").write_bytes(b"no picture")
     small = ["--backbone", "gradresnet10", "--set", "model.backbone.width=8"]
     small += ["--steps", "2", "--device", "cpu"]
     data = ["--dataset", "folder", "--data-dir", "set", "--set", "dataset.unreadable=skip"]
     small += ["--set", "streams.classify.batch_size=8", "--set", "streams.denoise.batch_size=8"]
-    ended = command("train", *data, *small, "--out", "run", cwd=home)
-    assert ended.returncode == 0, ended.stderr
-    return home, ended
+    result = command("train", *data, *small, "--out", "run", cwd=home)
+    assert result.returncode == 0, result.stderr
+    return home, result
 
 
-def harmless(text):
+def is_printable(text):
     return all(c == "\n" or c.isprintable() for c in text)
 
 
 @pytest.mark.slow
-def test_training_and_evaluating_show_names_and_nothing_more(trained):
-    home, ended = trained
-    assert harmless(ended.stdout + ended.stderr)
-    assert "training images cannot be read and were skipped: " in ended.stdout
-    assert r"bad\x1b[2J\n.png" in ended.stdout
-    assert (home / "run" / "evaluation" / "confusion.png").is_file()  # dollar signs and all
+def test_train_and_evaluate_escape_names_in_their_output(trained):
+    home, result = trained
+    assert is_printable(result.stdout + result.stderr)
+    assert "training images cannot be read and were skipped: " in result.stdout
+    assert r"bad\x1b[2J\n.png" in result.stdout
+    assert (home / "run" / "evaluation" / "confusion.png").is_file()  # despite the dollar signs
     evaluated = json.loads((home / "run" / "evaluation" / "classify.json").read_text())
     assert evaluated["images"] == 32
     assert evaluated["unreadable"]["count"] == 1
@@ -73,32 +73,32 @@ def test_training_and_evaluating_show_names_and_nothing_more(trained):
 
 
 @pytest.mark.slow
-def test_classify_shows_names_and_nothing_more(trained):
+def test_classify_escapes_names_in_its_output(trained):
     home, _ = trained
-    picture = home / "x\x1b]0;owned\x07\ny.png"
-    (home / "set" / "test" / SPEAKS[1] / "0.png").rename(picture)
-    ended = command("classify", "run", picture.name, "--top", 4, cwd=home)
-    assert ended.returncode == 0, ended.stderr
-    assert harmless(ended.stdout + ended.stderr)
-    assert r"\x1b]0;owned\x07" in ended.stdout
-    assert r"dog\n\x1b[2Jdone" in ended.stdout
+    image = home / "x\x1b]0;owned\x07\ny.png"
+    (home / "set" / "test" / HOSTILE_NAMES[1] / "0.png").rename(image)
+    result = command("classify", "run", image.name, "--top", 4, cwd=home)
+    assert result.returncode == 0, result.stderr
+    assert is_printable(result.stdout + result.stderr)
+    assert r"\x1b]0;owned\x07" in result.stdout
+    assert r"dog\n\x1b[2Jdone" in result.stdout
 
 
 @pytest.mark.slow
-def test_errors_show_names_and_nothing_more(trained):
+def test_errors_escape_names(trained):
     home, _ = trained
-    ended = command("classify", "run", "no\x1b[2J\rsuch.png", cwd=home)
-    assert ended.returncode == 2
-    assert harmless(ended.stdout + ended.stderr)
-    ended = command("evaluate", "run", "--set", "dataset.unreadable=error", cwd=home)
-    assert ended.returncode == 2
-    assert harmless(ended.stdout + ended.stderr)
-    assert "dataset.unreadable=skip skips such images" in ended.stderr
+    result = command("classify", "run", "no\x1b[2J\rsuch.png", cwd=home)
+    assert result.returncode == 2
+    assert is_printable(result.stdout + result.stderr)
+    result = command("evaluate", "run", "--set", "dataset.unreadable=error", cwd=home)
+    assert result.returncode == 2
+    assert is_printable(result.stdout + result.stderr)
+    assert "dataset.unreadable=skip skips such images" in result.stderr
 
 
 @pytest.mark.parametrize("shown", [str, Text, lambda name: Text.assemble((name, "red"))])
-def test_no_way_to_the_screen_lets_commands_through(shown):
-    for name in SPEAKS:
+def test_console_prints_no_control_characters(shown):
+    for name in HOSTILE_NAMES:
         out = io.StringIO()
         console = CleanConsole(file=out, force_terminal=True, color_system=None, width=200)
         table = Table(title=shown(name))
@@ -109,8 +109,8 @@ def test_no_way_to_the_screen_lets_commands_through(shown):
         assert not set("\x1b\x07\u202e") & set(out.getvalue())
 
 
-def test_a_bar_takes_any_name():
-    for name in (*SPEAKS, "[/]", "[/bold]"):
+def test_progress_bar_accepts_any_name():
+    for name in (*HOSTILE_NAMES, "[/]", "[/bold]"):
         out = io.StringIO()
         console = CleanConsole(file=out, force_terminal=True, color_system=None, width=200)
         with Progress(console=console) as bar:
@@ -119,7 +119,7 @@ def test_a_bar_takes_any_name():
     assert list(progress_bar([1, 2], "[/]", True)) == [1, 2]
 
 
-def test_what_is_spelled_out():
+def test_escapes_and_maximum_length_of_names():
     assert clean("plain é 猫 \n") == "plain é 猫 \n"
     assert clean("\udcff\x9b2J\u2028") == r"\udcff\x9b2J\u2028"
     assert one_line("a\nb\tc") == r"a\nb\tc"
@@ -127,10 +127,10 @@ def test_what_is_spelled_out():
 
 
 @pytest.mark.slow
-def test_a_killed_reading_process_ends_the_command_in_one_sentence(tmp_path):
+def test_killed_worker_process_ends_the_command_in_one_sentence(tmp_path):
     for part in ("train", "val"):
         for number in range(2):
-            pictures(tmp_path / "set" / part / str(number), 12, number)
+            write_images(tmp_path / "set" / part / str(number), 12, number)
     line = [sys.executable, "-m", "ebmkit", "train", "--dataset", "imagenet", "--out", "run"]
     line += ["--data-dir", "set", "--image-size", "8", "--steps", "100000", "--device", "cpu"]
     line += ["--objective", "ce", "--backbone", "gradresnet18", "--no-evaluate"]
@@ -151,10 +151,10 @@ def test_a_killed_reading_process_ends_the_command_in_one_sentence(tmp_path):
         _, err = process.communicate(timeout=120)
     assert process.returncode == 2, err
     assert "Traceback" not in err
-    told = err.strip().splitlines()[-1]
+    last_line = err.strip().splitlines()[-1]
     what = "a worker process that reads images was killed by a signal, Killed;"
-    assert told.startswith(f"ebmkit: {what}")
-    assert "the last checkpoint is checkpoints/step-" in told
+    assert last_line.startswith(f"ebmkit: {what}")
+    assert "the last checkpoint is checkpoints/step-" in last_line
     assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
 
 

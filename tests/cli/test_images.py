@@ -1,4 +1,4 @@
-"""``ebmkit sample`` and ``ebmkit restore``, as a user meets them."""
+"""The commands ``ebmkit sample`` and ``ebmkit restore``."""
 
 import json
 import os
@@ -20,17 +20,17 @@ from ebmkit.training import RunFolder
 QUICK = ["--steps", 6, "--set", "beta=0.5", "--device", "cpu"]
 
 
-def refused(result, *told):
-    """One sentence on stderr, exit code 2, no traceback."""
+def assert_refused(result, *messages):
+    """Check for one sentence on stderr and exit code 2."""
     assert result.returncode == 2, result.stderr
     assert len(result.stderr.strip().splitlines()) == 1, result.stderr
-    for text in told:
+    for text in messages:
         assert text in result.stderr
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A folder with runs and pictures."""
+def home(tmp_path_factory):
+    """A folder with runs and images."""
     folder = tmp_path_factory.mktemp("place")
     save_run(folder / "run")
     save_run(folder / "jem", sigma_range=None, objective="jem")
@@ -48,11 +48,11 @@ def samples(path):
         return file["samples"][()], dict(file.attrs)
 
 
-def test_an_interrupted_command_goes_on_to_the_same_samples(place, monkeypatch):
-    ask = ["sample", "run", "-n", 6, "--label", "all", "--batch-size", 4, *QUICK]
-    whole = ebmkit_command(*ask, "--out", "whole", cwd=place)
-    assert whole.returncode == 0, whole.stderr
-    assert "noise of 100/255 about gray" in whole.stderr
+def test_resumed_sample_command_gives_the_same_samples(home, monkeypatch):
+    command = ["sample", "run", "-n", 6, "--label", "all", "--batch-size", 4, *QUICK]
+    uninterrupted = ebmkit_command(*command, "--out", "whole", cwd=home)
+    assert uninterrupted.returncode == 0, uninterrupted.stderr
+    assert "noise of 100/255 about gray" in uninterrupted.stderr
     draw = SamplingJob._generator
 
     def signalled(self, number, step):
@@ -62,61 +62,61 @@ def test_an_interrupted_command_goes_on_to_the_same_samples(place, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(SamplingJob, "_generator", signalled)
-        stopped = ebmkit_command(*ask, "--out", "broken", cwd=place)
+        stopped = ebmkit_command(*command, "--out", "broken", cwd=home)
     assert stopped.returncode == 143
     assert "saved after step 9 of 12" in stopped.stdout
-    assert not (place / "broken" / "samples.h5").exists()
-    other = ebmkit_command(*ask, "--seed", 1, "--out", "broken", cwd=place)
+    assert not (home / "broken" / "samples.h5").exists()
+    other = ebmkit_command(*command, "--seed", 1, "--out", "broken", cwd=home)
     assert "seed was 0 and is now 1" in other.stderr.splitlines()[-1]
-    later = ebmkit_command(*ask, "--out", "broken", cwd=place)
+    later = ebmkit_command(*command, "--out", "broken", cwd=home)
     assert later.returncode == 0, later.stderr
-    (a, one), (b, two) = samples(place / "whole"), samples(place / "broken")
+    (a, one), (b, two) = samples(home / "whole"), samples(home / "broken")
     assert np.array_equal(a, b)
     assert one == two
-    document = json.loads((place / "broken" / "sampling.json").read_text())
+    document = json.loads((home / "broken" / "sampling.json").read_text())
     assert "holds no config.yaml" in document["diagnostics"]["energies"]["note"]
-    again = ebmkit_command(*ask, "--out", "broken", cwd=place)
-    refused(again, "finished samples")
+    again = ebmkit_command(*command, "--out", "broken", cwd=home)
+    assert_refused(again, "finished samples")
 
 
-def test_data_that_is_named_is_compared_with(place):
+def test_sample_compares_energies_with_the_named_data_set(home):
     result = ebmkit_command(
         "sample", "run", "-n", 2, "--dataset", "digits", "--start", "mean", *QUICK,
-        "--out", "named", cwd=place,
+        "--out", "named", cwd=home,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "held-out images" in result.stdout
-    document = json.loads((place / "named" / "sampling.json").read_text())
+    document = json.loads((home / "named" / "sampling.json").read_text())
     assert document["diagnostics"]["energies"]["images"] > 10
 
 
-def test_the_replay_buffer_from_the_command_line(place):
-    as_is = ebmkit_command("sample", "jem", "-n", 4, "--sampler", "buffer", "--out", "b", cwd=place)
+def test_sample_from_the_replay_buffer(home):
+    as_is = ebmkit_command("sample", "jem", "-n", 4, "--sampler", "buffer", "--out", "b", cwd=home)
     assert as_is.returncode == 0, as_is.stderr
-    x, attributes = samples(place / "b")
+    x, attributes = samples(home / "b")
     assert (attributes["source"], attributes["sampler"]) == ("buffer", "buffer")
     assert x.shape == (4, 1, 8, 8)
-    on = ebmkit_command("sample", "jem", "-n", 2, "--start", "buffer", "--out", "c", cwd=place)
-    assert on.returncode == 0, on.stderr
-    assert samples(place / "c")[1]["source"] == "buffer"
-    assert samples(place / "c")[1]["sampler"] == "sgld"  # JEM's default
-    none = ebmkit_command("sample", "run", "--start", "buffer", "--out", "d", cwd=place)
-    refused(none, "no replay buffer")
+    chains = ebmkit_command("sample", "jem", "-n", 2, "--start", "buffer", "--out", "c", cwd=home)
+    assert chains.returncode == 0, chains.stderr
+    assert samples(home / "c")[1]["source"] == "buffer"
+    assert samples(home / "c")[1]["sampler"] == "sgld"  # JEM's default
+    missing = ebmkit_command("sample", "run", "--start", "buffer", "--out", "d", cwd=home)
+    assert_refused(missing, "no replay buffer")
 
 
-def test_if_every_chain_is_lost_it_says_so_and_fails(place):
+def test_sample_fails_if_every_chain_diverges(home):
     result = ebmkit_command(
         "sample", "jem", "-n", 2, "--steps", 40, "--set", "step_size=1e38", "--set", "noise=0",
-        "--out", "lost", cwd=place,
+        "--out", "lost", cwd=home,
     )  # fmt: skip
     assert result.returncode == 2
     assert "every chain diverged to NaN or Inf" in result.stderr.splitlines()[-1]
-    document = json.loads((place / "lost" / "sampling.json").read_text())
+    document = json.loads((home / "lost" / "sampling.json").read_text())
     assert [entry["chain"] for entry in document["lost"]] == [0, 1]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["sample", "run", "-n", "0"], "0 samples"),
         (["sample", "run", "--steps", "0"], "0 steps are too few"),
@@ -134,31 +134,31 @@ def test_if_every_chain_is_lost_it_says_so_and_fails(place):
         (["restore", "run", "gray.png", "--steps", "0"], "0 steps are too few"),
     ],
 )
-def test_mistakes_are_told_in_one_sentence(place, arguments, told):
-    result = ebmkit_command(*arguments, "--out", "never", cwd=place)
-    refused(result, told)
-    assert not (place / "never").exists()
+def test_invalid_arguments_are_refused_in_one_sentence(home, arguments, message):
+    result = ebmkit_command(*arguments, "--out", "never", cwd=home)
+    assert_refused(result, message)
+    assert not (home / "never").exists()
 
 
-def test_restore_writes_pictures_beside_simple_methods(place):
+def test_restore_writes_images_and_baselines(home):
     result = ebmkit_command(
         "restore", "run", "gray.png", "--task", "superres", "--samples", 2, *QUICK, "--out", "r",
-        cwd=place,
+        cwd=home,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "bicubic" in result.stdout
     kinds = ("measured", "restored-1", "restored-2", "mean", "comparison")
-    assert {p.name for p in (place / "r").iterdir()} == {
+    assert {p.name for p in (home / "r").iterdir()} == {
         "gray.json", *(f"gray-{kind}.png" for kind in kinds)
     }  # fmt: skip
-    again = ebmkit_command("restore", "run", "gray.png", "--out", "r", cwd=place)
-    refused(again, "exists")
+    again = ebmkit_command("restore", "run", "gray.png", "--out", "r", cwd=home)
+    assert_refused(again, "exists")
 
 
-def test_an_interrupted_restoration_goes_on_to_the_same_images(place, monkeypatch):
-    ask = ["restore", "run", "gray.png", "--task", "superres", *QUICK]
-    whole = ebmkit_command(*ask, "--out", "r-whole", cwd=place)
-    assert whole.returncode == 0, whole.stderr
+def test_resumed_restore_command_gives_the_same_images(home, monkeypatch):
+    command = ["restore", "run", "gray.png", "--task", "superres", *QUICK]
+    uninterrupted = ebmkit_command(*command, "--out", "r-whole", cwd=home)
+    assert uninterrupted.returncode == 0, uninterrupted.stderr
     note = Record.note
 
     def signalled(self, state, *rest):
@@ -168,14 +168,14 @@ def test_an_interrupted_restoration_goes_on_to_the_same_images(place, monkeypatc
 
     with monkeypatch.context() as patch:
         patch.setattr(Record, "note", signalled)
-        stopped = ebmkit_command(*ask, "--out", "r-broken", cwd=place)
+        stopped = ebmkit_command(*command, "--out", "r-broken", cwd=home)
     assert stopped.returncode == 143
     assert "saved after step 3 of 6 of gray.png" in stopped.stdout
-    other = ebmkit_command(*ask, "--seed", 1, "--out", "r-broken", cwd=place)
-    refused(other, "unfinished restorations of other settings: seed was 0 and is now 1")
-    later = ebmkit_command(*ask, "--out", "r-broken", cwd=place)
+    other = ebmkit_command(*command, "--seed", 1, "--out", "r-broken", cwd=home)
+    assert_refused(other, "unfinished restorations of other settings: seed was 0 and is now 1")
+    later = ebmkit_command(*command, "--out", "r-broken", cwd=home)
     assert later.returncode == 0, later.stderr
-    names = {p.name for p in (place / "r-whole").iterdir()}
-    assert {p.name for p in (place / "r-broken").iterdir()} == names
+    names = {p.name for p in (home / "r-whole").iterdir()}
+    assert {p.name for p in (home / "r-broken").iterdir()} == names
     for name in names - {"gray.json"}:
-        assert (place / "r-whole" / name).read_bytes() == (place / "r-broken" / name).read_bytes()
+        assert (home / "r-whole" / name).read_bytes() == (home / "r-broken" / name).read_bytes()

@@ -1,4 +1,4 @@
-"""Models and pictures whose numbers are not finite: commands say so by name."""
+"""NaN in weights and outputs: warnings and errors name the file."""
 
 import math
 import warnings
@@ -16,8 +16,8 @@ from ebmkit.models.config import ModelConfig
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A run whose first weight is not a number, one that is whole, and a picture."""
+def home(tmp_path_factory):
+    """A folder with a run whose first weight is NaN, an intact run, and an image."""
     folder = tmp_path_factory.mktemp("nonfinite")
     config = ModelConfig.model_validate(
         {
@@ -36,11 +36,11 @@ def place(tmp_path_factory):
         sigma_range=(0.0, 0.4),
         classifies=True,
     )
-    for name, spoilt in (("whole", False), ("spoilt", True)):
+    for name, has_nan in (("whole", False), ("spoilt", True)):
         torch.manual_seed(0)
         model = config.build()
         with torch.no_grad():
-            if spoilt:
+            if has_nan:
                 next(model.parameters()).view(-1)[0] = math.nan
         (folder / name).mkdir()
         save_model(folder / name, model, config, card)
@@ -48,12 +48,12 @@ def place(tmp_path_factory):
     return folder
 
 
-def test_weights_that_are_not_finite_are_warned_of_by_name(place):
+def test_load_warns_of_nan_weights_by_name(home):
     with pytest.warns(UserWarning, match=r"not finite \(backbone\.stem\.weight\): training diverg"):
-        ebmkit.load(place / "spoilt")
+        ebmkit.load(home / "spoilt")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        ebmkit.load(place / "whole")
+        ebmkit.load(home / "whole")
 
 
 @pytest.mark.filterwarnings("default:.*holds weights that are not finite")
@@ -62,25 +62,25 @@ def test_weights_that_are_not_finite_are_warned_of_by_name(place):
     [("classify", "a.png"), ("denoise", "a.png", "--out", "new"),
      ("denoise", "a.png", "--sigma", "25/255", "--out", "new")],
 )  # fmt: skip
-def test_commands_refuse_what_is_no_number(place, command):
+def test_commands_refuse_nan_outputs(home, command):
     name, *rest = command
-    result = ebmkit_command(name, "spoilt", *rest, "--device", "cpu", cwd=place)
+    result = ebmkit_command(name, "spoilt", *rest, "--device", "cpu", cwd=home)
     assert result.returncode == 2
     assert "warning: 'spoilt/model.safetensors' holds weights that are not finite" in result.stderr
     last = result.stderr.splitlines()[-1]
     assert "the model in 'spoilt' gives NaN or Inf for 'a.png'" in last
     assert "nan" not in result.stdout
-    assert not (place / "new" / "a.png").exists()
-    assert ebmkit_command(name, "whole", *rest, "--device", "cpu", cwd=place).returncode == 0
-    (place / "new" / "a.png").unlink(missing_ok=True)
+    assert not (home / "new" / "a.png").exists()
+    assert ebmkit_command(name, "whole", *rest, "--device", "cpu", cwd=home).returncode == 0
+    (home / "new" / "a.png").unlink(missing_ok=True)
 
 
-def test_logits_that_are_no_numbers_are_right_for_no_label():
-    """`argmax` takes the first nan for the largest: an image of class 0 would count as right."""
+def test_prediction_for_nan_logits_equals_no_label():
+    """`argmax` returns the index of the first NaN: an image of class 0 would count as correct."""
     logits = torch.tensor([[math.nan] * 3, [0.0, math.nan, 1.0], [0.0, 2.0, -math.inf]])
     assert predict(logits).tolist() == [-1, -1, 1]
 
 
-def test_an_error_keeps_its_lines_and_no_more():
+def test_error_message_keeps_only_its_own_line_breaks():
     error = ebmkit.UserError("one\nsentence", ["two", "three\x1b"])
     assert str(error) == "one\\nsentence\n  two\n  three\\x1b"

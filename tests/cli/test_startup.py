@@ -1,4 +1,4 @@
-"""Help, versions and mistyped command lines do not wait for PyTorch; `import ebmkit` neither."""
+"""Help, `--version`, mistyped commands and `import ebmkit` do not import PyTorch."""
 
 import ast
 import subprocess
@@ -20,7 +20,7 @@ from ebmkit.sampling.inverse import TASKS
 HEAVY = {"torch", "torchvision", "sympy", "scipy", "sklearn", "matplotlib", "numpy", "h5py"}
 COMMANDS = typer.main.get_command(app).commands
 
-AND_SAY_MODULES = """
+RUN_AND_PRINT_MODULES = """
 import atexit, runpy, sys
 atexit.register(lambda: print("MODULES", *sys.modules))
 sys.argv[0] = "ebmkit"
@@ -28,7 +28,7 @@ runpy.run_module("ebmkit", run_name="__main__", alter_sys=False)
 """
 
 
-def fresh(code, *arguments):
+def run_in_new_process(code, *arguments):
     """Exit code, output, and imported top-level modules of a new process."""
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
     output, _, modules = done.stdout.partition("MODULES")
@@ -37,7 +37,7 @@ def fresh(code, *arguments):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "told", "also_absent"),
+    ("arguments", "code", "message", "also_absent"),
     [
         (["--help"], 0, "Commands:", {"pydantic"}),
         (["--version"], 0, f"ebmkit {ebmkit.__version__}\n", {"pydantic"}),
@@ -48,20 +48,20 @@ def fresh(code, *arguments):
         (["export", "run"], 2, "Missing option '--out'", set()),
     ],
 )
-def test_help_version_and_mistakes_import_nothing_heavy(arguments, code, told, also_absent):
-    ended, output, modules = fresh(AND_SAY_MODULES, *arguments)
+def test_help_version_and_errors_import_no_heavy_module(arguments, code, message, also_absent):
+    ended, output, modules = run_in_new_process(RUN_AND_PRINT_MODULES, *arguments)
     assert ended == code, output
-    assert told in output
+    assert message in output
     assert modules & (HEAVY | also_absent) == set()
 
 
 def test_importing_the_package_imports_only_the_standard_library():
-    _, _, modules = fresh("import sys; old = {*sys.modules}; import ebmkit; "
+    _, _, modules = run_in_new_process("import sys; old = {*sys.modules}; import ebmkit; "
                           "print('MODULES', *({*sys.modules} - old))")  # fmt: skip
     assert {m for m in modules if m not in sys.stdlib_module_names} == {"ebmkit"}
 
 
-def test_every_public_name_is_listed_importable_and_seen_by_static_tools():
+def test_public_names_are_listed_importable_and_declared_for_static_tools():
     tree = ast.parse(Path(ebmkit.__file__).read_text())
     (block,) = (node for node in tree.body if isinstance(node, ast.If))
     declared = {alias.name for node in block.body for alias in node.names}
@@ -79,8 +79,8 @@ def help_of(command, parameter):
     return found.help
 
 
-def test_names_that_options_know_without_imports_are_those_of_the_tables():
-    """Where help or a choice names the rows of a table whose module imports PyTorch."""
+def test_names_in_help_and_choices_match_the_tables():
+    """Options repeat the names of tables whose modules import PyTorch."""
     assert help_of("reproduce", "target") == f"{', '.join(EXPERIMENTS)}, or all"
     assert help_of("restore", "task") == ", ".join(TASKS)
     assert help_of("list", "kind") == ", ".join(tables())
@@ -90,7 +90,7 @@ def test_names_that_options_know_without_imports_are_those_of_the_tables():
     assert all(repr(what) in ended.stderr for what in get_args(What))
 
 
-def test_help_names_values_as_other_command_lines_do():
+def test_help_uses_standard_metavars():
     def shown(command):
         return ebmkit_command(command, "--help", cwd=".").stdout
 

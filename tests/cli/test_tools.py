@@ -1,4 +1,4 @@
-"""Published weights: imported, then evaluated on pictures of several sizes like any run."""
+"""Import of published weights, and their evaluation on images of several sizes."""
 
 import itertools
 import json
@@ -21,7 +21,7 @@ SIGMA = 25 / 255
 
 
 def published(depth: int = 17, width: int = 4) -> dict[str, torch.Tensor]:
-    """Weights as KAIR names those of a gray DnCNN without norms: convolutions and ReLU in turn."""
+    """Random weights of a gray DnCNN (convolutions and ReLU, no norms), with the names of KAIR."""
     generator = torch.Generator().manual_seed(0)
     widths = [1, *[width] * (depth - 1), 1]
     state = {}
@@ -43,7 +43,7 @@ def network(state, y):
 
 @pytest.fixture
 def pictures(tmp_path):
-    """A folder with pictures of two sizes, one upright, one on its side."""
+    """A folder with images of two sizes, portrait and landscape."""
     folder = tmp_path / "pictures"
     folder.mkdir()
     rng = np.random.default_rng(0)
@@ -53,7 +53,7 @@ def pictures(tmp_path):
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])
-def test_imported_weights_are_the_same_function(tmp_path, prefix):
+def test_imported_weights_compute_the_same_function(tmp_path, prefix):
     state = published()
     torch.save({prefix + name: value for name, value in state.items()}, tmp_path / "dncnn_25.pth")
     import_checkpoint(
@@ -62,12 +62,12 @@ def test_imported_weights_are_the_same_function(tmp_path, prefix):
     model = ebmkit.load(tmp_path / "run")
     y = torch.rand(2, 1, 13, 17)
     torch.testing.assert_close(model.denoise(y), network(state, y))
-    torch.testing.assert_close(model.denoise(y, SIGMA), network(state, y))  # it is blind
+    torch.testing.assert_close(model.denoise(y, SIGMA), network(state, y))  # sigma has no effect
     assert model.card.sigma_range == (SIGMA, SIGMA)
 
 
-def test_the_protocol_on_pictures_of_several_sizes(tmp_path, pictures, capsys):
-    """PSNR is the mean over pictures of each one's own, at full size, the output clipped."""
+def test_psnr_protocol_on_images_of_several_sizes(tmp_path, pictures, capsys):
+    """The reported PSNR is the mean of the PSNR of each full-size image, with clipped output."""
     state = published()
     torch.save(state, tmp_path / "dncnn_25.pth")
     import_(tmp_path / "dncnn_25.pth", out=tmp_path / "run", sigma=["25/255"])
@@ -82,12 +82,12 @@ def test_the_protocol_on_pictures_of_several_sizes(tmp_path, pictures, capsys):
     assert len(expected) == document["images"] == 3
     assert document["psnr"]["25"] == pytest.approx(np.mean(expected), abs=1e-4)
     assert document["knows_sigma"]["unconditional"] == "unused"
-    assert "blind" not in document["denoisers"]  # it makes no estimate of sigma to denoise by
+    assert "blind" not in document["denoisers"]  # it does not estimate sigma
     assert (path.parent / "denoising.png").exists()
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
+    ("content", "message"),
     [
         ({"model.0.weight": torch.zeros(4, 1, 3, 3)}, "model"),
         ({"fc.weight": torch.zeros(3)}, "'fc.weight' is no parameter"),
@@ -95,9 +95,9 @@ def test_the_protocol_on_pictures_of_several_sizes(tmp_path, pictures, capsys):
         ({}, "holds no state dict"),
     ],
 )
-def test_other_files_are_refused_in_one_sentence(tmp_path, content, words):
+def test_files_without_matching_weights_are_refused(tmp_path, content, message):
     torch.save(content, tmp_path / "weights.pth")
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=message):
         import_checkpoint(tmp_path / "weights.pth", tmp_path / "run", "denoiser")
     assert not (tmp_path / "run").exists()
 
@@ -115,7 +115,7 @@ def test_files_that_would_execute_code_are_refused(tmp_path):
         import_checkpoint(tmp_path / "text.pth", tmp_path / "run", "denoiser")
 
 
-def test_a_folder_in_use_is_left_alone(tmp_path):
+def test_existing_folder_stays_unchanged(tmp_path):
     torch.save(published(), tmp_path / "weights.pth")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "mine").write_text("mine")
@@ -124,7 +124,7 @@ def test_a_folder_in_use_is_left_alone(tmp_path):
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["mine"]
 
 
-def test_pictures_are_not_trained_on(pictures, tmp_path):
+def test_pictures_data_set_refuses_training_resizing_and_mixed_channels(pictures, tmp_path):
     with pytest.raises(UserError, match="train on data set 'folder'"):
         load_dataset("pictures", pictures, "train")
     with pytest.raises(UserError, match="remove the image size"):

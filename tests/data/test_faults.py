@@ -17,7 +17,7 @@ from ebmkit.training import RunFolder, resolve
 from ebmkit.training.loop import assemble
 from ebmkit.training.setup import images_of
 
-pytestmark = pytest.mark.usefixtures("counted_once")
+pytestmark = pytest.mark.usefixtures("count_memory_once")
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from ebmkit.experiments.tables import run_table, table_text
 from ebmkit.models.saving import weights_file
 from ebmkit.training import Interrupted
 
-pytestmark = pytest.mark.usefixtures("counted_once")
+pytestmark = pytest.mark.usefixtures("count_memory_once")
 
 TINY = Scale(
     "tiny",

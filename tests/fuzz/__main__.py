@@ -1,9 +1,9 @@
-"""The long form: ``python -m ebmkit_tests.fuzz [--inputs N] [--only TARGET] [--json FILE]``.
+"""Fuzz the parsers: ``python -m ebmkit_tests.fuzz [--inputs N] [--only TARGET] [--json FILE]``.
 
-Coverage-guided by atheris (libFuzzer) where it is installed, as in
-``uv run --with atheris python -m ebmkit_tests.fuzz`` (it has wheels for CPython 3.11); else mutants
-of the seeds, drawn by a seeded generator. Each target runs in a process of its own with bounded
-memory. A failing input is kept, and its traceback shown.
+If atheris (libFuzzer) is installed, inputs are guided by coverage, as in
+``uv run --with atheris python -m ebmkit_tests.fuzz`` (it has wheels for CPython 3.11). Otherwise
+they are mutated seeds, drawn by a seeded generator. Each target runs in a separate process with
+limited memory. A failing input is saved, and its traceback is printed.
 """
 
 from __future__ import annotations
@@ -45,31 +45,31 @@ from ebmkit_tests.fuzz.mutate import mutated  # noqa: E402
 from ebmkit_tests.fuzz.targets import SECONDS, TARGETS, check  # noqa: E402
 
 MEMORY = 12 * 2**30
-"""Bytes of address space that a process may take; PyTorch maps 6 GiB by itself."""
+"""Limit of address space for a process, bytes; PyTorch alone maps 6 GiB."""
 
 
 def main() -> int:
-    """Fuzz what was asked for; 1 if something failed."""
+    """Fuzz the selected targets; return 1 if one fails."""
     parser = argparse.ArgumentParser(prog="python -m ebmkit_tests.fuzz", description=__doc__)
-    parser.add_argument("--inputs", type=int, default=20_000, help="of a cheap target")
+    parser.add_argument("--inputs", type=int, default=20_000, help="for a target of share 1")
     parser.add_argument("--only", action="append", choices=list(TARGETS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--child", help=argparse.SUPPRESS)
-    asked = parser.parse_args()
-    if asked.child:
-        return child(asked.child, asked.inputs, asked.seed)
+    options = parser.parse_args()
+    if options.child:
+        return child(options.child, options.inputs, options.seed)
     console, results = Console(), dict[str, Any]()
-    for name in asked.only or TARGETS:
-        count = max(20, round(asked.inputs * TARGETS[name].share))
+    for name in options.only or TARGETS:
+        count = max(20, round(options.inputs * TARGETS[name].share))
         begun = time.monotonic()
         words = [sys.executable, "-m", "ebmkit_tests.fuzz", "--child", name]
-        words += ["--inputs", str(count), "--seed", str(asked.seed)]
+        words += ["--inputs", str(count), "--seed", str(options.seed)]
         with console.status(f"{name}: {count:,} inputs"):
             ended = subprocess.run(words, capture_output=True, text=True)
-        told = ended.stdout + ended.stderr
-        covered = re.findall(r"cov: (\d+)", told)
-        found = re.findall(r"INPUTS (\d+) READ (\d+) REFUSED (\d+)", told)
+        output = ended.stdout + ended.stderr
+        covered = re.findall(r"cov: (\d+)", output)
+        found = re.findall(r"INPUTS (\d+) READ (\d+) REFUSED (\d+)", output)
         row: dict[str, Any] = {"asked": count, "seconds": round(time.monotonic() - begun, 1)}
         if found:
             row |= dict(zip(("inputs", "read", "refused"), map(int, found[-1]), strict=True))
@@ -77,23 +77,23 @@ def main() -> int:
         row["failed"] = ended.returncode != 0
         results[name] = row
         if row["failed"]:
-            console.print("\n".join(told.splitlines()[-30:]), markup=False)
+            console.print("\n".join(output.splitlines()[-30:]), markup=False)
     table = Table("target", "inputs", "read", "refused", "edges", "seconds", "", show_edge=False)
     for name, row in results.items():
         cells = [f"{row.get(k, 0):,}" for k in ("inputs", "read", "refused", "edges")]
         table.add_row(name, *cells, str(row["seconds"]), "FAILED" if row["failed"] else "")
     console.print(table)
-    if asked.json:
+    if options.json:
         from ebmkit.compute import environment
 
-        told = ("ebmkit", "python", "torch", "cores", "git_commit")
+        recorded = ("ebmkit", "python", "torch", "cores", "git_commit")
         document = {
             "command": " ".join(["python -m ebmkit_tests.fuzz", *sys.argv[1:]]),
             "guided": "atheris" if GUIDED else "seeded mutants",
-            "environment": {k: v for k, v in environment().items() if k in told},
+            "environment": {k: v for k, v in environment().items() if k in recorded},
             "results": results,
         }
-        asked.json.write_text(json.dumps(document, indent=1) + "\n")
+        options.json.write_text(json.dumps(document, indent=1) + "\n")
     return int(any(row["failed"] for row in results.values()))
 
 
@@ -107,7 +107,7 @@ def child(name: str, count: int, seed: int) -> int:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     outcomes = {"read": 0, "refused": 0}
 
-    def tell() -> None:
+    def print_counts() -> None:
         total = sum(outcomes.values())
         print(f"INPUTS {total} READ {outcomes['read']} REFUSED {outcomes['refused']}", flush=True)
 
@@ -116,7 +116,7 @@ def child(name: str, count: int, seed: int) -> int:
         outcomes[check(target, content)] += 1
         signal.alarm(0)
         if sum(outcomes.values()) % 50 == 0:
-            tell()
+            print_counts()
 
     signal.signal(signal.SIGALRM, too_slow)
     if GUIDED:
@@ -127,16 +127,16 @@ def child(name: str, count: int, seed: int) -> int:
             one(content)
         except BaseException:
             traceback.print_exc()
-            kept = Path(tempfile.mkdtemp()) / "input"
-            kept.write_bytes(content)
-            print(f"the input is kept in {kept}: {content[:80]!r}", flush=True)
+            saved = Path(tempfile.mkdtemp()) / "input"
+            saved.write_bytes(content)
+            print(f"the input is saved in {saved}: {content[:80]!r}", flush=True)
             return 1
-    tell()
+    print_counts()
     return 0
 
 
 def guided(one: Any, seeds: list[bytes], count: int, seed: int) -> None:
-    """By coverage of our own modules."""
+    """Fuzz with atheris, guided by the coverage of the package; ends the process."""
     import atheris
 
     corpus = Path(tempfile.mkdtemp(prefix="corpus-"))

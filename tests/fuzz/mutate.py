@@ -1,4 +1,4 @@
-"""Inputs made of others: bits turned, pieces cut, doubled, exchanged, numbers made extreme."""
+"""Mutations of inputs: flipped bits; parts deleted, repeated or exchanged; extreme values."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WORDS = [
 
 
 def mutated(drawn: random.Random, seeds: list[bytes]) -> bytes:
-    """A seed after a few edits."""
+    """A seed with one or more random mutations."""
     content = bytearray(drawn.choice(seeds))
     for _ in range(1 + int(drawn.expovariate(0.5))):
         at = drawn.randrange(len(content) + 1)

@@ -1,7 +1,7 @@
-"""What is fuzzed: every parser of ours, each as a function of bytes.
+"""Fuzz targets: each parser of the package as a function of bytes.
 
-Whatever the bytes, a target returns or raises `UserError`. It may not raise anything else, take
-more than `SECONDS`, or more memory than the process is given.
+For any input a target returns or raises `UserError`, within `SECONDS` and the memory limit of the
+process.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from ebmkit.errors import UserError
 
 SECONDS = 10
-"""For one input."""
+"""Time limit for one input."""
 
 
 class Target(NamedTuple):
@@ -30,8 +30,8 @@ class Target(NamedTuple):
 
     Attributes:
         run: parses bytes.
-        seeds: makes inputs to begin with.
-        share: of the number of inputs that is asked for; dear ones take fewer.
+        seeds: makes the initial inputs.
+        share: fraction of the requested number of inputs; below 1 for slow targets.
         text: whether inputs are text.
     """
 
@@ -43,7 +43,7 @@ class Target(NamedTuple):
 
 @cache
 def place() -> Path:
-    """A folder in memory, for files to be read."""
+    """A temporary folder, in memory if possible."""
     memory = Path("/dev/shm")
     return Path(tempfile.mkdtemp(prefix="fuzz-", dir=memory if memory.is_dir() else None))
 
@@ -56,7 +56,7 @@ def written(content: bytes, name: str) -> Path:
 
 
 def string(parse: Callable[[str], object], *seeds: str) -> Target:
-    """A parser of what people type."""
+    """Target for a parser of option values."""
     return Target(
         lambda content: parse(content.decode("utf-8", "surrogateescape")),
         lambda: [seed.encode() for seed in seeds],
@@ -191,7 +191,7 @@ def _checkpoint(content: bytes) -> object:
 def _torch_file(content: bytes) -> object:
     from ebmkit.models.importing import load_checkpoint
 
-    return load_checkpoint(str(written(content, "stranger.pt")))
+    return load_checkpoint(str(written(content, "untrusted.pt")))
 
 
 def _manifest(content: bytes) -> object:
@@ -204,8 +204,8 @@ def _manifest(content: bytes) -> object:
     return recover(root)
 
 
-def _signed(content: bytes) -> object:
-    """A manifest whose digest of itself is right, whatever it says."""
+def _valid_manifest(content: bytes) -> object:
+    """Read a manifest with any content and a valid digest."""
     from ebmkit.storage.manifest import _digest
 
     try:
@@ -234,8 +234,8 @@ def _holder(content: bytes) -> object:
     return found and (atomic._is_dead(found), atomic._sentence(Path("run"), found))
 
 
-def _whole_run(content: bytes) -> object:
-    """Which file of a run is replaced is in the first byte; the run is then used."""
+def _used_run(content: bytes) -> object:
+    """Change a file of a run, selected by the first byte, and use the run."""
     import ebmkit
     from ebmkit.storage.verify import verify_run
     from ebmkit.training import RunFolder, resolve
@@ -245,11 +245,11 @@ def _whole_run(content: bytes) -> object:
     shutil.copytree(run_folder(), root)
     files = sorted(path for path in root.rglob("*") if path.is_file())
     chosen = files[content[0] % len(files)] if content else files[0]
-    whole = chosen.read_bytes()
+    original = chosen.read_bytes()
     edit = content[1:]
-    at = int.from_bytes(edit[:3], "big") % (len(whole) + 1)
-    chosen.write_bytes(whole[:at] + edit[3:] + whole[at + len(edit[3:]) :])
-    if content[:1] > b"\x7f":  # nothing vouches for the files
+    at = int.from_bytes(edit[:3], "big") % (len(original) + 1)
+    chosen.write_bytes(original[:at] + edit[3:] + original[at + len(edit[3:]) :])
+    if content[:1] > b"\x7f":  # the files have no checksums
         (root / "manifest.json").unlink(missing_ok=True)
     for use in (
         lambda: ebmkit.load(root),
@@ -266,7 +266,7 @@ def _whole_run(content: bytes) -> object:
 
 
 def _leaves(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Where everything in a checkpoint lies, containers included."""
+    """Paths of all entries of a checkpoint, containers included."""
     found = [path] if path else []
     if isinstance(value, (dict, list, tuple)):
         items = value.items() if isinstance(value, dict) else enumerate(value)
@@ -275,22 +275,22 @@ def _leaves(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 
 def _edited(value: Any, path: tuple[Any, ...], new: Any) -> Any:
-    """A copy of ``value`` with ``new`` at ``path``; `GONE` takes away what is there."""
+    """A copy of ``value`` with ``new`` at ``path``; `REMOVED` deletes the entry."""
     if not path:
         return new
     copy = dict(value) if isinstance(value, dict) else list(value)
     changed = _edited(value[path[0]], path[1:], new)
-    if changed is GONE:
+    if changed is REMOVED:
         del copy[path[0]]
     else:
         copy[path[0]] = changed
     return copy
 
 
-GONE = object()
+REMOVED = object()
 
 REPLACEMENTS: list[Callable[[Any], Any]] = [
-    lambda old: GONE,
+    lambda old: REMOVED,
     *(
         lambda old, new=new: new
         for new in (None, True, -1, 0, 2**62, 1.5, float("nan"), float("inf"), "", "x", [], {}, [1])
@@ -315,13 +315,13 @@ REPLACEMENTS: list[Callable[[Any], Any]] = [
         )
     ),
 ]
-"""What stands in a checkpoint in the place of what was there."""
+"""Functions from an entry of a checkpoint to its replacement."""
 
 ONE = torch.ones(1)
 
 
 @cache
-def _saved() -> tuple[dict[str, Any], bytes]:
+def _checkpoint_state() -> tuple[dict[str, Any], bytes]:
     """The state of a run's checkpoint, and its replay buffer."""
     from ebmkit.training import RunFolder
 
@@ -332,19 +332,19 @@ def _saved() -> tuple[dict[str, Any], bytes]:
 
 @cache
 def _trainer() -> Any:
-    """What goes on with a checkpoint by one step; to make one anew for each takes too long."""
+    """A trainer that resumes checkpoints for one step; it is slow to make, so it is made once."""
     from ebmkit.training import RunFolder, resolve
     from ebmkit.training.loop import assemble
 
     return assemble(resolve(RunFolder.open(run_folder()).config() | {"steps": 3}), None)
 
 
-def _gone_on_with(content: bytes) -> object:
-    """Which entries of a checkpoint are exchanged, for what, is in the bytes; training goes on,
-    and back to a state that the checkpoint kept."""
+def _resumed(content: bytes) -> object:
+    """Replace entries of a checkpoint as the bytes select, resume training, and roll back to a
+    snapshot of the checkpoint."""
     from ebmkit.training.run_folder import _unpacked, pack_state
 
-    state, buffer = _saved()
+    state, buffer = _checkpoint_state()
     for number in range(0, min(len(content) - 2, 9), 3):
         where, what = int.from_bytes(content[number : number + 2], "big"), content[number + 2]
         places = _leaves(state)
@@ -440,22 +440,22 @@ TARGETS = {
     "model.json": Target(_card, of_run("model.json")),
     "safetensors": Target(_weights, of_run("*.safetensors")),
     "checkpoint": Target(_checkpoint, lambda: _torch_seeds() + of_run("checkpoints/*.pt")(), 0.3),
-    "checkpoint, gone on with": Target(
-        _gone_on_with, lambda: [b"", *(bytes([k % 2, 37 * k, 7 * k]) for k in range(6))], 0.1
+    "checkpoint, resumed": Target(
+        _resumed, lambda: [b"", *(bytes([k % 2, 37 * k, 7 * k]) for k in range(6))], 0.1
     ),
-    "stranger's .pt": Target(_torch_file, _torch_seeds, 0.5),
+    "untrusted .pt": Target(_torch_file, _torch_seeds, 0.5),
     "manifest": Target(_manifest, of_run("manifest.json"), 0.5),
-    "manifest, signed": Target(_signed, of_run("manifest.json"), 0.5),
+    "manifest, valid digest": Target(_valid_manifest, of_run("manifest.json"), 0.5),
     "metrics.jsonl": Target(_journal, lambda: [b'{"step": 1, "ce": 2.0}\n{"step": 2}\n']),
     "holder": Target(_holder, lambda: [json.dumps({"process": 1, "host": "a"}).encode()]),
-    "run folder": Target(_whole_run, lambda: [bytes([k, 0, 9, 9, 65]) for k in range(12)], 0.05),
+    "run folder": Target(_used_run, lambda: [bytes([k, 0, 9, 9, 65]) for k in range(12)], 0.05),
     "hdf5": Target(_hdf5, _hdf5_seeds, 0.3),
     "image": Target(_image, _image_seeds),
 }
 
 
 def check(target: Target, content: bytes) -> str:
-    """Run a target on an input: ``read`` or ``refused``; anything else is raised."""
+    """Run a target on an input; return ``read``, or ``refused`` for a `UserError`."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

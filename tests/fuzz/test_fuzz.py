@@ -1,6 +1,6 @@
-"""Every parser of ours on inputs that are the same each time.
+"""Every parser of the package on a fixed set of inputs.
 
-`python -m ebmkit_tests.fuzz` tries more.
+`python -m ebmkit_tests.fuzz` tries more inputs.
 """
 
 import random
@@ -11,17 +11,17 @@ from ebmkit_tests.fuzz.targets import TARGETS, check
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-DEAR = ("run folder", "checkpoint, gone on with", "config", "assignments", "checkpoint", "hdf5")
+SLOW = ("run folder", "checkpoint, resumed", "config", "assignments", "checkpoint", "hdf5")
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_whatever_is_read_is_read_or_refused(name):
-    """Seeds and their mutants: no exception but `UserError`."""
+def test_mutated_inputs_raise_only_user_errors(name):
+    """Seeds and mutated seeds."""
     target, drawn = TARGETS[name], random.Random(0)
     seeds = target.seeds()
     outcomes = {check(target, seed) for seed in seeds}
     assert outcomes <= {"read", "refused"}
-    for _ in range(5 if name in DEAR else 25):
+    for _ in range(5 if name in SLOW else 25):
         check(target, mutated(drawn, seeds))
 
 
@@ -34,9 +34,8 @@ TEXT = st.one_of(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [n for n, t in TARGETS.items() if t.text and n not in DEAR])
+@pytest.mark.parametrize("name", [n for n, t in TARGETS.items() if t.text and n not in SLOW])
 @settings(max_examples=20, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 @given(text=TEXT)
-def test_whatever_is_typed_is_read_or_refused(name, text):
-    """Text of all kinds, as people never type it."""
+def test_random_text_raises_only_user_errors(name, text):
     check(TARGETS[name], text.encode("utf-8", "surrogatepass"))

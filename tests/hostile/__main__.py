@@ -1,7 +1,7 @@
-"""Write the corpus of hostile files, and open it: ``python -m ebmkit_tests.hostile OUT [--open]``.
+"""Write the corpus of malicious files: ``python -m ebmkit_tests.hostile OUT [--open]``.
 
-``OUT/index.json`` says what lies where. With ``--open`` each file is opened in a process of its
-own, and the command ends with 1 if one of them did what it must not. ``--json`` keeps the figures.
+``OUT/index.json`` lists the files. With ``--open`` each file is opened in a separate process, and
+the command exits with 1 if one of them violates its limits. ``--json`` saves the results.
 """
 
 from __future__ import annotations
@@ -17,70 +17,70 @@ from pathlib import Path
 
 from ebmkit_tests.hostile.case import Case, outside
 from ebmkit_tests.hostile.corpus import all_cases, index, slug, write
-from ebmkit_tests.hostile.watch import Ending, opened
+from ebmkit_tests.hostile.watch import Outcome, run_in_fork
 
 from ebmkit.compute import environment
 
 
-def complaint(case: Case, ending: Ending) -> str | None:
-    """What is wrong with how opening ``case`` ended, if anything is."""
-    wanted = "opened" if case.says is None else "refused"
-    if ending.how != wanted:
-        return f"{ending.how} instead of {wanted}: {ending.text}"
-    if case.says is not None and not re.search(case.says, ending.text):
-        return f"says {ending.text!r}, which does not match {case.says!r}"
-    if not ending.text.isprintable() or len(ending.text) > 1500:
-        return f"no sentence: {len(ending.text)} characters, {ending.text!r:.300}"
-    if ending.touched:
-        return "touched what is not its own: " + "; ".join(ending.touched[:5])
-    if ending.mib > case.mib:
-        return f"took {ending.mib} MiB of memory, more than {case.mib}"
-    if ending.seconds > case.seconds:
-        return f"took {ending.seconds} s, more than {case.seconds}"
+def fault(case: Case, outcome: Outcome) -> str | None:
+    """Description of a violation when ``case`` was opened, or None."""
+    expected = "opened" if case.message is None else "refused"
+    if outcome.how != expected:
+        return f"{outcome.how} instead of {expected}: {outcome.text}"
+    if case.message is not None and not re.search(case.message, outcome.text):
+        return f"the message {outcome.text!r} does not match {case.message!r}"
+    if not outcome.text.isprintable() or len(outcome.text) > 1500:
+        return f"not one printable sentence: {len(outcome.text)} characters, {outcome.text!r:.300}"
+    if outcome.touched:
+        return "accessed other files or processes: " + "; ".join(outcome.touched[:5])
+    if outcome.mib > case.mib:
+        return f"took {outcome.mib} MiB of memory, more than {case.mib}"
+    if outcome.seconds > case.seconds:
+        return f"took {outcome.seconds} s, more than {case.seconds}"
     return None
 
 
 def main() -> int:
-    """Write, and open if asked to."""
+    """Write the corpus, and open it with ``--open``."""
     parser = argparse.ArgumentParser(prog="python -m ebmkit_tests.hostile", description=__doc__)
     parser.add_argument("out", type=Path, help="a new folder")
-    parser.add_argument("--open", action="store_true", help="open each file too")
+    parser.add_argument("--open", action="store_true", help="also open each file")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--quick", action="store_true", help="without the slow ones")
-    which.add_argument("--slow", action="store_true", help="the slow ones alone")
-    parser.add_argument("--only", default="", help="part of the name or kind of the cases wanted")
-    parser.add_argument("--json", type=Path, help="where to keep what came of opening them")
-    wanted = parser.parse_args()
+    which.add_argument("--quick", action="store_true", help="skip slow cases")
+    which.add_argument("--slow", action="store_true", help="only slow cases")
+    parser.add_argument("--only", default="", help="part of a case's name, or a kind")
+    parser.add_argument("--json", type=Path, help="file for the results")
+    options = parser.parse_args()
     cases, openers = all_cases()
-    cases = [c for c in cases if wanted.only in c.name or wanted.only == c.kind]
-    cases = [c for c in cases if not (c.slow if wanted.quick else wanted.slow and not c.slow)]
-    home = wanted.out.resolve()
+    cases = [c for c in cases if options.only in c.name or options.only == c.kind]
+    cases = [c for c in cases if not (c.slow if options.quick else options.slow and not c.slow)]
+    home = options.out.resolve()
     paths = [write(case, home) for case in cases]
     (home / "index.json").write_text(index(cases, paths, home))
     print(f"{len(cases)} hostile files in {home}")
-    if not wanted.open:
+    if not options.open:
         return 0
     from ebmkit_tests.hostile.files_models import warm_up
 
     warm_up()
     gc.collect()
-    gc.freeze()  # a collection in a fork would copy all that was imported
+    gc.freeze()  # otherwise a collection in a fork copies the memory of all imports
     start, rows, failed = time.perf_counter(), [], 0
     for case, path in zip(cases, paths, strict=True):
-        own = home / "cases" / slug(case.name)
-        ending = opened(openers[case.kind], path, own, outside(own), case.seconds)
-        wrong = complaint(case, ending)
+        folder = home / "cases" / slug(case.name)
+        outcome = run_in_fork(openers[case.kind], path, folder, outside(folder), case.seconds)
+        wrong = fault(case, outcome)
         failed += wrong is not None
         rows.append(
-            {"name": case.name, "kind": case.kind, "wrong": wrong, **dataclasses.asdict(ending)}
+            {"name": case.name, "kind": case.kind, "wrong": wrong, **dataclasses.asdict(outcome)}
         )
         if wrong is not None:
             print(f"{case.kind}: {case.name}: {wrong}")
     spent = time.perf_counter() - start
-    told = ("ebmkit", "python", "torch", "cores", "git_commit")
+    recorded = ("ebmkit", "python", "torch", "cores", "git_commit")
     document = {
         "command": "python -m ebmkit_tests.hostile OUT --open",
-        "environment": {k: v for k, v in environment().items() if k in told},
+        "environment": {k: v for k, v in environment().items() if k in recorded},
         "files": len(rows),
         "refused": sum(row["how"] == "refused" for row in rows),
         "opened_harmlessly": sum(row["how"] == "opened" for row in rows),
@@ -89,8 +89,8 @@ def main() -> int:
         "most_mib": max((row["mib"] for row in rows), default=0),
         "cases": [{**row, "text": row["text"].replace(str(home), "OUT")} for row in rows],
     }
-    if wanted.json:
-        wanted.json.write_text(json.dumps(document, indent=1) + "\n")
+    if options.json:
+        options.json.write_text(json.dumps(document, indent=1) + "\n")
     print(f"{document['refused']} refused, {document['opened_harmlessly']} opened harmlessly, "
           f"{failed} failed, in {spent:.1f} s")  # fmt: skip
     return int(failed > 0)

@@ -1,13 +1,13 @@
-"""What a hostile file is: how it is made, who opens it, and what must come of that.
+"""Case: how a malicious file is made, which function opens it, and the required outcome.
 
-A module ``tests/hostile/files_*.py`` holds ``CASES``, a list of `Case`, and ``OPENERS``, by kind
-the function that opens a file of that kind as a user would. Both are found by the module's name.
+A module ``tests/hostile/files_*.py`` defines ``CASES``, a list of `Case`, and ``OPENERS``, which
+maps each kind to the function that opens such a file as a user would.
 
 >>> def bomb(folder):
 ...     path = folder / "bomb.png"
 ...     path.write_bytes(...)
 ...     return path
->>> CASES = [Case("a picture of 10^10 pixels", "image", bomb, "too large")]
+>>> CASES = [Case("an image of 10^10 pixels", "image", bomb, "too large")]
 >>> OPENERS = {"image": lambda path: Image.open(path)}
 """
 
@@ -24,31 +24,31 @@ SECRET = "the content of secret.txt"
 
 @dataclass(frozen=True)
 class Case:
-    """One hostile file or folder.
+    """One malicious file or folder.
 
     Attributes:
         name: unique; becomes the name of its folder.
-        kind: which of the ``OPENERS`` gets it.
-        make: given an empty folder of its own, writes it there and returns what is to be opened.
-        says: a regular expression that the `UserError` must match; None: it opens, harmlessly.
-        mib: memory that opening it may take, MiB.
-        seconds: of the processor that it may take.
-        slow: left out by ``--quick``.
+        kind: key of the function in ``OPENERS``.
+        make: writes the file into an empty folder and returns the path to open.
+        message: regular expression for the `UserError`; None if opening must succeed.
+        mib: memory limit, MiB.
+        seconds: limit of processor time.
+        slow: skipped by ``--quick``.
     """
 
     name: str
     kind: str
     make: Callable[[Path], Path]
-    says: str | None
+    message: str | None
     mib: int = 200
     seconds: float = 5.0
     slow: bool = False
 
 
 def outside(folder: Path) -> Path:
-    """A folder that nothing may look into, for the case made in ``folder`` to point at.
+    """Forbidden folder to which the case in ``folder`` may point.
 
-    It holds ``secret.txt``; a case may put there what its own file names. Whoever opens or changes
-    anything in it while a case is being opened has failed, C libraries included.
+    It contains ``secret.txt``; a case may add the targets of its links. A case fails if anything,
+    C libraries included, opens or changes a file of this folder while the case is opened.
     """
     return folder.parents[1] / "outside" / folder.name

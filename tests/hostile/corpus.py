@@ -1,4 +1,4 @@
-"""All cases, found by the names of their modules, and their files on disk."""
+"""The cases of all modules ``files_*.py``, and their files on disk."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["all_cases", "write"]
 
 
 def all_cases() -> tuple[list[Case], dict[str, Callable[[Path], object]]]:
-    """Every case of ``files_*.py``, and what opens each kind."""
+    """All cases of ``files_*.py``, and the function that opens each kind."""
     cases: list[Case] = []
     openers: dict[str, Callable[[Path], object]] = {}
     for path in sorted(Path(__file__).parent.glob("files_*.py")):
@@ -22,9 +22,9 @@ def all_cases() -> tuple[list[Case], dict[str, Callable[[Path], object]]]:
         cases += module.CASES
         openers |= module.OPENERS
     names = [slug(case.name) for case in cases]
-    twice = {name for name in names if names.count(name) > 1}
+    duplicates = {name for name in names if names.count(name) > 1}
     without = {case.kind for case in cases} - openers.keys()
-    assert not twice, f"two cases of one name: {twice}"
+    assert not duplicates, f"cases with the same name: {duplicates}"
     assert not without, f"no opener for {without}"
     return cases, openers
 
@@ -34,7 +34,7 @@ def slug(name: str) -> str:
 
 
 def write(case: Case, home: Path) -> Path:
-    """Make the files of ``case`` in a folder of ``home``; what is to be opened."""
+    """Write the files of ``case`` below ``home``; return the path to open."""
     folder = home / "cases" / slug(case.name)
     folder.mkdir(parents=True)
     outside(folder).mkdir(parents=True)
@@ -43,9 +43,9 @@ def write(case: Case, home: Path) -> Path:
 
 
 def index(cases: list[Case], paths: list[Path], home: Path) -> str:
-    """What lies where, as JSON."""
+    """JSON list of cases and files."""
     rows = [
-        {"name": c.name, "kind": c.kind, "file": str(p.relative_to(home)), "says": c.says}
+        {"name": c.name, "kind": c.kind, "file": str(p.relative_to(home)), "message": c.message}
         for c, p in zip(cases, paths, strict=True)
     ]
     return json.dumps(rows, indent=1)

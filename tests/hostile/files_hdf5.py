@@ -1,4 +1,4 @@
-"""HDF5 files that lie about their size, lead elsewhere, or hold what is no array."""
+"""HDF5 files with false sizes, links to other files, or entries that are not arrays."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ebmkit.sampling.entry import ReplayBuffer
 
 
 def hdf5(fill: Callable[[h5py.File, Path], None], name: str = "set.h5", **options: object) -> Make:
-    """A file that ``fill(file, outside)`` writes."""
+    """A file written by ``fill(file, outside)``."""
 
     def make(folder: Path) -> Path:
         with h5py.File(folder / name, "w", **options) as file:
@@ -28,16 +28,16 @@ def hdf5(fill: Callable[[h5py.File, Path], None], name: str = "set.h5", **option
     return make
 
 
-def honest(file: h5py.File, count: int = 40) -> None:
+def valid(file: h5py.File, count: int = 40) -> None:
     file["images"] = np.zeros((count, 8, 8, 1), np.uint8)
 
 
 def target(where: Path) -> Path:
-    """A data set in the folder that nothing may look into."""
+    """A data set in the forbidden folder."""
     path = where / "theirs.h5"
     if not path.exists():
         with h5py.File(path, "w") as file:
-            honest(file)
+            valid(file)
             file["labels"] = np.zeros(40, np.int64)
             file["class_names"] = ["theirs"]
     return path
@@ -46,7 +46,7 @@ def target(where: Path) -> Path:
 def external_link(name: str) -> Make:
     def fill(file: h5py.File, where: Path) -> None:
         if name != "images":
-            honest(file)
+            valid(file)
         if name == "class_names":
             file["labels"] = np.zeros(40, np.int64)
         file[name] = h5py.ExternalLink(str(target(where)), f"/{name}")
@@ -60,7 +60,7 @@ def external_group(file: h5py.File, where: Path) -> None:
 
 def external_labels_of_the_test_set(file: h5py.File, where: Path) -> None:
     group = file.create_group("train")
-    honest(group)
+    valid(group)
     group["labels"] = np.zeros(40, np.int64)
     file["test"] = h5py.ExternalLink(str(target(where)), "/")
 
@@ -87,7 +87,7 @@ def virtual(file: h5py.File, where: Path) -> None:
 
 
 def virtual_labels(file: h5py.File, where: Path) -> None:
-    honest(file)
+    valid(file)
     layout = h5py.VirtualLayout((40,), np.int64)
     layout[:] = h5py.VirtualSource(str(target(where)), "labels", (40,))
     file.create_virtual_dataset("labels", layout)
@@ -99,7 +99,7 @@ def references(file: h5py.File, where: Path) -> None:
 
 
 def region_references(file: h5py.File, where: Path) -> None:
-    honest(file)
+    valid(file)
     rows = file.create_dataset("labels", (40,), h5py.regionref_dtype)
     rows[:] = [file["images"].regionref[:4]] * 40
 
@@ -108,11 +108,11 @@ def petabytes(file: h5py.File, where: Path) -> None:
     file.create_dataset("images", (10**9, 1024, 1024, 1), np.uint8, chunks=(1, 1024, 1024, 1))
 
 
-def petabytes_in_one_piece(file: h5py.File, where: Path) -> None:
+def petabytes_contiguous(file: h5py.File, where: Path) -> None:
     file.create_dataset("images", (10**6, 10**6, 1000, 1), np.uint8)
 
 
-def rows_by_the_billion(file: h5py.File, where: Path) -> None:
+def a_trillion_rows(file: h5py.File, where: Path) -> None:
     file.create_dataset("images", (2**40, 1, 1, 1), np.uint8, chunks=(2**20, 1, 1, 1))
 
 
@@ -137,7 +137,7 @@ def sparse(file: h5py.File, where: Path) -> None:
 
 
 def raw_chunk(content: bytes, *filters: str, shape: tuple[int, ...] = (64, 8, 8, 1)) -> Make:
-    """One chunk of ``content`` for an array that claims to be small."""
+    """One chunk with the bytes ``content``, in an array with a small shape."""
 
     def fill(file: h5py.File, where: Path) -> None:
         plan = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
@@ -155,7 +155,7 @@ def raw_chunk(content: bytes, *filters: str, shape: tuple[int, ...] = (64, 8, 8,
 
 
 def zeros_packed(mib: int, times: int = 1) -> bytes:
-    """So many MiB of zeros as zlib packs them, without having them: one block, over and over."""
+    """``mib`` MiB of zeros compressed ``times`` times by zlib, made by repeating one block."""
     packer = zlib.compressobj(9, wbits=-15)
     block = packer.compress(bytes(2**20)) + packer.flush(zlib.Z_FULL_FLUSH)
     adler = (mib * 2**20 % 65521) << 16 | 1
@@ -168,7 +168,7 @@ def zeros_packed(mib: int, times: int = 1) -> bytes:
 def plugin_filter(file: h5py.File, where: Path) -> None:
     plan = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     plan.set_chunk((40, 8, 8, 1))
-    plan.set_filter(32001, h5py.h5z.FLAG_OPTIONAL, (2, 2, 1, 64))  # blosc, by a plugin
+    plan.set_filter(32001, h5py.h5z.FLAG_OPTIONAL, (2, 2, 1, 64))  # blosc, an external plugin
     space = h5py.h5s.create_simple((40, 8, 8, 1))
     h5py.h5d.create(file.id, b"images", h5py.h5t.STD_U8LE, space, plan)
 
@@ -192,7 +192,7 @@ def group_for_images(file: h5py.File, where: Path) -> None:
 
 
 def group_for_labels(file: h5py.File, where: Path) -> None:
-    honest(file)
+    valid(file)
     file.create_group("labels")
 
 
@@ -202,7 +202,7 @@ def hard_link_loop(file: h5py.File, where: Path) -> None:
 
 def with_labels(values: object, dtype: object = np.int64) -> Make:
     def fill(file: h5py.File, where: Path) -> None:
-        honest(file)
+        valid(file)
         file.create_dataset("labels", data=np.asarray(values), dtype=dtype)
 
     return hdf5(fill)
@@ -210,7 +210,7 @@ def with_labels(values: object, dtype: object = np.int64) -> Make:
 
 def with_names(names: Callable[[h5py.File], None]) -> Make:
     def fill(file: h5py.File, where: Path) -> None:
-        honest(file)
+        valid(file)
         file["labels"] = np.zeros(40, np.int64)
         names(file)
 
@@ -226,7 +226,7 @@ def a_long_name(file: h5py.File) -> None:
 
 
 def long_names_that_share_a_heap(file: h5py.File) -> None:
-    """All entries are references to one text of a megabyte: the first's, copied."""
+    """All 1000 entries refer to the same text of a megabyte."""
     names = file.create_dataset("class_names", (1000,), h5py.string_dtype(), chunks=(1000,))
     names[0] = "x" * 10**6
     file.flush()
@@ -242,16 +242,16 @@ def names_that_are_numbers(file: h5py.File) -> None:
     file["class_names"] = np.arange(10)
 
 
-def labels_of_the_other_part(file: h5py.File, where: Path) -> None:
+def labels_out_of_range_in_the_test_split(file: h5py.File, where: Path) -> None:
     for part, top in (("train", 1), ("test", 2**31)):
         group = file.create_group(part)
-        honest(group)
+        valid(group)
         group["labels"] = np.full(40, top, np.int64)
 
 
 def cut_at(share: float) -> Make:
     def make(folder: Path) -> Path:
-        path = hdf5(lambda file, where: honest(file, 400))(folder)
+        path = hdf5(lambda file, where: valid(file, 400))(folder)
         content = path.read_bytes()
         path.write_bytes(content[: int(share * len(content))])
         return path
@@ -269,7 +269,7 @@ def holding(content: bytes, name: str) -> Make:
 
 def samples(fill: Callable[[h5py.File], None]) -> Make:
     def write(file: h5py.File, where: Path) -> None:
-        honest(file)
+        valid(file)
         fill(file)
 
     return hdf5(write)
@@ -283,12 +283,12 @@ def reference_for_a_source(file: h5py.File) -> None:
     file.attrs.create("source", file["images"].ref, dtype=h5py.ref_dtype)
 
 
-def finite_elsewhere(file: h5py.File) -> None:
+def finite_is_a_link(file: h5py.File) -> None:
     file.attrs["source"] = "fresh"
     file["finite"] = h5py.SoftLink("/images")
 
 
-def finite_for_a_billion(file: h5py.File) -> None:
+def finite_of_billions(file: h5py.File) -> None:
     file.attrs["source"] = "fresh"
     file.create_dataset("finite", (2**33,), bool, chunks=(2**20,), compression="gzip")
 
@@ -318,11 +318,11 @@ CASES = [
     Case("hdf5 object references", "hdf5", hdf5(references), "not numbers or text"),
     Case("hdf5 region references", "hdf5", hdf5(region_references), "not numbers or text"),
     Case("hdf5 of a petabyte in chunks", "hdf5", hdf5(petabytes), "rows, more than|claims"),
-    Case("hdf5 of a petabyte in one piece", "hdf5", hdf5(petabytes_in_one_piece), "claims"),
-    Case("hdf5 of a trillion rows", "hdf5", hdf5(rows_by_the_billion), "rows, more than"),
+    Case("hdf5 of a petabyte without chunks", "hdf5", hdf5(petabytes_contiguous), "claims"),
+    Case("hdf5 of a trillion rows", "hdf5", hdf5(a_trillion_rows), "rows, more than"),
     Case("hdf5 images of gigapixels", "hdf5", hdf5(gigapixels), "claims|megapixels"),
     Case("hdf5 chunk of 600 megabytes", "hdf5", hdf5(huge_chunks), "larger than 64 MiB"),
-    Case("hdf5 of four gigabytes that were never written", "hdf5", hdf5(sparse), "claims"),
+    Case("hdf5 of four gigabytes without data", "hdf5", hdf5(sparse), "claims"),
     Case(
         "hdf5 small chunk that unpacks to a gigabyte",
         "hdf5",
@@ -341,16 +341,16 @@ CASES = [
         raw_chunk(zeros_packed(64), "deflate", "lzf"),
         "could exhaust the memory",
     ),
-    Case("hdf5 chunk that is no gzip", "hdf5", raw_chunk(b"x" * 999, "deflate"), "cannot be read"),
-    Case("hdf5 chunk that is no lzf", "hdf5", raw_chunk(b"\xff" * 999, "lzf"), "cannot be read"),
+    Case("hdf5 chunk that is not gzip", "hdf5", raw_chunk(b"x" * 999, "deflate"), "cannot be read"),
+    Case("hdf5 chunk that is not lzf", "hdf5", raw_chunk(b"\xff" * 999, "lzf"), "cannot be read"),
     Case("hdf5 chunk that is too short", "hdf5", raw_chunk(zlib.compress(b"xy"), "deflate"), None),
     Case("hdf5 filter of a plugin", "hdf5", hdf5(plugin_filter), "filter 32001"),
     Case("hdf5 scaleoffset filter", "hdf5", hdf5(scale_offset), "filter 6"),
-    Case("hdf5 compound numbers", "hdf5", hdf5(compound), "not numbers or text"),
+    Case("hdf5 compound type", "hdf5", hdf5(compound), "not numbers or text"),
     Case("hdf5 ragged images", "hdf5", hdf5(ragged), "not numbers or text"),
     Case("hdf5 group called images", "hdf5", hdf5(group_for_images), "is a group"),
     Case("hdf5 group called labels", "hdf5", hdf5(group_for_labels), "is a group"),
-    Case("hdf5 group that holds itself", "hdf5", hdf5(hard_link_loop), "has no array"),
+    Case("hdf5 group that contains itself", "hdf5", hdf5(hard_link_loop), "has no array"),
     Case("hdf5 label of two billion", "hdf5", with_labels([2 * 10**9] * 40), "out of range"),
     Case("hdf5 label below zero", "hdf5", with_labels([-1] * 40), "out of range"),
     Case(
@@ -359,13 +359,11 @@ CASES = [
         with_labels(np.full(40, 2**64 - 1, np.uint64), np.uint64),
         "out of range",
     ),
+    Case("hdf5 NaN labels", "hdf5", with_labels([float("nan")] * 40, float), "labels"),
     Case(
-        "hdf5 labels that are no numbers", "hdf5", with_labels([float("nan")] * 40, float), "labels"
-    ),
-    Case(
-        "hdf5 label of two billion in the other part",
+        "hdf5 label of two billion in the test split",
         "hdf5",
-        hdf5(labels_of_the_other_part),
+        hdf5(labels_out_of_range_in_the_test_split),
         "out of range",
     ),
     Case("hdf5 a million class names", "hdf5", with_names(a_million_names), "names of"),
@@ -379,17 +377,22 @@ CASES = [
     ),
     Case("hdf5 class names of 100 megabytes each", "hdf5", with_names(wide_names), "larger|claims"),
     Case("hdf5 class names that are numbers", "hdf5", with_names(names_that_are_numbers), "text"),
-    Case("hdf5 cut in its header", "hdf5", cut_at(0.01), "cannot be read as an HDF5 file"),
-    Case("hdf5 cut in its images", "hdf5", cut_at(0.6), "cannot be read as an HDF5 file"),
-    Case("hdf5 behind a userblock", "hdf5", hdf5(lambda f, w: honest(f), userblock_size=512), None),
+    Case("hdf5 truncated in its header", "hdf5", cut_at(0.01), "cannot be read as an HDF5 file"),
+    Case("hdf5 truncated in its images", "hdf5", cut_at(0.6), "cannot be read as an HDF5 file"),
+    Case("hdf5 behind a userblock", "hdf5", hdf5(lambda f, w: valid(f), userblock_size=512), None),
     Case("hdf5 that is text", "hdf5", holding(b"images = 5\n" * 99, "set.h5"), "cannot be read"),
     Case("hdf5 that is empty", "hdf5", holding(b"", "set.h5"), "cannot be read"),
     Case("hdf5 that is a pipe", "hdf5", fifo("set.h5"), "not an ordinary file"),
-    Case("hdf5 that never ends", "hdf5", link("set.h5", "/dev/zero"), "not an ordinary file"),
-    Case("samples with a list for their source", "samples", samples(many_sources), "one number or"),
-    Case("samples with a reference", "samples", samples(reference_for_a_source), "one number or"),
-    Case("samples whose marks are a link", "samples", samples(finite_elsewhere), "link to another"),
-    Case("samples with marks for billions", "samples", samples(finite_for_a_billion), "rows, more"),
+    Case("hdf5 that is /dev/zero", "hdf5", link("set.h5", "/dev/zero"), "not an ordinary file"),
+    Case("samples with a list as source", "samples", samples(many_sources), "one number or"),
+    Case(
+        "samples with a reference as source",
+        "samples",
+        samples(reference_for_a_source),
+        "one number or",
+    ),
+    Case("samples whose flags are a link", "samples", samples(finite_is_a_link), "link to another"),
+    Case("samples with billions of flags", "samples", samples(finite_of_billions), "rows, more"),
     Case("replay buffer of gigabytes", "buffer", hdf5(buffer_of_gigabytes), "claims"),
     Case("replay buffer that is virtual", "buffer", hdf5(virtual), "lie in other files"),
     Case("replay buffer that is a link", "buffer", external_link("images"), "link to another file"),

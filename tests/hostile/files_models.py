@@ -1,4 +1,4 @@
-"""Models, checkpoints and runs from a stranger: what lies in the files, and where they lead."""
+"""Untrusted models, checkpoints and runs: crafted contents, and links out of the run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from diffusers import UNet2DModel  # noqa: F401  (importing it looks for IPv6: not in a case)
+from diffusers import UNet2DModel  # noqa: F401  (its import opens a socket, which is not part of a case)
 from ebmkit_tests.hostile.case import Case, outside
 from ebmkit_tests.hostile.making import Make
 
@@ -38,7 +38,7 @@ from ebmkit.training import RunFolder, resolve
 
 
 def packed(header: object, data: bytes = b"", length: int | None = None) -> bytes:
-    """A safetensors file of ``header`` (JSON, or bytes as they are), which may lie."""
+    """A safetensors file with ``header`` (JSON or bytes) and any value in its length field."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(text) if length is None else length) + text + data
 
@@ -52,23 +52,23 @@ FOUR = bytes(16)
 SHAPE = "invalid shape, data type, or offset"
 
 SAFETENSORS: dict[str, tuple[bytes, str | None]] = {
-    "nothing": (b"", "does not parse"),
+    "empty": (b"", "does not parse"),
     "a header of 2^63 bytes": (packed({}, length=2**63), "does not parse"),
     "a header longer than the file": (packed({}, length=100), "does not parse"),
     "a header of 9 MB": (packed(b"{" + b" " * 9 * 2**20 + b"}"), "more than"),
-    "a header that is no mapping": (packed([1]), "does not parse"),
-    "a header nested deep": (packed(b"[" * 10**5 + b"]" * 10**5), "not JSON|nested"),
-    "beyond the file": (packed({"a": entry([4], 0, 16)}, bytes(8)), "not fully covered"),
-    "bytes left over": (packed({"a": entry([4], 0, 16)}, bytes(99)), "not fully covered"),
-    "overlapping": (
+    "a header that is not a mapping": (packed([1]), "does not parse"),
+    "a deeply nested header": (packed(b"[" * 10**5 + b"]" * 10**5), "not JSON|nested"),
+    "data beyond the file": (packed({"a": entry([4], 0, 16)}, bytes(8)), "not fully covered"),
+    "bytes without a tensor": (packed({"a": entry([4], 0, 16)}, bytes(99)), "not fully covered"),
+    "overlapping tensors": (
         packed({"a": entry([4], 0, 16), "b": entry([4], 0, 16)}, FOUR),
         "invalid offset for tensor `a`|`b`",
     ),
-    "a hole": (
+    "a gap between tensors": (
         packed({"a": entry([2], 0, 8), "b": entry([1], 12, 16)}, FOUR),
         "offset for tensor `b`",
     ),
-    "backwards": (packed({"a": entry([4], 16, 0)}, FOUR), "offset for tensor `a`"),
+    "end before start": (packed({"a": entry([4], 16, 0)}, FOUR), "offset for tensor `a`"),
     "more elements than bytes": (
         packed({"a": entry([2**40], 0, 16)}, FOUR),
         SHAPE,
@@ -77,13 +77,13 @@ SAFETENSORS: dict[str, tuple[bytes, str | None]] = {
         packed({"a": entry([2**33, 2**33], 0, 16)}, FOUR),
         "overflow computing",
     ),
-    "an absurd shape of nothing": (packed({"a": entry([0, 2**62, 2**62], 0, 0)}), "does not parse"),
+    "a huge shape of size 0": (packed({"a": entry([0, 2**62, 2**62], 0, 0)}), "does not parse"),
     "many dimensions": (
         packed({"a": entry([1] * 10**5, 0, 4)}, bytes(4)),
         "64 dimensions",
     ),
     "a negative size": (packed({"a": entry([-4], 0, 16)}, FOUR), "integer `-4`"),
-    "a size that is no number": (
+    "a size that is a string": (
         packed({"a": entry(["4"], 0, 16)}, FOUR),
         'string "4"',
     ),
@@ -92,8 +92,8 @@ SAFETENSORS: dict[str, tuple[bytes, str | None]] = {
         packed({"a": entry([4], 0, 16, "F64")}, FOUR),
         SHAPE,
     ),
-    "an entry that is no mapping": (packed({"a": 1}, FOUR), "invalid type: integer `1`"),
-    "a name twice": (
+    "an entry that is not a mapping": (packed({"a": 1}, FOUR), "invalid type: integer `1`"),
+    "a duplicate name": (
         packed(
             b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,16]},'
             b'"a":{"dtype":"F32","shape":[2,2],"data_offsets":[0,16]}}',
@@ -101,11 +101,11 @@ SAFETENSORS: dict[str, tuple[bytes, str | None]] = {
         ),
         "'a' twice",
     ),
-    "metadata that are no texts": (
+    "metadata that are not strings": (
         packed({"__metadata__": {"a": 1}, "x": entry([4], 0, 16)}, FOUR),
         "expected a string",
     ),
-    "a name of controls": (packed({"\x1b[2J": entry([4], 4, 20)}, bytes(20)), "x1b"),
+    "control characters in a name": (packed({"\x1b[2J": entry([4], 4, 20)}, bytes(20)), "x1b"),
 }
 
 # ---------------------------------------------------------------- pickles and their zips
@@ -138,13 +138,13 @@ def tensor_of(numel: int, offset: int = 0, size: int | None = None, stride: int 
     """The pickle of a state dict with one tensor of a storage of ``numel``."""
     size = numel if size is None else size
 
-    def whole(n: int) -> bytes:
+    def integer(n: int) -> bytes:
         return b"\x8a\x09" + n.to_bytes(9, "little", signed=True)
 
     return (
         b"\x80\x02}X\x01\x00\x00\x00actorch._utils\n_rebuild_tensor_v2\n(("
         + b"X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpu"
-        + whole(numel) + b"tQ" + whole(offset) + whole(size) + b"\x85" + whole(stride)
+        + integer(numel) + b"tQ" + integer(offset) + integer(size) + b"\x85" + integer(stride)
         + b"\x85\x89ccollections\nOrderedDict\n)RtRs."
     )  # fmt: skip
 
@@ -154,7 +154,7 @@ def stored(pickled: bytes, data: bytes = FOUR) -> bytes:
 
 
 def renamed(old: bytes, new: bytes, content: bytes) -> bytes:
-    """Names in a zip exchanged for others of the same length."""
+    """``content`` with a name of a zip entry replaced by one of the same length."""
     assert len(old) == len(new)
     return content.replace(old, new)
 
@@ -176,7 +176,7 @@ def linked() -> bytes:
 
 
 def overlapping() -> bytes:
-    """Eight entries, all of the same megabyte."""
+    """Eight entries that share one megabyte."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         archive.writestr("archive/data.pkl", tensor_of(4))
@@ -190,7 +190,7 @@ def overlapping() -> bytes:
 
 
 def crowded() -> bytes:
-    """200,000 entries of nothing."""
+    """200,000 empty entries."""
     name = b"archive/aaaaaaaaaaaaaaaa"
     row = struct.pack("<4s4B4HL2L5H2L", b"PK\x01\x02", 20, 0, 20, 0, 0, 0, 0, 0, 0, 0, 0,
                       len(name), 0, 0, 0, 0, 0, 0)  # fmt: skip
@@ -217,23 +217,23 @@ LEGACY = b"".join(pickle.dumps(p, 2) for p in (0x1950A86A20F9469CFC6C, 1001, {})
 
 PICKLES: dict[str, tuple[Callable[[], bytes] | bytes, str | None]] = {
     "a bomb of zeros": (bomb, "claim more bytes"),
-    "an array of any size": (zipped(ARRAY), "safely|no state dict"),
-    "a tensor of any size": (zipped(TENSOR), "asks for torch.Tensor"),
-    "copies of copies": (zipped(COPIES), "over and over"),
-    "nested deep": (zipped(DEEP), "no weights that can be read safely"),
-    "a mark for each step": (zipped(MARKS), "no state dict"),
-    "a storage that is not there": (stored(tensor_of(5)), "no weights that can be read"),
+    "a bytearray of 2^30": (zipped(ARRAY), "safely|no state dict"),
+    "a tensor of 2^28": (zipped(TENSOR), "asks for torch.Tensor"),
+    "20,000 copies of a list": (zipped(COPIES), "over and over"),
+    "deeply nested": (zipped(DEEP), "no weights that can be read safely"),
+    "nested marks": (zipped(MARKS), "no state dict"),
+    "a storage longer than its bytes": (stored(tensor_of(5)), "no weights that can be read"),
     "a storage of 2^60": (stored(tensor_of(2**60)), "no weights that can be read"),
-    "an offset beyond": (stored(tensor_of(4, 3, 2)), "beyond its bytes"),
-    "strides beyond": (stored(tensor_of(4, 0, 2, 2**40)), "beyond its bytes"),
-    "one element as 2^50": (stored(tensor_of(4, 0, 2**50, 0)), "beyond its bytes"),
+    "an offset beyond the storage": (stored(tensor_of(4, 3, 2)), "beyond its bytes"),
+    "strides beyond the storage": (stored(tensor_of(4, 0, 2, 2**40)), "beyond its bytes"),
+    "one element viewed as 2^50": (stored(tensor_of(4, 0, 2**50, 0)), "beyond its bytes"),
     "a negative offset": (stored(tensor_of(4, -1)), "no weights that can be read"),
-    "bits that differ": (flipped, "no weights that can be read"),
+    "a wrong checksum": (flipped, "no weights that can be read"),
     "encrypted": (encrypted, "encrypted"),
     "a link": (linked, "is a link"),
-    "entries over each other": (overlapping, "claim more bytes"),
+    "overlapping entries": (overlapping, "claim more bytes"),
     "200,000 entries": (crowded, "a part that should be small"),
-    "names that lead out": (
+    "names with parent folders": (
         renamed(b"archive/extra", b"../../../evil", zipped(tensor_of(4), archive__extra=b"")),
         "leads out",
     ),
@@ -241,14 +241,14 @@ PICKLES: dict[str, tuple[Callable[[], bytes] | bytes, str | None]] = {
         renamed(b"archive/extra", b"/tmp/evil.txt", zipped(tensor_of(4), archive__extra=b"")),
         "leads out",
     ),
-    "two of one name": (
+    "duplicate names": (
         renamed(b"archive/twin.pkl", b"archive/data.pkl",
                 zipped(tensor_of(4), **{"archive__twin.pkl": b"N."})),
         "one name",
     ),
-    "cut short": (stored(tensor_of(4))[:-30], "no weights that can be read"),
-    "nothing": (b"", "no weights that can be read"),
-    "a zip of nothing": (b"PK\x05\x06" + bytes(18), "no weights that can be read"),
+    "truncated": (stored(tensor_of(4))[:-30], "no weights that can be read"),
+    "empty": (b"", "no weights that can be read"),
+    "an empty zip": (b"PK\x05\x06" + bytes(18), "no weights that can be read"),
     "legacy, a storage of 2^60": (
         LEGACY + tensor_of(2**60) + pickle.dumps(["0"], 2) + struct.pack("<q", 2**60),
         "ends early",
@@ -257,7 +257,7 @@ PICKLES: dict[str, tuple[Callable[[], bytes] | bytes, str | None]] = {
         LEGACY + b"\x80\x04\x8e" + struct.pack("<Q", 2**40),
         "no weights that can be read",
     ),
-    "a name of controls": (zipped(b"\x80\x02}X\x04\x00\x00\x00\x1b[2JK\x01s."), "x1b"),
+    "control characters in a name": (zipped(b"\x80\x02}X\x04\x00\x00\x00\x1b[2JK\x01s."), "x1b"),
 }  # fmt: skip
 
 # ---------------------------------------------------------------- folders
@@ -265,7 +265,7 @@ PICKLES: dict[str, tuple[Callable[[], bytes] | bytes, str | None]] = {
 
 @cache
 def small_run() -> Path:
-    """A run as training leaves it, made without training."""
+    """A run with all files of a trained one, made without training."""
     root = Path(tempfile.mkdtemp()) / "run"
     config = resolve({"model": {"backbone": {"width": 8}}, "steps": 2, "device": "cpu"})
     run = RunFolder.create(root, config)
@@ -282,13 +282,13 @@ def small_run() -> Path:
     return root
 
 
-def run_with(change: Callable[[Path, Path], object], vouched: bool = False) -> Make:
-    """A run, changed by ``change(root, outside)``; without its manifest, or with that of old."""
+def run_with(change: Callable[[Path, Path], object], manifest: bool = False) -> Make:
+    """A run changed by ``change(root, outside)``; its manifest is removed or left as it is."""
 
     def make(folder: Path) -> Path:
         root = shutil.copytree(small_run(), folder / "run")
         change(root, outside(folder))
-        if not vouched:
+        if not manifest:
             (root / "manifest.json").unlink(missing_ok=True)
         return root
 
@@ -304,7 +304,7 @@ def replaced(name: str, content: bytes | str) -> Make:
 
 
 def edited(name: str, **fields: object) -> Make:
-    """A run whose document ``name`` has other values, at keys with ``__`` for dots."""
+    """A run with other values in the document ``name``; ``__`` in a key separates levels."""
 
     def change(root: Path, where: Path) -> None:
         path = root / name
@@ -348,7 +348,7 @@ def state(**fields: object) -> bytes:
 
 
 def manifest_naming(name: str) -> Make:
-    """A run whose manifest has an entry for a file elsewhere, its own digest right."""
+    """A run whose manifest, with a valid digest, has an entry for a file outside the run."""
 
     def change(root: Path, where: Path) -> None:
         import hashlib
@@ -360,7 +360,7 @@ def manifest_naming(name: str) -> Make:
         body = json.dumps(values, sort_keys=True).encode()
         path.write_text(json.dumps(values | {"sha256": hashlib.sha256(body).hexdigest()}))
 
-    return run_with(change, vouched=True)
+    return run_with(change, manifest=True)
 
 
 def use_model(root: Path) -> object:
@@ -368,7 +368,7 @@ def use_model(root: Path) -> object:
 
 
 def use_run(root: Path) -> None:
-    """All that is read of a run; the first thing refused is told at the end."""
+    """Read everything in a run, then raise the first `UserError`."""
     first: UserError | None = None
     for read in (
         lambda: ebmkit.load(root),
@@ -388,7 +388,7 @@ def use_run(root: Path) -> None:
 
 
 def warm_up() -> None:
-    """Import what reading a run imports at the first call: no case pays for it."""
+    """Make the imports of the first read of a run, which are not part of a case."""
     with contextlib.suppress(UserError):  # an untrained run has no buffer
         use_run(small_run())
 
@@ -397,7 +397,7 @@ def evaluate(root: Path) -> None:
     app(["evaluate", str(root), "--device", "cpu", "--limit", "10"], standalone_mode=False)
 
 
-def made(content: Callable[[], bytes] | bytes, name: str) -> Make:
+def file_with(content: Callable[[], bytes] | bytes, name: str) -> Make:
     def make(folder: Path) -> Path:
         (folder / name).write_bytes(content() if callable(content) else content)
         return folder / name
@@ -407,55 +407,55 @@ def made(content: Callable[[], bytes] | bytes, name: str) -> Make:
 
 CASES = [
     *(
-        Case(f"safetensors: {name}", "weights", made(content, "w.safetensors"), says)
-        for name, (content, says) in SAFETENSORS.items()
+        Case(f"safetensors: {name}", "weights", file_with(content, "w.safetensors"), message)
+        for name, (content, message) in SAFETENSORS.items()
     ),
     *(
-        Case(f"pt: {name}", "weights", made(content, "w.pt"), says)
-        for name, (content, says) in PICKLES.items()
+        Case(f"pt: {name}", "weights", file_with(content, "w.pt"), message)
+        for name, (content, message) in PICKLES.items()
     ),
     *(
-        Case(f"model.json: {name}", "model", edited("model.json", **fields), says)
-        for name, fields, says in (
+        Case(f"model.json: {name}", "model", edited("model.json", **fields), message)
+        for name, fields, message in (
             ("a width of 10^6", {"model__backbone__width": 10**6}, "more parameters"),
             ("a width of 2^62", {"model__backbone__width": 2**62}, "more parameters|fit|no such"),
             ("labels of 10^12", {"model__num_classes": 10**12}, "more parameters"),
-            ("layers without end",
+            ("layers of 10^9",
              {"model__backbone": {"kind": "wideresnet", "depth": 6 * 10**9 + 4, "width": 16}},
              "more parameters"),
-            ("an mlp without end",
+            ("an mlp of 10^12 layers",
              {"model__backbone": {"kind": "mlp", "depth": 10**12, "width": 1}},
              "more parameters"),
-            ("patches of 10^9", {"model__backbone": {"kind": "mlp", "kernel": 10**9 + 1}},
+            ("a kernel of 10^9", {"model__backbone": {"kind": "mlp", "kernel": 10**9 + 1}},
              "more parameters|not legal"),
             ("frequencies of 10^12",
              {"model__backbone": {"kind": "mlp", "noise_conditional": True,
                                   "frequencies": 10**12}}, "not legal"),
             ("timesteps of 10^12", {"model__backbone": {"kind": "unet", "timesteps": 10**12}},
              "not legal"),
-            ("blocks without end",
+            ("blocks of 10^12 in a unet",
              {"model__backbone": {"kind": "unet", "blocks": 10**12, "width": 8}},
              "more parameters"),
-            ("blocks of a drunet",
+            ("blocks of 10^12 in a drunet",
              {"model__backbone": {"kind": "drunet", "blocks": 10**12, "width": 1}},
              "more parameters"),
             ("images of 10^9 pixels a side", {"card__image_size": [10**9, 10**9]}, "not legal"),
-            ("another network", {"model__backbone": {"kind": "mlp"}}, "do not fit|more param"),
-            ("a backbone of nobody", {"model__backbone": {"kind": "evil"}}, "backbone"),
-            ("controls in a class name", {"card__class_names": ["\x1b[2J"] * 10}, None),
+            ("another backbone", {"model__backbone": {"kind": "mlp"}}, "do not fit|more param"),
+            ("an unknown backbone", {"model__backbone": {"kind": "evil"}}, "backbone"),
+            ("control characters in a class name", {"card__class_names": ["\x1b[2J"] * 10}, None),
             ("a name of 10^6 characters", {"card__dataset": "x" * 10**6}, None),
         )
     ),
-    Case("model.json: no number", "model", replaced("model.json", '{"format": NaN}'), "not JSON"),
+    Case("model.json: NaN", "model", replaced("model.json", '{"format": NaN}'), "not JSON"),
     Case("model.json: a pipe", "model", pipe_at("model.json"), "no model.json|ordinary"),
-    Case("model: weights are a link out", "model", link_out("model.safetensors"), "a link to"),
-    Case("model: a document is a link out", "model", link_out("model.json"), "a link to"),
-    Case("run: a configuration is a link out", "run", link_out("config.yaml"), "a link to"),
-    Case("run: results are a link out", "run", run_with(folder_out), "a link to"),
+    Case("model: weights are a link outside", "model", link_out("model.safetensors"), "a link to"),
+    Case("model: a document is a link outside", "model", link_out("model.json"), "a link to"),
+    Case("run: a configuration is a link outside", "run", link_out("config.yaml"), "a link to"),
+    Case("run: results are a link outside", "run", run_with(folder_out), "a link to"),
     Case("run: metrics are a pipe", "run", pipe_at("metrics.jsonl"), "no ordinary file"),
     Case("run: a manifest is a pipe", "run",
          run_with(lambda root, _: ((root / "manifest.json").unlink(),
-                                   os.mkfifo(root / "manifest.json")), vouched=True), "damaged"),
+                                   os.mkfifo(root / "manifest.json")), manifest=True), "damaged"),
     Case("run: a tag in the configuration", "run",
          replaced("config.yaml", "seed: !!python/object/apply:os.system ['id']"), "not YAML"),
     Case("run: a checkpoint with code", "run",
@@ -463,7 +463,7 @@ CASES = [
     Case("run: a checkpoint is a bomb", "run",
          run_with(lambda root, _: (root / "checkpoints/step-00000002.pt").write_bytes(bomb())),
          "damaged"),
-    Case("run: a checkpoint of an array of any size", "run",
+    Case("run: a checkpoint with a bytearray of 2^30", "run",
          replaced("checkpoints/step-00000002.pt", zipped(ARRAY)), "damaged"),
     *(
         Case(f"run: a buffer at {name!r}", "run",
@@ -471,15 +471,15 @@ CASES = [
                       state(buffer={"file": name, "sha256": "0" * 64})), "damaged")
         for name in ("../../../outside/secret.txt", "/etc/passwd", "buffer-2-aaaaaaaa.h5", "", "\0")
     ),
-    Case("run: a buffer that is no mapping", "run",
+    Case("run: a buffer that is not a mapping", "run",
          replaced("checkpoints/step-00000002.pt", state(buffer=[1])), "damaged"),
     *(
         Case(f"run: a manifest names {name!r}", "run", manifest_naming(name), "damaged")
         for name in ("../../../outside/secret.txt", "OUTSIDE/absolute", "a\\b", "\0", "")
     ),
-    Case("run: rows that are none", "run",
+    Case("run: invalid rows of metrics", "run",
          replaced("metrics.jsonl", '[1]\n{"step": "x"}\n' + "[" * 10**5), "."),
-    Case("run: evaluated with data elsewhere", "evaluate",
+    Case("run: evaluated with data at another path", "evaluate",
          edited("config.yaml", dataset__name="cifar10", dataset__data_dir="/nowhere/else"),
          "is not in '/nowhere/else'"),
     Case("run: evaluated with a device as data", "evaluate",
@@ -490,7 +490,7 @@ CASES = [
 
 
 def use_weights(path: Path) -> object:
-    """As a file that is imported, and as tensors alone."""
+    """Read the tensors alone, and as an imported checkpoint."""
     if path.suffix == ".safetensors":
         read_tensors(path)
     else:

@@ -1,6 +1,6 @@
-"""Runs from a stranger that are gone on with: sound archives that lie in what they hold.
+"""Untrusted runs that are resumed: valid archives with invalid contents.
 
-They need a trained run, and are all slow.
+The cases need a trained run and are all slow.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ CHECKPOINT = "checkpoints/step-00000002.pt"
 
 @cache
 def stopped_run() -> Path:
-    """A run stopped after two steps of three."""
+    """A run with only its checkpoint of step 2 of 3."""
     root = Path(tempfile.mkdtemp()) / "run"
     layer = root.parent / "layer.yaml"
     layer.write_text(LAYER)
-    # in a process of its own: cases are forks of this one, and autograd's threads do not fork
+    # in another process: the cases are forks of this one, and a fork loses autograd's threads
     words = [sys.executable, "-m", "ebmkit", "train", "--no-evaluate", "--config", layer]
     words += ["--out", root]
     subprocess.run(words, check=True, capture_output=True, cwd=root.parent)
@@ -55,7 +55,7 @@ def stopped_run() -> Path:
 
 
 def with_state(change: Callable[[dict[str, Any]], object], name: str = CHECKPOINT) -> Make:
-    """The run with a state that ``change`` has been at, and nothing that vouches for it."""
+    """The run with a checkpoint changed by ``change``, and without a manifest."""
 
     def make(folder: Path) -> Path:
         root = shutil.copytree(stopped_run(), folder / "run")
@@ -83,40 +83,40 @@ def weights(state: dict[str, Any], value: float) -> None:
         tensor.fill_(value)
 
 
-def go_on(root: Path) -> None:
-    """As `ebmkit train --resume` does, which then evaluates."""
+def resume(root: Path) -> None:
+    """Resume training as `ebmkit train --resume` does."""
     run = RunFolder.open(root)
     assemble(resolve(run.config()), run).fit()
 
 
 CASES = [
-    Case("resumed: as it was left", "resumed", with_state(lambda s: None), None, 500, 20, True),
+    Case("resumed: unchanged", "resumed", with_state(lambda s: None), None, 500, 20, True),
     *(
-        Case(f"resumed: {name}", "resumed", with_state(change), says, 500, 20, True)
-        for name, change, says in (
-            ("moments of nothing", lambda s: moments(s, exp_avg=torch.ones(0)), "'exp_avg' is"),
-            ("moments of 2^40",
+        Case(f"resumed: {name}", "resumed", with_state(change), message, 500, 20, True)
+        for name, change, message in (
+            ("empty moments", lambda s: moments(s, exp_avg=torch.ones(0)), "'exp_avg' is"),
+            ("moments of 2^40 elements",
              lambda s: moments(s, exp_avg_sq=torch.ones(1).as_strided((2**20, 2**20), (0, 0))),
              "damaged"),
-            ("moments without moments", lambda s: moments(s, evil=torch.ones(1)), "another optim"),
-            ("a parameter of nobody",
+            ("an unknown moment", lambda s: moments(s, evil=torch.ones(1)), "another optim"),
+            ("an unknown parameter",
              lambda s: s["optimizer"]["state"].update({10**9: {}}), "of another optim"),
-            ("groups that say what to do",
+            ("other options in parameter groups",
              lambda s: groups(s, lr=1e30, maximize=True, params=[10**6] * 9, foreach=[0]), None),
             ("momentum beside moments",
              lambda s: moments(s, momentum_buffer=torch.ones(0)), "another optim"),
-            ("weights that are no numbers", lambda s: weights(s, float("nan")), None),
-            ("weights beyond all bounds", lambda s: weights(s, 1e38), None),
+            ("NaN weights", lambda s: weights(s, float("nan")), None),
+            ("weights of 10^38", lambda s: weights(s, 1e38), None),
             ("Langevin steps of 2^62",
              lambda s: s["watch"]["remedies"].update(steps=2.0**62), "remedies.steps"),
-            ("an attempt of 10^4000",
+            ("attempt number 10^4000",
              lambda s: s["watch"].update(attempt=10**4000), None),
-            ("a history of anything", lambda s: s["watch"].update(history=[["\x1b"]]), "history"),
+            ("an invalid history", lambda s: s["watch"].update(history=[["\x1b"]]), "history"),
             ("chains of another shape",
              lambda s: s["watch"]["kept"][0].__setitem__(2, torch.ones(1)), "chains kept at"),
-            ("a watch of nothing", lambda s: s.update(watch={}), "the checkpoint: watch"),
+            ("an empty watch", lambda s: s.update(watch={}), "the checkpoint: watch"),
             ("running means of another shape", lambda s: s.update(running=torch.ones(99)), "runn"),
-            ("seconds without end", lambda s: s.update(seconds=float("inf")), "seconds"),
+            ("infinite seconds", lambda s: s.update(seconds=float("inf")), "seconds"),
         )
     ),
     Case("resumed: a step of 10^15", "resumed",
@@ -124,4 +124,4 @@ CASES = [
          "the run ends at 3", 500, 20, True),
 ]  # fmt: skip
 
-OPENERS = {"resumed": go_on}
+OPENERS = {"resumed": resume}

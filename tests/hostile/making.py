@@ -1,4 +1,4 @@
-"""What several modules of cases make their files of."""
+"""Functions that several modules of cases use to make files."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The corpus of hostile files is refused: nothing runs, nothing else is read, memory is bounded.
+"""Malicious files are refused: no code runs, no other file is read, memory is bounded.
 
-The corpus is made and opened by ``python -m ebmkit_tests.hostile``, in processes of its own, for an
-audit hook stays for good and a bound on memory would be that of the tests.
+``python -m ebmkit_tests.hostile`` writes and opens them in separate processes, because an audit
+hook cannot be removed and a memory limit would apply to the tests.
 """
 
 import json
@@ -18,14 +18,14 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 def test_hostile_files_are_refused(tmp_path):
     found = tmp_path / "found.json"
     words = ["-m", "ebmkit_tests.hostile", tmp_path / "corpus", "--open", "--json", found]
-    ended = subprocess.run(
+    result = subprocess.run(
         [sys.executable, *map(str, words)],
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
         check=False,
     )
-    assert found.exists(), ended.stderr
+    assert found.exists(), result.stderr
     document = json.loads(found.read_text())
     wrong = [
         f"{row['kind']}: {row['name']}: {row['wrong']}" for row in document["cases"] if row["wrong"]

@@ -1,4 +1,4 @@
-"""What watches over the opening of hostile files sees what it is there to see."""
+"""The monitor of malicious files reports accesses, outcomes and memory."""
 
 import faulthandler
 import mmap
@@ -9,32 +9,32 @@ import time
 import h5py
 import numpy as np
 import pytest
-from ebmkit_tests.hostile.watch import opened
+from ebmkit_tests.hostile.watch import run_in_fork
 
 from ebmkit.errors import UserError
 
 pytestmark = pytest.mark.slow
 
 
-def refuses(path):
+def raises_user_error(path):
     raise UserError(f"{path.name} is refused")
 
 
-def succeeds(path):
+def raises_key_error(path):
     path.read_bytes()
     raise KeyError("name")
 
 
-def reads_beside(path):
+def reads_other_files(path):
     os.listdir("/")
     open("/etc/hostname").close()
 
 
-def runs(path):
+def starts_a_process(path):
     subprocess.run(["true"], check=True)
 
 
-def writes_in_the_library(path):
+def writes_outside_its_folder(path):
     (path.parents[1] / "new").write_text("x")
 
 
@@ -42,46 +42,46 @@ def follows_a_link(path):
     (path.parent / "link").read_text()
 
 
-def reads_by_c(path):
+def reads_through_hdf5(path):
     with h5py.File(path.parents[1] / "outside" / "a.h5") as file:
         assert file["x"][()] == 1
 
 
 def fills_memory(path):
-    """Fill 400 MiB that no earlier test can have left free in this process."""
+    """Fill a new mapping of 400 MiB, which cannot reuse memory freed by earlier tests."""
     with mmap.mmap(-1, 400 * 2**20) as memory, memoryview(memory) as view:
         np.frombuffer(view, np.uint8).fill(1)
 
 
-def asks_for_all_memory(path):
+def allocates_too_much(path):
     np.ones(2**40)
 
 
-def dies(path):
+def aborts(path):
     faulthandler.disable()
     os.abort()
 
 
-def never_ends(path):
+def sleeps(path):
     time.sleep(60)
 
 
-ENDS = {
-    refuses: ("refused", "mine is refused", ""),
-    succeeds: ("raised", "KeyError: 'name'", ""),
-    reads_beside: ("opened", "", "os.listdir /; open /etc/hostname"),
-    runs: ("opened", "", "subprocess.Popen"),
-    writes_in_the_library: ("opened", "", "new to write"),
+OUTCOMES = {
+    raises_user_error: ("refused", "mine is refused", ""),
+    raises_key_error: ("raised", "KeyError: 'name'", ""),
+    reads_other_files: ("opened", "", "os.listdir /; open /etc/hostname"),
+    starts_a_process: ("opened", "", "subprocess.Popen"),
+    writes_outside_its_folder: ("opened", "", "new to write"),
     follows_a_link: ("opened", "", "secret.txt"),
-    reads_by_c: ("opened", "", "opened outside a.h5"),
-    asks_for_all_memory: ("raised", "MemoryError", ""),
-    dies: ("died", "signal 6", ""),
-    never_ends: ("died", "never ended", ""),
+    reads_through_hdf5: ("opened", "", "opened outside a.h5"),
+    allocates_too_much: ("raised", "MemoryError", ""),
+    aborts: ("died", "signal 6", ""),
+    sleeps: ("died", "never ended", ""),
 }
 
 
 @pytest.fixture
-def world(tmp_path):
+def monitored(tmp_path):
     (tmp_path / "own").mkdir()
     (tmp_path / "outside").mkdir()
     (tmp_path / "own" / "mine").write_text("x")
@@ -89,21 +89,21 @@ def world(tmp_path):
     (tmp_path / "own" / "link").symlink_to("../outside/secret.txt")
     with h5py.File(tmp_path / "outside" / "a.h5", "w") as file:
         file["x"] = 1
-    return lambda call: opened(
+    return lambda call: run_in_fork(
         call, tmp_path / "own" / "mine", tmp_path / "own", tmp_path / "outside", 0.1
     )
 
 
-@pytest.mark.parametrize("call", ENDS, ids=lambda call: call.__name__)
-def test_it_sees(world, call):
-    how, text, touched = ENDS[call]
-    ending = world(call)
-    assert ending.how == how, ending
-    assert text in ending.text
-    assert touched in "; ".join(ending.touched)
-    assert bool(touched) == bool(ending.touched), ending.touched
+@pytest.mark.parametrize("call", OUTCOMES, ids=lambda call: call.__name__)
+def test_monitor_reports_outcome_and_accesses(monitored, call):
+    how, text, touched = OUTCOMES[call]
+    outcome = monitored(call)
+    assert outcome.how == how, outcome
+    assert text in outcome.text
+    assert touched in "; ".join(outcome.touched)
+    assert bool(touched) == bool(outcome.touched), outcome.touched
 
 
-def test_it_measures_memory(world):
-    assert world(fills_memory).mib > 300
-    assert world(succeeds).mib < 100
+def test_monitor_measures_memory(monitored):
+    assert monitored(fills_memory).mib > 300
+    assert monitored(raises_key_error).mib < 100

@@ -1,9 +1,8 @@
-"""Opening a file in a process of its own, where all that it does is seen and its memory bounded.
+"""Open a file in a monitored process with limited memory.
 
-Three things watch: an audit hook of Python sees every file that is opened, every command and every
-connection; inotify sees files that C libraries (HDF5) open in the folder that nothing may look
-into; and the parent sees memory, time, and a process that dies. `os.fork` makes the process, so
-that nothing is imported anew.
+An audit hook of Python reports every opened file, command and connection. inotify reports files
+that C libraries (HDF5) open in the forbidden folder. The parent process observes time and crashes.
+The process is a fork, so nothing has to be imported again.
 """
 
 from __future__ import annotations
@@ -28,11 +27,11 @@ from pathlib import Path
 
 from ebmkit.errors import UserError
 
-__all__ = ["Ending", "Watch", "opened"]
+__all__ = ["Monitor", "Outcome", "run_in_fork"]
 
 MIB = 2**20
 ADDRESSES = 4096
-"""MiB of address space beyond what is mapped at the start: allocations beyond that fail."""
+"""MiB of address space in addition to the mappings at the start; larger allocations fail."""
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -45,30 +44,30 @@ READABLE = tuple(
         "/etc/localtime",
     }
 )
-"""What Python and its libraries read of themselves."""
+"""Files that Python and its libraries read for their own purposes."""
 
-NEVER = re.compile(
+FORBIDDEN = re.compile(
     r"os\.(system|exec|posix_spawn|spawn|fork|forkpty|startfile)|subprocess\.|pty\.|urllib\.|"
     r"socket\.(connect|bind|sendto|getaddrinfo|gethostby)|ftplib\.|smtplib\.|webbrowser\.|"
     r"marshal\.loads"
 )
-CHANGES = re.compile(
+WRITES = re.compile(
     r"os\.(mkdir|rename|remove|rmdir|link|symlink|truncate|chmod|chown|utime)|"
     r"shutil\.(rmtree|move|copy|unpack_archive|make_archive|chown)"
 )
-LOOKS = ("open", "os.listdir", "os.scandir")
+READS = ("open", "os.listdir", "os.scandir")
 
 
 @dataclass
-class Ending:
-    """How opening a file ended.
+class Outcome:
+    """Result of opening a file.
 
     Attributes:
         how: ``opened``, ``refused`` (by `UserError`), ``raised`` (anything else), ``died``.
-        text: of the error.
-        seconds: of the processor that it took, whatever else the machine was doing.
-        mib: by how much the memory in use grew at its highest.
-        touched: what it opened, changed or ran that is not its own.
+        text: message of the error.
+        seconds: processor time.
+        mib: peak growth of resident memory, MiB.
+        touched: accesses outside its folder, and started processes.
     """
 
     how: str
@@ -78,8 +77,8 @@ class Ending:
     touched: list[str] = field(default_factory=list)
 
 
-class Watch:
-    """Sees what this process does, from `begin` to `end`; a hook cannot be taken off again."""
+class Monitor:
+    """Audit hook that records accesses between `begin` and `end`; a hook cannot be removed."""
 
     def __init__(self) -> None:
         self.own: tuple[str, ...] = ()
@@ -88,41 +87,41 @@ class Watch:
         sys.addaudithook(self._hook)
 
     def begin(self, *own: Path) -> None:
-        """Files under ``own`` may be read and written from now on."""
+        """Start recording; files below ``own`` may be read and written."""
         self.own = tuple(os.path.realpath(path) for path in own)
         self.touched, self.on = [], True
 
     def end(self) -> list[str]:
-        """What was touched that is not its own."""
+        """Stop recording and return the accesses."""
         self.on = False
         return list(dict.fromkeys(self.touched))
 
     def _hook(self, event: str, args: tuple[object, ...]) -> None:
         if not self.on:
             return
-        looks = event in LOOKS
-        if not looks and not NEVER.match(event) and not CHANGES.match(event):
+        reads = event in READS
+        if not reads and not FORBIDDEN.match(event) and not WRITES.match(event):
             return
-        self.on = False  # what is done here is not looked at
+        self.on = False  # the hook does not record itself
         try:
-            if NEVER.match(event):
+            if FORBIDDEN.match(event):
                 if event != "marshal.loads" or not _importing():
                     self.touched.append(f"{event} {args!r:.200}")
             else:
-                self._look(event, args, looks)
+                self._check_paths(event, args, reads)
         finally:
             self.on = True
 
-    def _look(self, event: str, args: tuple[object, ...], looks: bool) -> None:
-        writes = not looks or (
+    def _check_paths(self, event: str, args: tuple[object, ...], reads: bool) -> None:
+        writes = not reads or (
             event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR)
         )
-        may = self.own if writes else (*self.own, *READABLE)
+        allowed = self.own if writes else (*self.own, *READABLE)
         for path in args[:2] if event.startswith(("os.rename", "os.link", "shutil")) else args[:1]:
             if isinstance(path, (str, bytes, os.PathLike)):
-                place = os.path.realpath(os.fsdecode(path))
-                if not any(place == root or place.startswith(root + os.sep) for root in may):
-                    self.touched.append(f"{event} {place}{' to write' if writes else ''}")
+                real = os.path.realpath(os.fsdecode(path))
+                if not any(real == root or real.startswith(root + os.sep) for root in allowed):
+                    self.touched.append(f"{event} {real}{' to write' if writes else ''}")
 
 
 def _importing() -> bool:
@@ -135,8 +134,8 @@ def _importing() -> bool:
 
 
 @contextlib.contextmanager
-def _opened_in(folder: Path, touched: list[str]) -> Iterator[None]:
-    """Adds the files in ``folder`` that any process opens meanwhile, as the kernel tells."""
+def _inotify(folder: Path, touched: list[str]) -> Iterator[None]:
+    """Add to ``touched`` the files in ``folder`` that any process opens or changes meanwhile."""
     libc = ctypes.CDLL(None, use_errno=True)
     handle = libc.inotify_init1(os.O_NONBLOCK)
     opened, changed = 0x20, 0x2 | 0x4 | 0x100 | 0x200 | 0x40 | 0x80
@@ -155,53 +154,52 @@ def _opened_in(folder: Path, touched: list[str]) -> Iterator[None]:
 
 
 def _status(key: str) -> float:
-    """An entry of this process's memory, MiB."""
+    """Value of ``key`` in /proc/self/status, MiB."""
     found = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found is not None
     return int(found[1]) / 1024
 
 
-def _attempt(call: Callable[[Path], object], path: Path, own: Path) -> Ending:
+def _attempt(call: Callable[[Path], object], path: Path, own: Path) -> Outcome:
     with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # the highest of memory begins anew
+        Path("/proc/self/clear_refs").write_text("5")  # reset the peak of resident memory
     before = _status("VmRSS")
-    most = int(_status("VmSize") + ADDRESSES) * MIB
-    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    limit = int(_status("VmSize") + ADDRESSES) * MIB
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     warnings.simplefilter("ignore")
-    watch, start = Watch(), time.process_time()
-    watch.begin(own)
+    monitor, start = Monitor(), time.process_time()
+    monitor.begin(own)
     try:
         call(path)
-        ending = Ending("opened")
+        outcome = Outcome("opened")
     except UserError as error:
-        ending = Ending("refused", str(error))
+        outcome = Outcome("refused", str(error))
     except BaseException as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
         text = f"{type(error).__name__}: {error!s:.300} ({where.filename}:{where.lineno})"
-        ending = Ending("raised", text)
-    ending.touched = watch.end()
-    ending.seconds = round(time.process_time() - start, 3)
-    ending.mib = round(_status("VmHWM") - before, 1)
-    return ending
+        outcome = Outcome("raised", text)
+    outcome.touched = monitor.end()
+    outcome.seconds = round(time.process_time() - start, 3)
+    outcome.mib = round(_status("VmHWM") - before, 1)
+    return outcome
 
 
-def opened(
+def run_in_fork(
     call: Callable[[Path], object], path: Path, own: Path, forbidden: Path, seconds: float
-) -> Ending:
-    """What comes of ``call(path)`` in a process of its own.
+) -> Outcome:
+    """Outcome of ``call(path)`` in a fork of this process.
 
     Args:
         call: opens a file as a user would.
-        path: what to open.
-        own: the folder whose files may be read and written.
-        forbidden: a folder that nothing may look into.
-        seconds: of the processor that it may take; after four times as many on the clock, and two
-            more, it is killed.
+        path: path to open.
+        own: folder whose files may be read and written.
+        forbidden: folder of which no file may be opened.
+        seconds: limit of processor time; the process is killed 4 ``seconds`` + 2 s after its start.
     """
     touched: list[str] = []
     reader, writer = os.pipe()
-    with _opened_in(forbidden, touched):
+    with _inotify(forbidden, touched):
         child = os.fork()
         if not child:
             os.close(reader)
@@ -219,9 +217,9 @@ def opened(
         finally:
             os.close(reader)
     if content:
-        ending = Ending(**json.loads(content))
+        outcome = Outcome(**json.loads(content))
     else:
         why = f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else "no answer"
-        ending = Ending("died", why if ready else "never ended", 4 * seconds + 2)
-    ending.touched += list(dict.fromkeys(touched))
-    return ending
+        outcome = Outcome("died", why if ready else "never ended", 4 * seconds + 2)
+    outcome.touched += list(dict.fromkeys(touched))
+    return outcome

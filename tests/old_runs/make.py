@@ -1,9 +1,9 @@
-"""Makes the run folders beside it, each by the code of the version that wrote such folders.
+"""Makes the run folders in this folder, each with the code of an earlier version.
 
-``python tests/old_runs/make.py [NAME ...]``, from a checkout with its history. A run on digits of
-the smallest network is interrupted after step 4 of 8; where there was sampling, a job of three
-batches is interrupted in the second. ``expected.json`` holds what the version's own code computes
-of a fixed image.
+``python tests/old_runs/make.py [NAME ...]``, from a checkout with its history. A run of the
+smallest network on digits is interrupted after step 4 of 8; if the version has sampling jobs, a job
+of three batches is interrupted in the second. ``expected.json`` contains the outputs of that
+version for a fixed image.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ RUNS = {
     "2026-11-26-adv": ("b19e35e", [*TINY, *ADV], True),
     "2026-11-26-manifest": ("df13dd3", [*TINY, *JEM], True),
 }
-"""Name -> the commit, the options of its `ebmkit train`, and whether it samples."""
+"""Name -> commit, options of `ebmkit train`, and whether there is a sampling job."""
 
 DRIVER = """
 import json, os, signal, sys
@@ -117,5 +117,5 @@ def make(name: str) -> None:
 
 
 if __name__ == "__main__":
-    for chosen in sys.argv[1:] or RUNS:
-        make(chosen)
+    for name in sys.argv[1:] or RUNS:
+        make(name)

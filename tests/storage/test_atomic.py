@@ -1,6 +1,6 @@
-"""Files are written whole or not at all, and by one process at a time.
+"""Atomic writes, and locks of folders.
 
-Who comes second is told who is there, and the dead do not block.
+A lock error names the holder. The locks of dead processes are released.
 """
 
 import errno
@@ -26,7 +26,7 @@ def interrupted(*_args):
     raise KeyboardInterrupt
 
 
-def test_content_replaces_what_was_there(tmp_path):
+def test_write_replaces_the_old_content(tmp_path):
     path = tmp_path / "a.json"
     write_atomically(path, b"old")
     write_atomically(path, b"new")
@@ -35,7 +35,7 @@ def test_content_replaces_what_was_there(tmp_path):
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
-def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, call):
+def test_full_disk_leaves_only_the_old_file(tmp_path, monkeypatch, call):
     path = tmp_path / "a.json"
     path.write_bytes(b"old")
     monkeypatch.setattr(os, call, disk_full)
@@ -47,7 +47,7 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
-def test_ctrl_c_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, call):
+def test_ctrl_c_leaves_only_the_old_file(tmp_path, monkeypatch, call):
     path = tmp_path / "a.json"
     path.write_bytes(b"old")
     monkeypatch.setattr(os, call, interrupted)
@@ -57,12 +57,12 @@ def test_ctrl_c_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, call
     assert os.listdir(tmp_path) == ["a.json"]
 
 
-def test_a_missing_folder_is_named(tmp_path):
+def test_missing_folder_error_names_the_folder(tmp_path):
     with pytest.raises(UserError, match=r"nowhere.*No such file or directory"):
         write_atomically(tmp_path / "nowhere" / "a.json", b"new")
 
 
-def test_a_file_that_is_written_in_pieces_takes_its_place_whole_or_not_at_all(tmp_path):
+def test_failed_incremental_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "samples.h5"
     path.write_bytes(b"old")
     with pytest.raises(UserError, match="cannot write"), replacing(path) as temporary:
@@ -79,17 +79,17 @@ def test_a_file_that_is_written_in_pieces_takes_its_place_whole_or_not_at_all(tm
 # --- locks ---------------------------------------------------------------------------------------
 
 FORK = multiprocessing.get_context("fork")
-"""A copy of this process, in which nothing has to be imported."""
+"""A fork needs no imports, so it starts quickly."""
 
 
 def hold(folder, forks=False):
-    """A process that holds ``folder``."""
+    """Start a process that holds the lock of ``folder``."""
     ready = FORK.Event()
 
     def training():
         with held(folder, "training"):
             if forks and os.fork() == 0:
-                time.sleep(1.5)  # as a process that reads images, which notices a little later
+                time.sleep(1.5)  # like a worker process that exits a little later
                 os._exit(0)
             ready.set()
             time.sleep(60)
@@ -100,24 +100,24 @@ def hold(folder, forks=False):
     return process
 
 
-def test_the_second_is_told_the_holder_s_host_process_and_start(tmp_path):
+def test_lock_error_names_host_process_and_start_of_the_holder(tmp_path):
     process = hold(tmp_path)
     try:
-        told = (
+        message = (
             rf"process {process.pid} on '{re.escape(platform.node())}' has been training in "
             rf"'{re.escape(str(tmp_path))}' since 20\d\d-\d\d-\d\d \d\d:\d\d:\d\d UTC: wait for it"
         )
-        with pytest.raises(FolderLocked, match=told), held(tmp_path, "training"):
+        with pytest.raises(FolderLocked, match=message), held(tmp_path, "training"):
             pass
     finally:
         process.kill()
         process.join()
-    with held(tmp_path, "training"):  # its holder is dead, and did not clean up
+    with held(tmp_path, "training"):  # the holder was killed and left its files
         pass
     assert [p.name for p in tmp_path.iterdir()] == [".lock"]
 
 
-def test_processes_that_a_dead_holder_left_do_not_block(tmp_path):
+def test_surviving_children_of_a_dead_holder_do_not_block(tmp_path):
     process = hold(tmp_path, forks=True)
     process.kill()
     process.join()
@@ -125,7 +125,7 @@ def test_processes_that_a_dead_holder_left_do_not_block(tmp_path):
         pass
 
 
-def test_a_holder_on_another_machine_is_not_taken_for_dead(tmp_path):
+def test_holder_on_another_machine_is_not_considered_dead(tmp_path):
     with held(tmp_path, "training"):
         path = tmp_path / ".holder.json"
         values = json.loads(path.read_text())
@@ -137,7 +137,7 @@ def test_a_holder_on_another_machine_is_not_taken_for_dead(tmp_path):
             pass
 
 
-def test_a_number_that_another_process_got_is_not_the_holder(tmp_path):
+def test_process_with_a_reused_id_is_not_the_holder(tmp_path):
     own = atomic._self("training")
     assert not atomic._is_dead(own)
     assert atomic._is_dead(own | {"started": "12"})
@@ -145,7 +145,7 @@ def test_a_number_that_another_process_got_is_not_the_holder(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b'{"process": "1"}', b"[" * 50_000, b"\xff"])
-def test_whatever_the_holder_s_file_says_the_lock_counts(tmp_path, monkeypatch, content):
+def test_lock_is_effective_with_an_invalid_holder_file(tmp_path, monkeypatch, content):
     monkeypatch.setattr(atomic, "PATIENCE", 0.1)
     with held(tmp_path, "training"):
         (tmp_path / ".holder.json").write_bytes(content)
@@ -156,7 +156,7 @@ def test_whatever_the_holder_s_file_says_the_lock_counts(tmp_path, monkeypatch, 
             pass
 
 
-def test_parts_of_a_folder_have_locks_of_their_own(tmp_path):
+def test_parts_of_a_folder_have_separate_locks(tmp_path):
     with (
         held(tmp_path, "training", name="a"),
         held(tmp_path, "training", name="b"),
@@ -167,7 +167,7 @@ def test_parts_of_a_folder_have_locks_of_their_own(tmp_path):
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_that_cannot_be_written_into_is_named(tmp_path):
+def test_error_names_a_folder_without_write_permission(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(UserError, match="cannot write"), held(tmp_path, "training"):
         pass

@@ -1,4 +1,4 @@
-"""The manifest of a run folder, and files that change together, whatever happens on the way."""
+"""The manifest of a run folder: atomic commits of several files, and detection of damage."""
 
 import contextlib
 import errno
@@ -29,16 +29,19 @@ NEW = {"model.json": b"new card", "checkpoints/step-2.pt": b"state 2", "model.st
 DROPPED = "checkpoints/step-1.pt"
 
 STEPS = [(os, "replace"), (os, "unlink"), (os, "fsync"), (os, "chmod"), (tempfile, "mkstemp")]
-"""What writing consists of, as far as the disk can fail or a process be killed in between."""
+"""The disk operations of a commit; each can fail, and a process can be killed before each."""
 
 
 class Killed(BaseException):
-    """Stands for SIGKILL: from then on the process does nothing to the disk."""
+    """Simulates SIGKILL: no later disk operation is executed."""
 
 
 @contextlib.contextmanager
 def failing_at(number, error, forever):
-    """Within, the ``number``-th operation on the disk raises; yields the list of those done."""
+    """Let the ``number``-th disk operation raise ``error``, and all later ones if ``forever``.
+
+    Yields the list of the operations so far.
+    """
     done = []
 
     def wrapped(name, act):
@@ -64,77 +67,77 @@ def make_run(root):
     return root
 
 
-def change(root):
+def commit_new_files(root):
     commit_files(root, NEW, drop=[DROPPED])
 
 
 def contents(root):
-    """All that readers see: through the manifest."""
+    """Contents of all files that the manifest lists."""
     return read_together(root, read_manifest(root).files)
 
 
 OPERATIONS = 29
-"""At least as many as `change` consists of; `test_every_operation_is_tried` sees to it."""
+"""Upper bound for `commit_new_files`, checked by `test_bound_covers_every_disk_operation`."""
 
 
-def test_every_operation_is_tried(tmp_path):
+def test_bound_covers_every_disk_operation(tmp_path):
     make_run(tmp_path / "run")
     with failing_at(10**6, Killed(), False) as done:
-        change(tmp_path / "run")
+        commit_new_files(tmp_path / "run")
     assert 15 < len(done) <= OPERATIONS, len(done)
 
 
 @pytest.mark.parametrize("number", range(OPERATIONS))
-def test_who_is_killed_leaves_all_old_files_or_all_new_ones(tmp_path, number):
-    """Killed before each single operation; readers need nobody to clean up."""
+def test_kill_at_any_disk_operation_leaves_all_old_or_all_new_files(tmp_path, number):
+    """The process is killed before one operation. The state is consistent without `recover`."""
     root = make_run(tmp_path / "run")
     with failing_at(number, Killed(), True), contextlib.suppress(Killed):
-        change(root)
+        commit_new_files(root)
     seen = contents(root)
     assert seen in (OLD, NEW)
     recover(root)
     assert contents(root) == seen
     for path in stale_temporary_files(root):
         path.unlink()
-    lying = {p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file()}
-    assert lying - {"manifest.json", ".manifest.json.lock"} == set(seen)
-    change(root)
+    on_disk = {p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file()}
+    assert on_disk - {"manifest.json", ".manifest.json.lock"} == set(seen)
+    commit_new_files(root)
     assert contents(root) == NEW
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EIO])
 @pytest.mark.parametrize("forever", [False, True], ids=["once", "from then on"])
-def test_a_disk_that_fails_leaves_all_old_files_or_all_new_ones(tmp_path, code, forever):
-    """At each single operation: it is told in words, and what is there is whole."""
+def test_disk_error_leaves_all_old_or_all_new_files(tmp_path, code, forever):
+    """For each single operation: the error states the cause, and no file is damaged."""
     for number in range(OPERATIONS):
         root = make_run(tmp_path / str(number))
-        error, told = OSError(code, os.strerror(code)), None
+        error, message = OSError(code, os.strerror(code)), None
         with failing_at(number, error, forever) as done:
             try:
-                change(root)
+                commit_new_files(root)
             except UserError as caught:
-                told = str(caught)
+                message = str(caught)
         if len(done) <= number:
             break
         seen = contents(root)
         assert seen in (OLD, NEW)
-        assert told is None or os.strerror(code) in told
-        assert told is not None or seen == NEW
-        change(root)  # the disk works again
+        assert message is None or os.strerror(code) in message
+        assert message is not None or seen == NEW
+        commit_new_files(root)  # without disk errors
         assert contents(root) == NEW
         assert {f.state for f in verify_run(root)} == {"whole"}
 
 
-def test_a_folder_that_vanished_is_named(tmp_path):
+def test_error_names_a_file_in_a_deleted_folder(tmp_path):
     root = make_run(tmp_path / "run")
     shutil.rmtree(root)
     with pytest.raises(UserError, match=r"cannot write .*model\.json.*No such file or directory"):
-        change(root)
+        commit_new_files(root)
     assert not root.exists()
 
 
-def test_readers_see_one_moment_while_another_writes(tmp_path):
-    """Card and weights always belong together, though no reader takes a lock."""
+def test_concurrent_readers_see_a_consistent_state(tmp_path):
+    """Card and weights always match, although readers take no lock."""
     root = make_run(tmp_path / "run")
     ended = threading.Event()
 
@@ -155,8 +158,8 @@ def test_readers_see_one_moment_while_another_writes(tmp_path):
     assert len(seen) > 3
 
 
-def test_a_writer_that_is_always_faster_is_not_taken_for_damage(tmp_path, monkeypatch):
-    """Another checkpoint takes the place of the last after each look at the manifest."""
+def test_changes_during_each_check_are_not_damage(tmp_path, monkeypatch):
+    """A new checkpoint replaces the last one after each read of the manifest."""
     root, numbers, read = make_run(tmp_path / "run"), iter(range(2, 10_000)), verify.read_manifest
 
     def read_and_write(place):
@@ -169,8 +172,8 @@ def test_a_writer_that_is_always_faster_is_not_taken_for_damage(tmp_path, monkey
     assert {f.name: f.state for f in verify_run(root) if f.state != "whole"} == {}
 
 
-def test_looking_over_a_run_that_is_written_finds_it_whole(tmp_path):
-    """Checkpoints come and go meanwhile: none is missing, none unknown."""
+def test_verification_during_writes_finds_no_damage(tmp_path):
+    """Added and removed checkpoints are neither missing nor unknown."""
     root = make_run(tmp_path / "run")
     ended = threading.Event()
 
@@ -180,18 +183,18 @@ def test_looking_over_a_run_that_is_written_finds_it_whole(tmp_path):
             commit_files(root, {names[0]: b"state"}, drop=names[1:])
         ended.set()
 
-    writer, looks = threading.Thread(target=write), 0
+    writer, checks = threading.Thread(target=write), 0
     writer.start()
     while not ended.is_set():
         assert {f.name: f.state for f in verify_run(root) if f.state != "whole"} == {}
-        looks += 1
+        checks += 1
     writer.join()
-    assert looks > 3
+    assert checks > 3
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o077, 0o600), (0o027, 0o640)])
-def test_files_are_as_private_as_the_user_wants_them(tmp_path, monkeypatch, umask, mode):
-    """By the umask of the process, which is read when the module is imported."""
+def test_file_modes_follow_the_umask(tmp_path, monkeypatch, umask, mode):
+    """The umask is read when the module is imported."""
     before = os.umask(umask)
     try:
         monkeypatch.setattr(atomic, "_UMASK", atomic._umask())
@@ -215,7 +218,7 @@ def damaged(content, how):
 
 @pytest.mark.parametrize("how", ["emptied", "cut short", "longer", "one bit"])
 @pytest.mark.parametrize("name", OLD)
-def test_damage_is_noticed_and_named(tmp_path, name, how):
+def test_damage_error_names_the_file(tmp_path, name, how):
     root = make_run(tmp_path / "run")
     path = root / name
     path.write_bytes(damaged(path.read_bytes(), how))
@@ -226,7 +229,7 @@ def test_damage_is_noticed_and_named(tmp_path, name, how):
     }
 
 
-def test_files_that_are_missing_exchanged_or_foreign_are_told_apart(tmp_path):
+def test_verification_distinguishes_missing_changed_and_unknown_files(tmp_path):
     root = make_run(tmp_path / "run")
     (root / "model.json").unlink()
     shutil.copy(root / "model.st", root / "checkpoints" / "step-1.pt")
@@ -246,7 +249,7 @@ def test_files_that_are_missing_exchanged_or_foreign_are_told_apart(tmp_path):
 
 
 @pytest.mark.parametrize("how", ["emptied", "cut short", "one bit"])
-def test_a_damaged_manifest_is_said_to_be(tmp_path, how):
+def test_damaged_manifest_is_detected(tmp_path, how):
     root = make_run(tmp_path / "run")
     path = root / "manifest.json"
     path.write_bytes(damaged(path.read_bytes(), how))
@@ -254,7 +257,7 @@ def test_a_damaged_manifest_is_said_to_be(tmp_path, how):
         read_manifest(root)
 
 
-def test_a_log_may_grow_beyond_what_is_vouched_for(tmp_path):
+def test_log_may_grow_beyond_its_recorded_length(tmp_path):
     root = make_run(tmp_path / "run")
     path = root / "metrics.jsonl"
     path.write_bytes(b"1\n2\n")
@@ -267,7 +270,7 @@ def test_a_log_may_grow_beyond_what_is_vouched_for(tmp_path):
         read_together(root, ["metrics.jsonl"])
 
 
-def test_files_written_one_by_one_into_a_run_are_entered(tmp_path):
+def test_manifest_lists_files_written_individually(tmp_path):
     root = make_run(tmp_path / "run")
     (root / "evaluation" / "set").mkdir(parents=True)
     (root / "mine").mkdir()
@@ -280,14 +283,14 @@ def test_files_written_one_by_one_into_a_run_are_entered(tmp_path):
     assert set(read_manifest(root).files) == set(OLD)
 
 
-def test_a_foreign_manifest_is_left_alone(tmp_path):
+def test_unrelated_manifest_json_stays_unchanged(tmp_path):
     (tmp_path / "manifest.json").write_text('{"name": "a web page"}')
     write_atomically(tmp_path / "picture.png", b"png")
     assert (tmp_path / "manifest.json").read_text() == '{"name": "a web page"}'
 
 
 def altered(root, **entries):
-    """Replace entries of the manifest, with a digest that is right."""
+    """Replace entries of the manifest and update its digest."""
     from ebmkit.storage.manifest import _digest
 
     values = json.loads((root / "manifest.json").read_text())
@@ -319,7 +322,7 @@ ENTRY = {"bytes": 3, "sha256": "0" * 64}
         {"files": {"model.json": {"bytes": True, "sha256": "0" * 64}}},
     ],
 )
-def test_a_manifest_that_names_files_elsewhere_is_refused(tmp_path, entries):
+def test_manifest_with_outside_paths_or_invalid_entries_is_refused(tmp_path, entries):
     root = make_run(tmp_path / "run")
     (tmp_path / "victim").write_text("precious")
     (tmp_path / ".model.json.x.partial").write_text("poison")
@@ -331,14 +334,14 @@ def test_a_manifest_that_names_files_elsewhere_is_refused(tmp_path, entries):
     assert (tmp_path / "victim").read_text() == "precious"
 
 
-def test_a_run_of_a_later_format_is_refused(tmp_path):
+def test_run_of_a_later_format_is_refused(tmp_path):
     root = make_run(tmp_path / "run")
     altered(root, format=3)
     with pytest.raises(UserError, match="run of format 3, and this version supports at most 2"):
         read_manifest(root)
 
 
-def test_temporary_files_of_the_dead_go_and_those_of_others_stay(tmp_path):
+def test_temporary_files_of_other_processes_are_stale_only_when_old(tmp_path):
     root = make_run(tmp_path / "run")
     (root / "evaluation").mkdir()
     names = ("checkpoints/.step-9.pt.abc.partial", ".metrics.jsonl.abc.partial")
@@ -354,6 +357,6 @@ def test_temporary_files_of_the_dead_go_and_those_of_others_stay(tmp_path):
     }
 
 
-def test_a_name_without_a_run_is_a_plain_file(tmp_path):
+def test_write_outside_a_run_creates_no_manifest(tmp_path):
     write_atomically(tmp_path / "a.txt", b"text")
     assert [p.name for p in Path(tmp_path).iterdir()] == ["a.txt"]

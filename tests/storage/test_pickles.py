@@ -1,4 +1,4 @@
-"""Small pickles that stand for much are refused before they fill memory or time."""
+"""Small pickles that describe huge objects are refused before they use memory or time."""
 
 import io
 
@@ -15,7 +15,7 @@ def text(content):
     return b"X" + len(content).to_bytes(4, "little") + content
 
 
-def whole(number):
+def integer(number):
     size = number.bit_length() // 8 + 1
     return b"\x8b" + size.to_bytes(4, "little") + number.to_bytes(size, "little", signed=True)
 
@@ -24,8 +24,8 @@ STORAGE = b"(\x8c\x07storage\x8c\x05torch\x8c\x0cFloatStorage\x93\x8c\x010\x8c\x
 
 
 def shaped(sizes):
-    """A call that makes a tensor of such sizes, all of one element of a storage of four."""
-    dimensions = b"(" + b"".join(map(whole, sizes)) + b"t"
+    """Pickle of a tensor of the given sizes, a view of the first of four stored floats."""
+    dimensions = b"(" + b"".join(map(integer, sizes)) + b"t"
     return TENSOR + b"(" + STORAGE + b"K\x00" + dimensions * 2 + b"tR"
 
 
@@ -41,12 +41,12 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("name", BOMBS)
-def test_a_bomb_is_refused(name):
+def test_pickle_bomb_is_refused(name):
     with pytest.raises(Damaged):
         read(BOMBS[name])
 
 
-def test_a_tensor_of_few_dimensions_is_read():
+def test_tensor_of_64_dimensions_is_read():
     assert read(shaped([1] * 64)).shape == (1,) * 64
 
 

@@ -1,4 +1,4 @@
-"""Pickled checkpoints: what lies beside the weights is left out, what could run code is refused."""
+"""Pickled checkpoints: objects beside the weights become placeholders, code is refused."""
 
 import argparse
 import io
@@ -18,8 +18,8 @@ from ebmkit.storage.tensors import MAGIC, read_torch_file
 
 
 @pytest.fixture
-def absent(monkeypatch):
-    """Modules ``dill`` and ``robustness`` that exist only until they are dropped."""
+def extra(monkeypatch):
+    """Modules ``dill`` and ``robustness`` that exist until ``drop()`` is called."""
 
     def create_function(*parts):
         raise AssertionError("called")
@@ -46,27 +46,27 @@ def absent(monkeypatch):
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_weights_beside_pickled_objects_are_read(tmp_path, absent, zipped):
-    """As `torch.load` would give them, had it the modules; the objects are placeholders."""
+def test_weights_beside_pickled_objects_are_read(tmp_path, extra, zipped):
+    """The weights equal the saved ones although modules are missing; objects are placeholders."""
     net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)).half()
     optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
     shared = torch.arange(12.0)
-    absent.parameters.lr = 0.1
+    extra.parameters.lr = 0.1
     content = {
         "model": net.state_dict(),
         "views": [shared[2:8].view(2, 3).t(), shared[4:], torch.empty(0, 3)],
         "kinds": (torch.tensor([True]), torch.arange(3), torch.ones(2, dtype=torch.bfloat16)),
         "parameter": torch.nn.Parameter(torch.ones(2)),
         "optimizer": optimizer.state_dict(),
-        "schedule": {"function": absent.function, "array": np.ones(3), "best": np.float64(0.5)},
+        "schedule": {"function": extra.function, "array": np.ones(3), "best": np.float64(0.5)},
         "args": argparse.Namespace(lr=0.1),
-        "more": absent.parameters,
+        "more": extra.parameters,
         "epoch": 153,
         "size": torch.Size([1, 2]),
     }
     path = tmp_path / "checkpoint.pt"
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
-    absent.drop()
+    extra.drop()
     read = read_torch_file(path)
     assert list(read) == list(content)
     for name, value in net.state_dict().items():
@@ -89,7 +89,7 @@ def test_weights_beside_pickled_objects_are_read(tmp_path, absent, zipped):
 
 
 def text(value: str) -> bytes:
-    """A string as protocol 0 has it."""
+    """A string in protocol 0."""
     return f"V{value}\n".encode()
 
 
@@ -106,7 +106,7 @@ CODE = {
         b"\x80\x04\x8c\x05posix\x8c\x06system\x93(" + COMMAND + b"tR.",
         "posix.system",
     ),
-    "a path through dill": (
+    "dotted path in dill": (
         b"\x80\x04\x8c\x0adill._dill\x8c\x09os.system\x93(" + COMMAND + b"tR.",
         "dill._dill.os.system",
     ),
@@ -124,7 +124,7 @@ CODE = {
         b"c__builtin__\ngetattr\n(c__builtin__\n__import__\n" + text("system") + b"tR.",
         "builtins.__import__",
     ),
-    "a name that a library imports": (
+    "name imported by a library": (
         b"crobustness.tools.helpers\nPopen\n(" + COMMAND + b"tR.",
         "robustness.tools.helpers.Popen",
     ),
@@ -135,7 +135,7 @@ CODE = {
         b"ccollections\nOrderedDict\n)R}" + text("__setstate__") + b"cposix\nsystem\nsb.",
         "posix.system",
     ),
-    "a class of their own": (
+    "instance attribute": (
         b"\x80\x02ccollections\nOrderedDict\n)\x81}" + text("items") + b"cevil\nrun\nsb.",
         "evil.run",
     ),
@@ -144,7 +144,7 @@ CODE = {
         + text("h") + b"cposix\nsystem\nltatRtR.",
         "posix.system",
     ),
-    "a tensor of another type": (
+    "tensor subclass": (
         b"ctorch._tensor\n_rebuild_from_type_v2\n(cposix\nsystem\nN(" + COMMAND + b"tNtR.",
         "posix.system",
     ),
@@ -166,7 +166,7 @@ def write(path, content: bytes, zipped: bool):
 
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("how", CODE)
-def test_code_is_refused_and_named(tmp_path, how, zipped):
+def test_pickled_code_is_refused_by_name(tmp_path, how, zipped):
     content, name = CODE[how]
     marker = tmp_path / "marker"
     write(tmp_path / "evil.pt", content.replace(b"MARKER", str(marker).encode()), zipped)
@@ -177,31 +177,31 @@ def test_code_is_refused_and_named(tmp_path, how, zipped):
 
 
 @pytest.mark.parametrize("how", ["REDUCE", "eval", "INST", "OBJ", "STACK_GLOBAL"])
-def test_the_same_bytes_run_in_pickle(tmp_path, how):
-    """So the cases above are no empty threats."""
+def test_plain_pickle_executes_the_same_bytes(tmp_path, how):
+    """The control: the cases above do execute code."""
     marker = tmp_path / "marker"
     pickle.loads(CODE[how][0].replace(b"MARKER", str(marker).encode()))
     assert marker.exists()
 
 
-def test_changed_bytes_are_damage_and_nothing_else(absent):
-    """Any bytes end in an object, `Damaged` or `Refusal`, never in another error."""
-    content = {"a": [1.5, "x", (2, None)], "o": absent.function, "s": {1, 2}, "b": b"y" * 300}
-    rng, ends = random.Random(0), set()
+def test_changed_bytes_raise_only_damaged_or_refusal(extra):
+    """Any bytes give an object, `Damaged` or `Refusal`, never another error."""
+    content = {"a": [1.5, "x", (2, None)], "o": extra.function, "s": {1, 2}, "b": b"y" * 300}
+    rng, outcomes = random.Random(0), set()
     for protocol in (0, 2, 4):
-        whole = pickle.dumps(content, protocol)
+        pickled = pickle.dumps(content, protocol)
         for _ in range(400):
-            changed = bytearray(whole)
+            changed = bytearray(pickled)
             for _ in range(rng.randint(1, 3)):
                 changed[rng.randrange(len(changed))] = rng.randrange(256)
             try:
                 cut = rng.randint(1, len(changed)) if rng.random() < 0.2 else len(changed)
                 unpickle(io.BytesIO(bytes(changed[:cut])))
             except (Damaged, Refusal) as error:
-                ends.add(type(error))
+                outcomes.add(type(error))
             else:
-                ends.add(None)
-    assert ends == {Damaged, Refusal, None}
+                outcomes.add(None)
+    assert outcomes == {Damaged, Refusal, None}
 
 
 @pytest.mark.parametrize(
@@ -214,27 +214,27 @@ def test_changed_bytes_are_damage_and_nothing_else(absent):
         (0, (2,), (1, 1)),
     ],
 )
-def test_views_stay_within_their_storage(tmp_path, view):
+def test_views_beyond_their_storage_are_refused(tmp_path, view):
     class View:
         def __reduce__(self):
-            return torch._utils._rebuild_tensor_v2, (storage, *view, False, {}, absent)
+            return torch._utils._rebuild_tensor_v2, (storage, *view, False, {}, hooks)
 
-    storage, absent = torch.arange(10.0).untyped_storage(), argparse.Namespace()
+    storage, hooks = torch.arange(10.0).untyped_storage(), argparse.Namespace()
     storage = torch.storage.TypedStorage(wrap_storage=storage, dtype=torch.float32, _internal=True)
     torch.save({"a": View()}, tmp_path / "odd.pt")
     with pytest.raises(UserError, match="no weights that can be read safely"):
         read_torch_file(tmp_path / "odd.pt")
 
 
-def test_nested_tuples_are_walked_once(tmp_path):
-    """A pickle of a few hundred bytes may stand for 2^200 of them."""
+def test_nested_tuples_are_visited_once(tmp_path):
+    """A pickle of a few hundred bytes can describe 2^200 tuples."""
     content = b"]" + b"0(cargparse\nNamespace\n)Rt" + b"2\x86" * 200 + b"."
     write(tmp_path / "deep.pt", content, True)
     deep = read_torch_file(tmp_path / "deep.pt")
     assert deep[0] is deep[1]
 
 
-def test_what_is_not_made_takes_no_memory_however_often_it_is_called():
+def test_repeated_calls_of_a_placeholder_use_no_memory():
     made = unpickle(io.BytesIO(b"cargparse\nNamespace\n" + b")R" * 1000 + b"."))
     assert repr(made) == "<argparse.Namespace(), not made>"
     copies = b"ctorch._tensor\n_rebuild_from_type_v2\n(c__builtin__\nlist\nN(]tNtR."

@@ -28,8 +28,8 @@ def density(model):
         squares = offsets.square().sum(2)
         logs = model.log_weights - 0.5 * (squares / v + means.shape[1] * (2 * torch.pi * v).log())
         log_density = logs.logsumexp(1)
-        pull = (logs - log_density[:, None]).exp() / v
-        return log_density, (pull[:, :, None] * offsets).sum(1)
+        factors = (logs - log_density[:, None]).exp() / v
+        return log_density, (factors[:, :, None] * offsets).sum(1)
 
     return function
 

@@ -10,7 +10,7 @@ SHAPE = (1, 4, 4)
 
 
 def save_run(folder, num_classes=3, **card):
-    """Write a run folder: untrained network for 8x8 gray images, card of a trained one."""
+    """Write a run folder: untrained network for 8x8 gray images, card of a trained network."""
     config = ModelConfig(
         backbone={"kind": "gradresnet", "width": 8},
         in_channels=1,

@@ -1,4 +1,4 @@
-"""Two threads that act as the processes of a distributed evaluation."""
+"""Two threads in place of the processes of a distributed evaluation."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class Threads(DistributedContext):
     slots: list = field(default_factory=lambda: [None, None])
     barrier: threading.Barrier = field(default_factory=lambda: threading.Barrier(2, timeout=60))
 
-    def gather(self, thing):
-        self.slots[self.rank] = thing
+    def gather(self, value):
+        self.slots[self.rank] = value
         self.barrier.wait()
-        everyone = list(self.slots)
+        values = list(self.slots)
         self.barrier.wait()
-        return everyone
+        return values
 
 
 def run_shared(run, setting):

@@ -26,7 +26,7 @@ from ebmkit.training.loop import assemble
 from ebmkit.training.optim import make_optimizer
 from ebmkit.training.step import TrainingStep
 
-pytestmark = pytest.mark.usefixtures("counted_once")
+pytestmark = pytest.mark.usefixtures("count_memory_once")
 
 TINY = {
     "backbone": "gradresnet10",

@@ -19,7 +19,7 @@ from ebmkit.training.loop import assemble
 from ebmkit.training.optim import learning_rate, make_optimizer
 from ebmkit.training.setup import warn_if_at_chance
 
-pytestmark = pytest.mark.usefixtures("counted_once")
+pytestmark = pytest.mark.usefixtures("count_memory_once")
 
 SMALL = {
     "backbone": "gradresnet10",

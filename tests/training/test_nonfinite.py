@@ -21,7 +21,7 @@ from ebmkit.training.loop import assemble
 from ebmkit.training.nonfinite import describe
 from ebmkit.training.optim import exponential_average
 
-pytestmark = pytest.mark.usefixtures("counted_once")
+pytestmark = pytest.mark.usefixtures("count_memory_once")
 
 SMALL = {
     "backbone": "gradresnet10",

@@ -23,7 +23,7 @@ from ebmkit.training.optim import (
     state_values_per_parameter,
 )
 
-pytestmark = pytest.mark.usefixtures("counted_once")
+pytestmark = pytest.mark.usefixtures("count_memory_once")
 
 SHAPES = [(24, 24), (16, 144), (48, 16), (1, 30), (30, 1)]
 

@@ -14,7 +14,7 @@ from ebmkit.training.optim import SAM
 from ebmkit.training.rollback import DivergenceMonitor, Mitigations, Snapshot
 from ebmkit.training.step import StepStats
 
-pytestmark = pytest.mark.usefixtures("counted_once")
+pytestmark = pytest.mark.usefixtures("count_memory_once")
 
 TINY = {
     "objective": "jem",

@@ -20,7 +20,7 @@ from ebmkit.training import RunFolder, resolve
 from ebmkit.training.loop import assemble
 from ebmkit.training.metrics import whole_rows
 
-pytestmark = pytest.mark.usefixtures("counted_once")
+pytestmark = pytest.mark.usefixtures("count_memory_once")
 
 SMALL = {
     "model": {"backbone": {"width": 4, "channels_per_group": 4}},
