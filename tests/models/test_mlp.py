@@ -93,7 +93,7 @@ def test_blind_score_is_the_gradient_of_one_log_density():
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("counted_once")
+@pytest.mark.usefixtures("count_memory_once")
 def test_ncsn_trains_validates_and_loads(tmp_path):
     """The NCSN of the documentation on digits, for 4 steps, with implicit score matching added."""
     small = {
