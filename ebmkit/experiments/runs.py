@@ -184,7 +184,7 @@ def exclusive(folder: Path) -> Iterator[None]:
     """Lock the variant in ``folder`` for training; stale locks are released.
 
     Raises:
-        Busy: if another process trains it.
+        FolderLocked: if another process trains it.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with held(folder.parent, "training", name=folder.name):

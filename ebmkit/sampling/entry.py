@@ -250,13 +250,13 @@ class SamplerEntry(Generic[C]):
             levels), ``blind`` (the model takes no noise level).
         make: maps the model, labels and settings with noise levels of the model to the sampler.
         noisy_end: whether the final images contain noise that `finish` removes.
-        no_law: why the chains have no stationary distribution, so that diagnostics are undefined;
+        no_stationary_distribution: why the chains have no stationary distribution, so that diagnostics are undefined;
             empty: they have one.
         caveat: a note on the stationary distribution.
         priority: the default sampler is the one of highest priority that supports the model; 0:
             never the default.
         starts_from_data: whether ``start=auto`` means ``class_gaussian`` if there are data.
-        fresh_steps: minimum number of steps of chains that do not continue a replay buffer.
+        min_fresh_steps: minimum number of steps of chains that do not continue a replay buffer.
     """
 
     name: str

@@ -121,7 +121,7 @@ class RunFolder:
         """Within the context, only this process writes; first recover files of a killed process.
 
         Raises:
-            Busy: if another process writes.
+            FolderLocked: if another process writes.
             UserError: if the folder is not writable.
         """
         if self._holds:
