@@ -190,7 +190,7 @@ def held(
         name: name of a part of the folder with its own lock, ``NAME.lock``.
 
     Raises:
-        FolderLocked: if another process holds the lock; the message states its host, process and start.
+        FolderLocked: if another process holds the lock; the message names its host, process, start.
         UserError: if the folder is not writable.
     """
     path = folder / f"{name}.lock"
