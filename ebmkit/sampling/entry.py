@@ -250,8 +250,8 @@ class SamplerEntry(Generic[C]):
             levels), ``blind`` (the model takes no noise level).
         make: maps the model, labels and settings with noise levels of the model to the sampler.
         noisy_end: whether the final images contain noise that `finish` removes.
-        no_stationary_distribution: why diagnostics are undefined; empty: the chains have a stationary
-            distribution.
+        no_stationary_distribution: why diagnostics are undefined; empty: the chains have a
+            stationary distribution.
         caveat: a note on the stationary distribution.
         priority: the default sampler is the one of highest priority that supports the model; 0:
             never the default.
