@@ -91,12 +91,15 @@ def measured(options: argparse.Namespace, who: str, steps: int, seed: int) -> di
             line += ["--recipe", recipe, "--steps", str(steps), "--seed", str(seed)]
             line += ["--out", str(run), *where(options)]
         call(line)
+    found: dict[str, Any] = {}
     for suite, more in (("classify", []), ("denoise", ["--limit", "1000"])):
-        if not (run / "evaluation" / f"{suite}.json").exists():
+        # results of fewer images have a folder of their own beside those of all
+        if not (files := sorted((run / "evaluation").rglob(f"{suite}.json"))):
             call(["evaluate", str(run), "--suite", suite, *more])
+            files = sorted((run / "evaluation").rglob(f"{suite}.json"))
+        found[suite] = json.loads(files[0].read_text())
     cost = json.loads((run / "cost.json").read_text())
-    classify = json.loads((run / "evaluation" / "classify.json").read_text())
-    denoise = json.loads((run / "evaluation" / "denoise.json").read_text())
+    classify, denoise = found["classify"], found["denoise"]
     psnr = [denoise["psnr"][level] for level in LEVELS]
     if options.data == "digits":
         psnr = [denoise["psnr"][level] - denoise["psnr_noisy"][level] for level in LEVELS]
