@@ -165,6 +165,19 @@ def test_blind_score_is_the_regression_of_the_noise_on_the_image(label):
     torch.testing.assert_close(got, -top / bottom, rtol=1e-8, atol=1e-8)
 
 
+def test_blind_score_is_the_gradient_of_one_log_density():
+    """E[sigma^2 s | y] / E[sigma^2 | y] is the gradient of log sum_sigma pi sigma^2 p_sigma."""
+    means = torch.tensor([[0.2, 0.3], [0.8, 0.6]], dtype=torch.float64)
+    mixture = GaussianMixture(means, 0.02)
+    levels = torch.tensor([0.05, 0.1, 0.4], dtype=torch.float64)
+    law = torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64)
+    y = torch.rand(6, 2, dtype=torch.float64).requires_grad_()
+    logs = torch.stack([mixture.log_density(y, float(s)) for s in levels])
+    density = (logs + law.log()[:, None] + 2 * levels.log()[:, None]).logsumexp(0)
+    (gradient,) = torch.autograd.grad(density.sum(), y)
+    torch.testing.assert_close(mixture.blind_score(y.detach(), levels, law), gradient)
+
+
 def dsm_loss(predict, x, sigma, noise) -> torch.Tensor:
     """Per-sample ||sigma s(y) + eps||^2, (B,)."""
     return (sigma[:, None] * predict(x + sigma[:, None] * noise) + noise).square().sum(1)

@@ -21,7 +21,7 @@ from ebmkit.models import DirectDenoiser, Features, LogitHead
 from ebmkit.objectives import TrainingLoss, parse_objective
 from ebmkit.training.step import TrainingStep
 
-SCAN = Path(__file__).resolve().parent / "strided_1x1.py"
+SCAN = Path(__file__).resolve().parent / "support" / "strided_1x1.py"
 OWN = ["own backbone", "own denoiser", "own model"]
 QUICK = ["gradresnet18", *OWN]
 """The network of the paper and user models."""

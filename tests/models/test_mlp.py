@@ -79,19 +79,6 @@ def test_even_kernel_is_refused():
         validated(MLPConfig, {"kernel": 4}, "backbone")
 
 
-def test_blind_score_is_the_gradient_of_one_log_density():
-    """E[sigma^2 s | y] / E[sigma^2 | y] is the gradient of log sum_sigma pi sigma^2 p_sigma."""
-    means = torch.tensor([[0.2, 0.3], [0.8, 0.6]], dtype=torch.float64)
-    mixture = ebmkit.GaussianMixture(means, 0.02)
-    levels = torch.tensor([0.05, 0.1, 0.4], dtype=torch.float64)
-    law = torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64)
-    y = torch.rand(6, 2, dtype=torch.float64).requires_grad_()
-    logs = torch.stack([mixture.log_density(y, float(s)) for s in levels])
-    density = (logs + law.log()[:, None] + 2 * levels.log()[:, None]).logsumexp(0)
-    (gradient,) = torch.autograd.grad(density.sum(), y)
-    torch.testing.assert_close(mixture.blind_score(y.detach(), levels, law), gradient)
-
-
 @pytest.mark.slow
 @pytest.mark.usefixtures("count_memory_once")
 def test_ncsn_trains_validates_and_loads(tmp_path):
