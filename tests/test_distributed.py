@@ -1,4 +1,8 @@
-"""Training by several processes: equality with one process, resuming, and errors."""
+"""Training by several processes: equality with one process, resuming, and errors.
+
+Runs that are compared use the derivatives of our layers (`convolution.SMALL` and `layers.SMALL` are
+0); at the default thresholds these small networks would use PyTorch's.
+"""
 
 import json
 import os
@@ -20,10 +24,16 @@ from ebmkit import distributed
 from ebmkit.cli.train import _interrupted_run
 from ebmkit.data import StreamConfig, load_dataset
 from ebmkit.data.streams import Stream
+from ebmkit.models import convolution, layers
 from ebmkit.training import RunFolder, resolve
 from ebmkit.training.loop import assemble
 
-pytestmark = pytest.mark.usefixtures("count_memory_once")
+pytestmark = pytest.mark.usefixtures("count_memory_once", "zero_thresholds")
+
+CHILD = "import ebmkit_tests.support.zero_thresholds; from ebmkit.cli import main; main()"
+"""`ebmkit` with the derivatives of our layers for tensors of any size."""
+
+ROOT = Path(__file__).resolve().parents[1]
 
 SETTINGS = [
     "--width=8",
@@ -55,8 +65,17 @@ def weights(path: Path) -> torch.Tensor:
     return torch.cat([v.flatten() for v in ebmkit.load(path).state_dict().values()])
 
 
+@pytest.fixture(scope="module")
+def zero_thresholds():
+    """The same in this process as in `CHILD`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(convolution, "SMALL", 0)
+        patch.setattr(layers, "SMALL", 0)
+        yield
+
+
 @pytest.fixture(scope="module", params=["adamw", "muon"])
-def two_processes(request, tmp_path_factory) -> Path:
+def two_processes(request, tmp_path_factory, zero_thresholds) -> Path:
     """A run of four steps by two processes."""
     own = ["--recipe=digits-adamw", f"--set=optimizer.kind={request.param}"]
     own += ["--set=optimizer.lr=3e-3"]  # the recipe's value, also for Muon: rounding grows with it
@@ -71,13 +90,14 @@ def train_by_two(folder: Path, *own: str) -> Path:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    found = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     with (
         pytest.MonkeyPatch.context() as patch,
         torch._dynamo.config.patch(optimize_ddp=True),  # the run disables it
         warnings.catch_warnings(),
         subprocess.Popen(
-            [sys.executable, "-m", "ebmkit", *arguments],
-            cwd=folder, env={**os.environ, **variables, "RANK": "1"},
+            [sys.executable, "-c", CHILD, *arguments],
+            cwd=folder, env={**os.environ, **variables, "RANK": "1", "PYTHONPATH": found},
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         ) as other,
     ):  # fmt: skip

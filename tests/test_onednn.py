@@ -53,13 +53,21 @@ def scan(*arguments, threads=1):
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize(
-    ("threads", "layout"), [(1, []), (2, ["--contiguous"])], ids=["1-channels-last", "2-contiguous"]
+    ("threads", "layout"),
+    [(1, []), (2, []), (2, ["--contiguous"])],
+    ids=["1-channels-last", "2-channels-last", "2-contiguous"],
 )
 def test_every_preset_trains_without_memory_corruption(threads, layout):
     pytest.importorskip("diffusers")
     found, stderr = scan(*layout, threads=threads)
     assert len(found) > len(QUICK)
     assert set(found.values()) == {0}, (found, stderr)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_small_model_trains_without_memory_corruption():
+    found, stderr = scan("own model")
+    assert found == {"own model": 0}, stderr
 
 
 @pytest.mark.slow

@@ -14,7 +14,9 @@ the cotangent v of I,
     \partial_w \langle v, I(g, w)\rangle = W(g, v) .
 
 PyTorch has kernels for F, I and W, but in the derivative of I it computes W(g, v) as a convolution
-whose kernel is the whole image. `Conv2d` uses the kernel of W at every order.
+whose kernel is the whole image. `Conv2d` uses the kernel of W at every order. The derivative of a
+loss of the score by w has a second term, through F: :math:`W(g', x)` with the cotangent g' of the
+output. It is a call of its own; both batches are not stacked in one call.
 
 A `torch.autograd.Function` does not know which of its gradients are needed, so a score would also
 compute the gradients of the weights. Each weight therefore enters through a graph node of its own,

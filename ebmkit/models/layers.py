@@ -41,6 +41,9 @@ normal variable,
 
 PyTorch has a kernel of :math:`g\,y'`, but computes :math:`v\,g\,y''` by a chain of elementwise
 operations; this module uses fewer. Third derivatives of both layers use ordinary operations.
+
+The closed forms of norm and GELU are separate, each several PyTorch operations, not one kernel.
+They are used on a CPU for tensors with more than `SMALL` entries, and not in compiled code.
 """
 
 from __future__ import annotations

@@ -21,6 +21,9 @@ makes the update as large as AdamW's, 0.2 per entry. AdamW updates all other par
 a matrix at least twice as long as wide needs two large products instead of ten: with its transpose
 for :math:`A_0`, and with :math:`P_4 \cdots P_0`. This requires float32: in bfloat16, on CUDA,
 :math:`A_0` would lose too much precision, so there the ten products are computed.
+`torch.optim.Muon` takes matrices only. timm's Muon (1.0.31) takes convolutions and resumes
+bit-identically, but multiplies in bfloat16 on every device, one matrix at a time, replaces AdamW by
+NAdamW if the momentum is Nesterov's, and cannot skip an update by ``found_inf``.
 
 **Averaged weights.** With decay d, the average :math:`\bar\theta` of t steps is updated by
 

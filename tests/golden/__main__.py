@@ -2,8 +2,10 @@
 
 The bits of a run depend on the order of sums, which differs between processors. The runs therefore
 use ATen's default kernels, no oneDNN, MKL's compatible branch and one thread (`FIXED`, set before
-PyTorch is imported). The bits still depend on PyTorch's version and the type of machine, which are
-the key of the stored hashes; elsewhere the metrics agree up to rounding.
+PyTorch is imported). The networks are below the thresholds of `ebmkit.models.convolution` and
+`ebmkit.models.layers`, so they use PyTorch's derivatives. The bits still depend on PyTorch's
+version and the type of machine, which are the key of the stored hashes; elsewhere the metrics agree
+up to rounding.
 
 ``--write`` stores the results; without it they are printed as JSON.
 """

@@ -253,7 +253,7 @@ def test_network_gradients_match_plain_layers(recompute: bool) -> None:
     for model in (own, plain):
         loss = (model.score(y) + 1).square().mean()
         found.append(torch.autograd.grad(loss, list(model.parameters()), allow_unused=True))
-    torch.testing.assert_close(*found, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-10)
 
 
 def test_benchmark_baseline_uses_pytorch_layers() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from ebmkit_tests.soak.kills import Training
 
 SMALL = (
@@ -14,6 +16,9 @@ SMALL = (
 )
 MLP = ("--backbone", "mlp", "--set=model.backbone.width=16")
 AVERAGED = ("--set=optimizer.ema=0.9",)
+PLUGIN = Path(__file__).resolve().parents[1] / "support" / "zero_thresholds.py"
+"""Without it, networks of this size use PyTorch's derivatives instead of those of our layers."""
+
 CHAINS = ("--set=negatives.buffer_size=100", "--set=negatives.steps=2", "--set=watch.every=10")
 
 TRAININGS = {
@@ -38,7 +43,7 @@ TRAININGS = {
         ),
         Training(
             "muon",
-            "ce+dsm with Muon and averaged weights with warm-up",
+            "ce+dsm with Muon, averaged weights with warm-up, and our layers' derivatives",
             (
                 "--width",
                 "8",
@@ -46,6 +51,7 @@ TRAININGS = {
                 *AVERAGED,
                 "--set=optimizer.kind=muon",
                 "--set=optimizer.ema_warmup=true",
+                f"--plugin={PLUGIN}",
             ),
             (2000, 180),
         ),

@@ -17,7 +17,10 @@ CASES = [
 
 @pytest.mark.parametrize(("name", "kills", "saves"), CASES, ids=[name for name, *_ in CASES])
 def test_resume_is_bit_identical_after_sigkill(tmp_path, name, kills, saves):
-    """Weights, averages, optimiser, buffer, divergence state, best weights and metrics."""
+    """Weights, averages, optimiser, buffer, divergence state, best weights and metrics.
+
+    ``muon`` runs the convolutions, norms and GELUs with our derivatives (thresholds at 0).
+    """
     outcome = kill_and_compare(TRAININGS[name], tmp_path, kills, saves, 1, True, print)
     assert outcome.differing == []
     assert outcome.kills >= kills

@@ -1,6 +1,7 @@
 """Muon: the update, the parameters it updates, its cost and invalid settings."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -415,23 +416,33 @@ def test_train_command_reports_optimizer_errors_without_traceback(tmp_path):
     assert "momentum = 2.0" in refused(*muon_run, "--set=optimizer.momentum=2.0")
     assert "kind=muon" in refused("--set=optimizer.adamw_lr=1e-3", *small)
     output = refused(*muon_run, "--set=optimizer.lr=1e30", "--out=lost")
-    assert "at step 2: stopped before the update" in output
+    assert re.search(r"loss '(ce|dsm)' is (nan|-?inf) at step 2: stopped before", output), output
     assert "lr" in output
-    step = RunFolder.open(tmp_path / "lost").load_checkpoint()["step"]
-    assert step == 1
+    assert RunFolder.open(tmp_path / "lost").load_checkpoint()["step"] == 1
 
 
-def test_resume_with_another_optimizer_setting_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("recipe", "changes"),
+    [
+        (
+            "digits",
+            [
+                ("kind=adamw", "'muon'", "'adamw'"),
+                ("schedule=cosine", "'warmup-stable-decay'", "'cosine'"),
+                ("ema=null", "0.98", "None"),
+            ],
+        ),
+        ("digits-adamw", [("kind=muon", "'adamw'", "'muon'")]),
+    ],
+    ids=["muon", "adamw"],
+)
+def test_resume_with_another_optimizer_setting_is_refused(tmp_path, recipe, changes):
     """The message names the changed field, not the fields that depend on it."""
-    small = ["--width=8", "--device=cpu", "--steps=2", "--no-evaluate", "--recipe=digits"]
+    small = ["--width=8", "--device=cpu", "--steps=2", "--no-evaluate", f"--recipe={recipe}"]
     small += [f"--set=streams.{name}.batch_size=8" for name in ("classify", "denoise")]
     ended = ebmkit_command("train", *small, "--out=run", cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
-    for field, was, now in (
-        ("kind=adamw", "'muon'", "'adamw'"),
-        ("schedule=cosine", "'warmup-stable-decay'", "'cosine'"),
-        ("ema=null", "0.98", "None"),
-    ):
+    for field, was, now in changes:
         ended = ebmkit_command("train", "--resume=run", f"--set=optimizer.{field}", cwd=tmp_path)
         assert ended.returncode == 2, ended.stdout + ended.stderr
         name = field.partition("=")[0]
