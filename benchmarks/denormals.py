@@ -72,13 +72,15 @@ def seconds_per_step(path: Path, steps: int, flushed: bool) -> float:
     run = RunFolder.open(path)
     trainer = assemble(resolve(run.config()), run)
     trainer.model.train()
-    batches = trainer.batches(trainer.step, trainer.step + WARMUP + steps)
+    count = WARMUP + steps
+    start = min(trainer.step, trainer.config.steps - count)  # of a finished run, the last batches
+    batches = trainer.batches(start, start + count)
     times = []
-    for _ in range(WARMUP + steps):
-        start = time.perf_counter()
-        trainer.update(next(batches), rate=trainer.rate_at(trainer.step))
+    for _ in range(count):
+        begun = time.perf_counter()
+        trainer.update(next(batches), rate=trainer.rate_at(start))
         trainer.update.read()
-        times.append(time.perf_counter() - start)
+        times.append(time.perf_counter() - begun)
     return statistics.median(times[WARMUP:])
 
 
