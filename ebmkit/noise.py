@@ -72,8 +72,10 @@ def parse_fraction(value: object) -> float | None:
         return None
 
 
-def check_positive(name: str, value: float, zero: bool = False, example: str = "") -> float:
-    """Return ``value``, called ``name`` in the error, if it is legal.
+def check_positive(
+    name: str, value: float, zero: bool = False, text: str | None = None, example: str = ""
+) -> float:
+    """Return ``value``, called ``name`` in the error and read from ``text``, if it is legal.
 
     Raises:
         UserError: if it is not a finite number above 0 (or 0, if ``zero``), with the ``example``.
@@ -81,7 +83,8 @@ def check_positive(name: str, value: float, zero: bool = False, example: str = "
     if not 0 <= value < math.inf or (value == 0 and not zero):
         legal = "of 0 or more" if zero else "above 0"
         example = example and f", as in {example}"
-        raise UserError(f"{name} {value:g} must be a finite number {legal}{example}")
+        shown = value if text is None else repr(text)
+        raise UserError(f"{name} {shown} must be a finite number {legal}{example}")
     return value
 
 
@@ -100,7 +103,7 @@ def check_sigma(sigma: float | Tensor | None, at_zero: bool = False) -> None:
             wrong = f"sigma must be a float or a tensor of floats, not {sigma.dtype}"
             raise UserError(f"{wrong}; pass labels as c=...")
     elif sigma is not None:
-        check_positive("sigma", sigma, at_zero, "25/255")
+        check_positive("sigma", sigma, at_zero, example="25/255")
 
 
 def require_sigma(sigma: N | None) -> N:
@@ -130,7 +133,7 @@ def parse_sigma(value: object, allow_zero: bool = False) -> float:
         raise UserError(
             f"sigma {text!r} is not a noise level: write a number or a fraction, as in 25/255"
         )
-    check_positive("sigma", sigma, allow_zero, "25/255")
+    check_positive("sigma", sigma, allow_zero, text, "25/255")
     if sigma > 1 and "/" not in text and not isinstance(value, float):
         raise UserError(
             f"sigma {text!r} is beyond the range of an image, 0 to 1: did you mean {text}/255? "
@@ -154,7 +157,7 @@ def parse_radius(value: object) -> float:
     radius = parse_fraction(text)
     if radius is None:
         raise UserError(f"{text!r} is not a radius: write a number or fraction, as in 0.5 or 8/255")
-    return check_positive("radius", radius, zero=True, example="0.5 or 8/255")
+    return check_positive("radius", radius, True, text, "0.5 or 8/255")
 
 
 def in_255ths(sigma: float) -> str:
