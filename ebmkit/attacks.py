@@ -26,8 +26,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from ebmkit.energy import per_image, vjp
 from ebmkit.sampling.ascent import Ascent
-from ebmkit.sampling.base import per_chain
 
 Norm = Literal["linf", "l2"]
 
@@ -81,10 +81,8 @@ def gradient_of(loss: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """The gradient function, by autograd, of a loss from images (B, ...) to (B,)."""
 
     def gradient(y: Tensor) -> Tensor:
-        with torch.enable_grad():
-            y = y.detach().requires_grad_()
-            (found,) = torch.autograd.grad(loss(y).sum(), y)
-        return found
+        value, product = vjp(loss, y, once=True)
+        return product(torch.ones_like(value))
 
     return gradient
 
@@ -118,8 +116,8 @@ def random_start(
         generators: one per image (`ebmkit.randomness.image_generators`).
         bounds: as in `projected_gradient_descent`.
     """
-    low, high = (per_chain(bound, x) for bound in bounds)
-    moved = x + per_chain(epsilon, x) * _drawn(x, generators, partial(unit_ball, norm))
+    low, high = (per_image(bound, x) for bound in bounds)
+    moved = x + per_image(epsilon, x) * _drawn(x, generators, partial(unit_ball, norm))
     return torch.clamp(moved, low, high)  # type: ignore[arg-type]  # both have the same type
 
 
@@ -133,17 +131,17 @@ def noise_of_norm(
     """
     if norm == "linf":
         noise = _drawn(x, generators, partial(unit_ball, norm))
-        noise = noise / per_chain(noise.flatten(1).abs().amax(dim=1), x)
+        noise = noise / per_image(noise.flatten(1).abs().amax(dim=1), x)
         return (x + epsilon * noise).clamp(0, 1)
     noise = _drawn(x, generators, _normal)
     reach = torch.where(noise > 0, 1 - x, x) / noise.abs().clamp_min(1e-12)
     low, high = x.new_zeros(len(x)), reach.flatten(1).amax(dim=1)  # where all entries are clipped
     for _ in range(60):
         middle = (low + high) / 2
-        change = (x + per_chain(middle, x) * noise).clamp(0, 1) - x
+        change = (x + per_image(middle, x) * noise).clamp(0, 1) - x
         short = change.flatten(1).norm(dim=1) < epsilon
         low, high = torch.where(short, middle, low), torch.where(short, high, middle)
-    return (x + per_chain(low, x) * noise).clamp(0, 1)
+    return (x + per_image(low, x) * noise).clamp(0, 1)
 
 
 def minimal_epsilons(

@@ -41,11 +41,11 @@ from ebmkit.energy import (
     Noise,
     ScoreModel,
     Target,
-    check_sigma,
     upcast_energies,
     wants_grad,
 )
 from ebmkit.errors import UserError, first_line
+from ebmkit.noise import check_sigma
 
 MAX_SIZES = 8
 """Maximum number of compiled input sizes per function."""

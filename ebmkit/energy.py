@@ -35,7 +35,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeGuard, runtime_checkable
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeGuard, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -43,10 +43,12 @@ from torch import Tensor, nn
 from ebmkit.card import ModelCard
 from ebmkit.compute import upcast
 from ebmkit.errors import UserError
-from ebmkit.noise import Schedule
+from ebmkit.noise import Schedule, check_sigma, require_sigma
 
 Noise = float | Tensor
 """A noise level in image units: a float for the whole batch, or a tensor (B,)."""
+
+V = TypeVar("V", bound=float | Tensor)
 
 
 class Energies(NamedTuple):
@@ -76,6 +78,7 @@ class Energies(NamedTuple):
 
 
 # --- derivatives ---------------------------------------------------------------------------------
+# All derivatives by images are computed here (tests/test_layers.py lists the exceptions).
 
 
 class Target(Protocol):
@@ -127,12 +130,11 @@ def value_and_grads(
 ) -> tuple[Energies, list[Tensor]]:
     """Compute energies and the gradient of each target with respect to ``y``, in one forward pass.
 
-    Only this function and `hessian_products` differentiate a model by its input. They use
-    `torch.autograd.grad`, or `torch.func.vjp` under compilers and `torch.func` transforms, which do
-    not support the former; values are the same.
+    This function and `hessian_products` use `torch.autograd.grad`, or `torch.func.vjp` under
+    compilers and `torch.func` transforms, which do not support the former; values are the same.
 
     Args:
-        model: function from ``(y, sigma)`` to energies, for example an `EnergyModel`.
+        model: function from ``(y, sigma)`` to energies, for example `EnergyModel.forward`.
         y: noisy images (B, C, H, W).
         sigma: noise level of ``y``, a float or (B,).
         targets: functions from energies to (B,).
@@ -201,6 +203,37 @@ def hessian_products(
         return energies, score, [take(score, leaf, v)[0] for v in vectors]
 
 
+def vjp(
+    function: Callable[[Tensor], Tensor], y: Tensor, once: bool = False
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Compute ``function(y)``, and return it with the product v -> J^T v, J its Jacobian at ``y``.
+
+    The results have no graph. For eager code in any grad mode, also in inference mode.
+
+    Args:
+        function: function of a tensor.
+        y: its argument, for example images (B, C, H, W).
+        once: whether the product is computed only once, which frees the graph.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        leaf = y.detach().clone().requires_grad_()
+        value = function(leaf)
+
+    def product(v: Tensor) -> Tensor:
+        with torch.inference_mode(False):
+            own = v.detach().clone().to(value)
+            return torch.autograd.grad(value, leaf, own, retain_graph=not once)[0]
+
+    return value.detach(), product
+
+
+def jvp(function: Callable[[Tensor], Tensor], y: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute ``function(y)`` and J v, with J its Jacobian at ``y``; differentiates twice."""
+    with torch.inference_mode(False):
+        jvp = torch.autograd.functional.jvp
+        return jvp(function, y.clone(), v)  # type: ignore[no-untyped-call,no-any-return]
+
+
 def _by_vjp(
     model: Callable[[Tensor, Noise | None], Energies],
     y: Tensor,
@@ -250,6 +283,10 @@ class ScoreModel(nn.Module, ABC):
     model), and labels c (an integer or (B,)). They raise `UserError` if a label is out of range or
     the model has no labels, and if a noise-conditional model denoises or estimates the noise level
     without sigma.
+
+    Denoising with an `EnergyModel` takes three calls to the network: `denoise`, `_score`,
+    `value_and_grads`, which calls `forward`; hooks of the model itself do not see it. A compiled
+    wrapper (`ebmkit.compile`) adds one call that is chosen at run time.
 
     Attributes:
         num_classes: number of labels C; 0 for a model without labels.
@@ -349,9 +386,7 @@ class ScoreModel(nn.Module, ABC):
 
     def _check_blind(self) -> None:
         if self.noise_conditional:
-            raise UserError(
-                "this model takes the noise level as an input and cannot estimate it: give sigma"
-            )
+            require_sigma(None)
 
     @property
     def has_batch_norm(self) -> bool:
@@ -377,12 +412,13 @@ class EnergyModel(ScoreModel):
         self, y: Tensor, sigma: Noise | None, *targets: Target
     ) -> tuple[Energies, list[Tensor]]:
         """`value_and_grads` of this model, with a graph if a parameter or input requires grad."""
-        return value_and_grads(self, y, sigma, *targets, record=wants_grad(self, y, sigma))
+        record = wants_grad(self, y, sigma)
+        return value_and_grads(self.forward, y, sigma, *targets, record=record)
 
     def _score(self, y: Tensor, sigma: Noise | None, c: Tensor | None) -> Tensor:
         self.warn_about_layers()
         record = wants_grad(self, y, sigma)
-        return value_and_grads(self, y, sigma, LogDensity(c), record=record)[1][0]
+        return value_and_grads(self.forward, y, sigma, LogDensity(c), record=record)[1][0]
 
     def density_and_score(
         self, y: Tensor, sigma: Noise | None = None, c: Tensor | int | None = None
@@ -458,35 +494,20 @@ def sigma_of_score(score: Tensor) -> Tensor:
     return sigma
 
 
-def per_image(sigma: Noise, y: Tensor) -> Noise:
-    """Reshape a noise level (B,) to broadcast over images ``y``; a float is unchanged."""
-    if isinstance(sigma, Tensor) and sigma.ndim > 0:
-        return sigma.to(y).reshape(-1, *[1] * (y.ndim - 1))
-    return sigma
+def per_image(value: V, y: Tensor) -> V:
+    """Reshape a value per image or chain (B,) to broadcast with ``y`` (B, ...); keep a number.
+
+    Floating-point values get the dtype and device of ``y``.
+    """
+    if not isinstance(value, Tensor) or value.ndim == 0:
+        return value
+    own = value.to(y) if value.is_floating_point() else value
+    return own.reshape(-1, *[1] * (y.ndim - 1))  # type: ignore[return-value]
 
 
 def upcast_energies(energies: Energies) -> Energies:
     """Convert ``energies`` to float32 at least."""
     return Energies(upcast(energies.logits), upcast(energies.log_density))
-
-
-def check_sigma(sigma: Noise | None, at_zero: bool = False) -> None:
-    """Check that ``sigma`` is a noise level; values of tensors are not checked.
-
-    Args:
-        sigma: noise level, image units.
-        at_zero: whether 0 is legal.
-
-    Raises:
-        UserError: if a float is not finite and above 0, or a tensor is not floating-point.
-    """
-    if isinstance(sigma, Tensor) and not sigma.is_floating_point():
-        raise UserError(
-            f"sigma must be a float or a tensor of floats, not {sigma.dtype}; pass labels as c=..."
-        )
-    if isinstance(sigma, (int, float)) and not (0 < sigma < math.inf or (at_zero and sigma == 0)):
-        least = "0 or more" if at_zero else "above 0"
-        raise UserError(f"sigma {sigma} must be a finite number {least}, as in 25 / 255")
 
 
 def classifies(model: ScoreModel) -> TypeGuard[EnergyModel]:

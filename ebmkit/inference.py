@@ -22,8 +22,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ebmkit.energy import ScoreModel, check_sigma, sigma_of_score, tweedie
+from ebmkit.energy import ScoreModel, sigma_of_score, tweedie
 from ebmkit.errors import UserError
+from ebmkit.noise import check_sigma, require_sigma
 
 TILE = 256
 """Crop size, in pixels, if the training size is unknown."""
@@ -66,8 +67,8 @@ def denoise_image(
     Raises:
         UserError: if channels or label do not fit the model, or it needs sigma and none is given.
     """
-    if sigma is None and model.noise_conditional:
-        raise UserError("this model takes the noise level as an input: give sigma")
+    if model.noise_conditional:
+        require_sigma(sigma)
     check_sigma(sigma)
     if model.ignores_sigma or not model.is_energy_based:
 

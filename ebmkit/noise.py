@@ -47,7 +47,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal, TypeVar, get_args
 
 import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -55,6 +55,8 @@ from torch import Tensor
 
 from ebmkit.errors import UserError
 from ebmkit.registry import find
+
+N = TypeVar("N", bound=float | Tensor)
 
 
 def parse_fraction(value: object) -> float | None:
@@ -68,6 +70,51 @@ def parse_fraction(value: object) -> float | None:
         return float(top) / float(bottom) if slash else float(top)
     except (ValueError, ZeroDivisionError):
         return None
+
+
+def check_positive(
+    name: str, value: float, zero: bool = False, text: str | None = None, example: str = ""
+) -> float:
+    """Return ``value``, called ``name`` in the error and read from ``text``, if it is legal.
+
+    Raises:
+        UserError: if it is not a finite number above 0 (or 0, if ``zero``), with the ``example``.
+    """
+    if not 0 <= value < math.inf or (value == 0 and not zero):
+        legal = "of 0 or more" if zero else "above 0"
+        example = example and f", as in {example}"
+        shown = value if text is None else repr(text)
+        raise UserError(f"{name} {shown} must be a finite number {legal}{example}")
+    return value
+
+
+def check_sigma(sigma: float | Tensor | None, at_zero: bool = False) -> None:
+    """Check that ``sigma`` is a noise level or None; values of tensors are not checked.
+
+    Args:
+        sigma: noise level, image units.
+        at_zero: whether 0 is legal.
+
+    Raises:
+        UserError: if a float is not finite and above 0, or a tensor is not floating-point.
+    """
+    if isinstance(sigma, Tensor):
+        if not sigma.is_floating_point():
+            wrong = f"sigma must be a float or a tensor of floats, not {sigma.dtype}"
+            raise UserError(f"{wrong}; pass labels as c=...")
+    elif sigma is not None:
+        check_positive("sigma", sigma, at_zero, example="25/255")
+
+
+def require_sigma(sigma: N | None) -> N:
+    """Return ``sigma``.
+
+    Raises:
+        UserError: if it is None.
+    """
+    if sigma is None:
+        raise UserError("this model takes the noise level as an input: give sigma")
+    return sigma
 
 
 def parse_sigma(value: object, allow_zero: bool = False) -> float:
@@ -86,9 +133,7 @@ def parse_sigma(value: object, allow_zero: bool = False) -> float:
         raise UserError(
             f"sigma {text!r} is not a noise level: write a number or a fraction, as in 25/255"
         )
-    if not math.isfinite(sigma) or sigma < 0 or (sigma == 0 and not allow_zero):
-        least = "not below 0" if allow_zero else "above 0"
-        raise UserError(f"sigma {text!r} must be a finite number {least}, as in 25/255")
+    check_positive("sigma", sigma, allow_zero, text, "25/255")
     if sigma > 1 and "/" not in text and not isinstance(value, float):
         raise UserError(
             f"sigma {text!r} is beyond the range of an image, 0 to 1: did you mean {text}/255? "
@@ -112,9 +157,7 @@ def parse_radius(value: object) -> float:
     radius = parse_fraction(text)
     if radius is None:
         raise UserError(f"{text!r} is not a radius: write a number or fraction, as in 0.5 or 8/255")
-    if not 0 <= radius < math.inf:
-        raise UserError(f"radius {text!r} must be a finite number of 0 or more, as in 0.5 or 8/255")
-    return radius
+    return check_positive("radius", radius, True, text, "0.5 or 8/255")
 
 
 def in_255ths(sigma: float) -> str:
@@ -256,10 +299,9 @@ class Schedule:
         """The timestep whose noise level is closest to ``sigma`` (image units), as a ratio.
 
         Raises:
-            UserError: if sigma is not above 0.
+            UserError: if sigma is not finite and above 0.
         """
-        if not sigma > 0:
-            raise UserError(f"sigma {sigma} must be a finite number above 0, as in 25 / 255")
+        check_sigma(sigma)
         return min(range(len(self)), key=lambda t: abs(math.log(self.sigma(t) / sigma)))
 
     def to_image_units(self, u: Tensor, t: int) -> Tensor:

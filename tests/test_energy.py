@@ -1,13 +1,14 @@
 """Quantities that `EnergyModel` derives from energies, and refused arguments."""
 
 import math
+import traceback
 
 import pytest
 import torch
 from torch import nn
 
 from ebmkit import Denoiser, Energies, EnergyModel, GaussianMixture, UserError
-from ebmkit.energy import LabelLogProbability, LogDensity
+from ebmkit.energy import LabelLogProbability, LogDensity, jvp, per_image, vjp
 
 
 class Blind(EnergyModel):
@@ -45,6 +46,50 @@ def test_value_and_grads_gives_energies_and_all_scores():
     assert torch.equal(scores[0], model.score(y, sigma))
     assert torch.equal(scores[1], model.score(y, sigma, c))
     assert torch.equal(scores[2], model.label_score(y, c, sigma))
+
+
+def test_denoising_reaches_the_network_in_three_calls():
+    callers = []
+
+    class Traced(Blind):
+        def forward(self, y, sigma=None):
+            callers.append([frame.name for frame in traceback.extract_stack()[-5:-1]])
+            return super().forward(y, sigma)
+
+    Traced(0.3).denoise(torch.zeros(1, 1, 2, 2, dtype=torch.float64), 0.1)
+    here = "test_denoising_reaches_the_network_in_three_calls"
+    assert callers == [[here, "denoise", "_score", "value_and_grads"]]
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_products_with_the_jacobian_match_the_full_matrix(inference):
+    def function(y):
+        return (y.cumsum(1) * weight).sin()
+
+    weight = torch.rand(5, dtype=torch.float64, requires_grad=True)
+    J = torch.func.jacrev(function)(torch.full((1, 5), 0.3, dtype=torch.float64)).reshape(5, 5)
+    with torch.inference_mode(inference):
+        y, v = torch.full((1, 5), 0.3, dtype=torch.float64), torch.rand(1, 5, dtype=torch.float64)
+        value, product = vjp(function, y)
+        for _ in range(2):  # the graph stays
+            torch.testing.assert_close(product(v), v @ J.detach())
+        same, forward = jvp(function, y, v)
+        torch.testing.assert_close(forward, v @ J.detach().mT)
+        assert torch.equal(value, same)
+        assert torch.equal(value, function(y))
+        assert not any(t.requires_grad for t in (value, product(v), same, forward))
+    with pytest.raises(RuntimeError, match="second time"):
+        product = vjp(function, y.clone(), once=True)[1]
+        product(v.clone())
+        product(v.clone())
+
+
+def test_values_per_image_broadcast_in_the_precision_of_the_images():
+    images = torch.zeros(2, 3, 1, 1)
+    value = per_image(torch.tensor([1.0, 2.0], dtype=torch.float64), images)
+    assert (value.shape, value.dtype) == ((2, 1, 1, 1), torch.float32)
+    assert per_image(torch.tensor([True, False]), images).dtype == torch.bool  # a mask stays one
+    assert per_image(0.5, images) == 0.5
 
 
 def test_label_minus_one_means_no_label():

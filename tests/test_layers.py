@@ -1,7 +1,8 @@
-"""The package has layers: modules import only their own layer and those below, without cycles."""
+"""Modules import only their own layer and those below, without cycles; few differentiate."""
 
 import ast
 import functools
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -12,7 +13,9 @@ LAYERS = [
     ("distributed", "compute", "card"),
     ("energy", "analytic"),
     ("compile",),
-    ("models", "data"),
+    ("models.*", "data"),
+    ("models.heads", "models.joint"),
+    ("models.config", "models.saving", "models.importing", "models.pipelines", "models"),
     ("sampling", "attacks"),
     ("objectives",),
     ("inference", "guidance", "plots"),
@@ -22,8 +25,24 @@ LAYERS = [
     ("experiments",),
     ("cli", "__main__"),
 ]
-"""From the lowest. Objectives are above samplers, because maximum likelihood samples the model;
-sampling jobs are above the runs, guides and metrics that they use."""
+"""From the lowest; the most specific name of a module counts, where ``models.*`` are the modules in
+``models`` without a name of their own. Objectives are above samplers, because maximum likelihood
+samples the model; sampling jobs are above the runs, guides and metrics that they use."""
+
+DIFFERENTIATING = {
+    "energy",  # all derivatives by images
+    "models.recompute",  # the vector-Jacobian product of a block that is run again
+    "training.step",  # the gradient of the loss by the parameters
+    "training.cost",  # the same, of a step on fake tensors
+    "training.nonfinite",  # the same, to find the loss and parameters with NaN or Inf
+    "bench",  # the plain PyTorch step that ours is compared with
+    "experiments.theory.fits",  # derivatives of risks by parameters, without a network
+}
+"""The modules that call PyTorch's differentiation."""
+
+DERIVATIVE = re.compile(
+    r"torch\.autograd\.(grad$|backward|functional)|torch\.func\.(grad|vjp|jvp|jac|hess|linearize)"
+)
 
 
 @functools.cache
@@ -58,11 +77,12 @@ def _name(path):
 
 def _layer(module):
     names = {name: number for number, layer in enumerate(LAYERS) for name in layer}
-    while module not in names:
-        outer, _, _ = module.rpartition(".")
+    found, outer = names.get(module), module
+    while found is None:
+        outer, _, _ = outer.rpartition(".")
         assert outer, f"ebmkit/{module}.py stands in no layer: add it to LAYERS"
-        module = outer
-    return names[module]
+        found = names.get(f"{outer}.*", names.get(outer))
+    return found
 
 
 def test_a_module_imports_its_own_layer_and_those_below():
@@ -73,6 +93,32 @@ def test_a_module_imports_its_own_layer_and_those_below():
         if _layer(other) > _layer(module)
     ]
     assert not upward, "\n".join(upward)
+
+
+def test_only_the_command_line_imports_names_of_the_package_itself():
+    """The lazy names of ``ebmkit`` are of any layer; the command line reads the version."""
+    found = {module for module, others in imports().items() if "__init__" in others}
+    assert found <= {"cli.app"}
+
+
+def test_only_listed_modules_differentiate():
+    found = {
+        _name(path)
+        for path in (ROOT / "ebmkit").rglob("*.py")
+        if any(map(_differentiates, ast.walk(ast.parse(path.read_text()))))
+    }
+    assert found == DIFFERENTIATING
+
+
+def _differentiates(node):
+    """Whether ``node`` calls or imports a function of PyTorch that differentiates."""
+    if isinstance(node, ast.ImportFrom):
+        names = {f"{node.module}.{alias.name}" for alias in node.names}
+        # of a module under a name of its own, the functions would go unseen
+        return any(map(DERIVATIVE.match, names)) or bool(names & {"torch.autograd", "torch.func"})
+    if isinstance(node, ast.Call):
+        return isinstance(node.func, ast.Attribute) and node.func.attr == "backward"
+    return isinstance(node, ast.Attribute) and bool(DERIVATIVE.match(ast.unparse(node)))
 
 
 def test_there_are_no_import_cycles():

@@ -51,7 +51,7 @@ from rich.table import Table
 from torch import Tensor
 
 from ebmkit import plots
-from ebmkit.energy import EnergyModel, ScoreModel, classifies
+from ebmkit.energy import EnergyModel, ScoreModel, classifies, vjp
 from ebmkit.errors import UserError
 from ebmkit.evaluation.suite import (
     Batch,
@@ -118,7 +118,7 @@ class Jacobian:
     symmetric: bool = True
     chunk: int = 0
     products: int = 0
-    _graph: tuple[Tensor, Tensor] | None = None
+    _product: tuple[int, Callable[[Tensor], Tensor]] | None = None
 
     def __post_init__(self) -> None:
         values = CHUNK_VALUES * (8 if self.y.is_cuda else 1)
@@ -138,9 +138,7 @@ class Jacobian:
         self.products += len(directions)
         products = []
         for v in torch.split(directions.reshape(-1, *self.y.shape), self.chunk):
-            at, clean = self._copies(len(v))
-            (product,) = torch.autograd.grad(clean, at, v.to(clean), retain_graph=True)
-            products.append(product.to(directions))
+            products.append(self._product_of(len(v))(v).to(directions))
         found = torch.cat(products)
         if not found.isfinite().all():
             raise UserError(
@@ -162,18 +160,17 @@ class Jacobian:
             )
         directions = torch.eye(self.size, dtype=self.y.dtype, device=self.y.device)
         matrix = self.vjp(directions).cpu().double()
-        self._graph = None
+        self._product = None
         return matrix
 
-    def _copies(self, count: int) -> tuple[Tensor, Tensor]:
-        """``count`` copies of y, and D(y) with its graph."""
-        if self._graph is None or len(self._graph[0]) != count:
-            self._graph = None
-            with torch.inference_mode(False), torch.enable_grad():
-                y = self.y.detach().expand(count, *self.y.shape)
-                at = y.clone(memory_format=torch.contiguous_format).requires_grad_()
-                self._graph = at, self.denoise(at)
-        return self._graph
+    def _product_of(self, count: int) -> Callable[[Tensor], Tensor]:
+        """The product v -> J^T v of ``count`` directions, with the graph of D at that many y."""
+        if self._product is None or self._product[0] != count:
+            self._product = None  # free the graph before the next one is made
+            y = self.y.expand(count, *self.y.shape)
+            y = y.clone(memory_format=torch.contiguous_format)
+            self._product = count, vjp(self.denoise, y)[1]
+        return self._product[1]
 
 
 def jacobian(model: ScoreModel, y: Tensor, sigma: float, chunk: int = 0) -> Jacobian:

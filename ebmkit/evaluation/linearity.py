@@ -35,10 +35,9 @@ from numpy.typing import NDArray
 from pydantic import Field
 from rich.table import Table
 from torch import Tensor
-from torch.autograd.functional import jvp, vjp
 
 from ebmkit import plots
-from ebmkit.energy import EnergyModel, ScoreModel
+from ebmkit.energy import EnergyModel, ScoreModel, jvp, vjp
 from ebmkit.evaluation import statistics
 from ebmkit.evaluation.statistics import Estimate
 from ebmkit.evaluation.suite import (
@@ -143,10 +142,10 @@ def directional(
         v: directions (B, C, H, W).
         symmetric: whether J is symmetric; then J v is a VJP, which needs one derivative less.
     """
-    with torch.inference_mode(False):
-        at = y.clone(memory_format=torch.contiguous_format)
-        product = vjp if symmetric else jvp
-        return product(denoise, at, v)  # type: ignore[no-untyped-call,no-any-return]
+    if not symmetric:
+        return jvp(denoise, y.contiguous(), v)
+    clean, product = vjp(denoise, y.contiguous(), once=True)
+    return clean, product(v)
 
 
 class Theory(NamedTuple):

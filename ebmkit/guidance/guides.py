@@ -50,11 +50,10 @@ from torch import Tensor
 from ebmkit.energy import Energies, EnergyModel, Noise, classifies, upcast_energies
 from ebmkit.errors import UserError, validated
 from ebmkit.models.heads import LogitEnergy
-from ebmkit.noise import parse_fraction
+from ebmkit.noise import check_positive, parse_fraction
 from ebmkit.registry import Table
 from ebmkit.sampling.base import (
     DensityFunction,
-    check_positive,
     clean_level,
     density_of,
     label_density_of,

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ebmkit.card import ModelCard
 from ebmkit.compile import CompositeModel, device_of
-from ebmkit.energy import Energies, EnergyModel, Noise, ScoreModel, upcast_energies
+from ebmkit.energy import Energies, EnergyModel, Noise, ScoreModel, per_image, upcast_energies
 from ebmkit.errors import UserError
 from ebmkit.guidance.guides import CLASSIFIER_FREE, check_guide
 from ebmkit.guidance.score import (
@@ -39,8 +39,8 @@ from ebmkit.guidance.score import (
     guided_score,
 )
 from ebmkit.models.heads import LogitEnergy
-from ebmkit.noise import make_schedule
-from ebmkit.sampling.base import clean_level, label_density_of, per_chain, root_mean_square
+from ebmkit.noise import make_schedule, require_sigma
+from ebmkit.sampling.base import clean_level, label_density_of, root_mean_square
 from ebmkit.storage import make_folder, write_atomically
 from ebmkit.storage.reading import read_json
 
@@ -207,7 +207,7 @@ class GuidedDensityModel(GuidedModel, EnergyModel):
             return guided_density(lambda y, sigma=None: zero, guidance)(y, sigma)
         weight = guidance.weight(sigma)
         value, gradient = label_density_of(self.base, labels)(y, sigma)
-        return weight * value, per_chain(weight, y) * gradient
+        return weight * value, per_image(weight, y) * gradient
 
 
 def _with_labels(card: ModelCard | None, labelled: ScoreModel) -> ModelCard | None:
@@ -304,8 +304,7 @@ class LogitModel(EnergyModel):
             )
         rest: list[Any] = []
         if self.noise_conditional:
-            if sigma is None:
-                raise UserError("this model takes the noise level as an input: give sigma")
+            sigma = require_sigma(sigma)
             rest = [torch.as_tensor(sigma, dtype=y.dtype, device=y.device).expand(len(y))]
         logits: Tensor = self.network((y - self.mean.to(y)) / self.std.to(y), *rest)
         if logits.shape != (len(y), self.num_classes):

@@ -49,7 +49,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import Tensor
 
-from ebmkit.energy import EnergyModel, Noise, tweedie
+from ebmkit.energy import EnergyModel, Noise, per_image, tweedie, vjp
 from ebmkit.errors import UserError, validated
 from ebmkit.guidance.guides import (
     CLASSIFIER_FREE,
@@ -58,14 +58,12 @@ from ebmkit.guidance.guides import (
     check_guide,
     parse_schedule,
 )
-from ebmkit.noise import Schedule, make_schedule
+from ebmkit.noise import Schedule, check_positive, make_schedule
 from ebmkit.registry import find
 from ebmkit.sampling.base import (
     DenoiserFunction,
     DensityFunction,
     ScoreFunction,
-    check_positive,
-    per_chain,
     root_mean_square,
 )
 from ebmkit.sampling.diffusion import NoisePredictor
@@ -230,12 +228,12 @@ class Guidance:
             shrink = math.sqrt(float(self._abar(torch.tensor(sigma or 0.0, dtype=torch.float64))))
         if self.view == "x0_hat":
             value, gradient = self.guide(x0_hat, None)
-            return value, vjp(gradient) if self.backpropagate else per_chain(shrink, y) * gradient
+            return value, vjp(gradient) if self.backpropagate else per_image(shrink, y) * gradient
         low, high = self.diffusion.image_range
         dark = low / (high - low)
-        v = per_chain(shrink, y) * (y + dark) - dark
+        v = per_image(shrink, y) * (y + dark) - dark
         value, gradient = self.guide(v, None if sigma is None else shrink * sigma)
-        return value, per_chain(shrink, y) * gradient
+        return value, per_image(shrink, y) * gradient
 
     def _abar(self, sigma: Tensor) -> Tensor:
         low, high = self.diffusion.image_range
@@ -315,7 +313,7 @@ def guided_denoiser(denoiser: DenoiserFunction, guidance: Guidances) -> Denoiser
         own, added = _evaluate(
             denoise, lambda y, clean: clean, _active(guidance, level), y, y, level
         )
-        return own if added is None else own + per_chain(level, y) ** 2 * added[1]
+        return own if added is None else own + per_image(level, y) ** 2 * added[1]
 
     return guided
 
@@ -372,27 +370,28 @@ def _evaluate(
     """
     if not active:
         return model(x), None
-    backpropagate = any(g.backpropagate for g, _ in active)
-    if backpropagate:
-        with torch.inference_mode(False), torch.enable_grad():
-            leaf = x.detach().clone().requires_grad_()
-            out = model(leaf)
-            graph = x0_hat_of(leaf, out)
-        out, x0_hat = out.detach(), graph.detach()
-    else:
-        out = model(x)
-        x0_hat = x0_hat_of(x, out)
+    outputs = []
 
-    def vjp(gradient: Tensor) -> Tensor:
-        with torch.inference_mode(False):
-            own = gradient.detach().clone()
-            return width * torch.autograd.grad(graph, leaf, own, retain_graph=True)[0]
+    def x0_hat_at(x: Tensor) -> Tensor:
+        outputs.append(model(x))
+        return x0_hat_of(x, outputs[0])
+
+    if any(g.backpropagate for g, _ in active):
+        x0_hat, product = vjp(x0_hat_at, x)
+        out = outputs[0].detach()
+    else:
+        x0_hat, product = x0_hat_at(x), None
+        out = outputs[0]
+
+    def by_y(gradient: Tensor) -> Tensor:
+        assert product is not None
+        return width * product(gradient)
 
     values, gradients = [], []
     for guidance, weight in active:
-        value, gradient = guidance.value_and_gradient(y, sigma, x0_hat, vjp)
+        value, gradient = guidance.value_and_gradient(y, sigma, x0_hat, by_y)
         values.append(weight * value)
-        gradients.append(per_chain(weight, y) * gradient)
+        gradients.append(per_image(weight, y) * gradient)
     return out, (sum(values[1:], values[0]), sum(gradients[1:], gradients[0]))
 
 
@@ -420,6 +419,6 @@ def classifier_free(conditional: F, unconditional: F, weight: float | Tensor) ->
 
     def mixed(*arguments: Any) -> Any:
         base = unconditional(*arguments)
-        return base + per_chain(weight, base) * (conditional(*arguments) - base)
+        return base + per_image(weight, base) * (conditional(*arguments) - base)
 
     return mixed  # type: ignore[return-value]

@@ -34,9 +34,10 @@ import torch
 from torch import Tensor, nn
 
 from ebmkit.compute import subsample_before_1x1
-from ebmkit.energy import Energies, EnergyModel, Noise, ScoreModel, check_sigma, per_image
+from ebmkit.energy import Energies, EnergyModel, Noise, ScoreModel, per_image
 from ebmkit.errors import UserError
 from ebmkit.models.base import check_images
+from ebmkit.noise import check_sigma, require_sigma
 
 
 class ImpliedLevelModel(ScoreModel):
@@ -92,8 +93,8 @@ class DirectDenoiser(ImpliedLevelModel):
             UserError: if ``y`` is not a batch of images with C channels, or sigma is missing.
         """
         check_images(y, self.in_channels)
-        if sigma is None and self.noise_conditional:
-            raise UserError("this model takes the noise level as an input: give sigma")
+        if self.noise_conditional:
+            require_sigma(sigma)
         clean: Tensor = self.network(y, sigma)
         return clean
 
@@ -147,10 +148,7 @@ class GradientStep(ImpliedLevelModel, EnergyModel):
             UserError: if ``y`` is not a batch of images with C channels, or sigma is missing.
         """
         check_images(y, self.in_channels)
-        if sigma is None:
-            raise UserError(
-                "this model's log-density is -g(y) / sigma^2 and needs the noise level: give sigma"
-            )
+        sigma = require_sigma(sigma)  # log p = -g / sigma^2
         g: Tensor = self.potential(y, sigma)
         variance = sigma.to(g) ** 2 if isinstance(sigma, Tensor) else sigma**2
         return Energies(g.new_zeros(len(y), 0), -g / variance)

@@ -45,10 +45,10 @@ from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from ebmkit.compute import subsample_before_1x1
-from ebmkit.energy import Noise, ScoreModel, check_sigma, per_image
+from ebmkit.energy import Noise, ScoreModel, per_image
 from ebmkit.errors import UserError
 from ebmkit.models.base import DenoiserConfig, check_images, pad_to_multiple
-from ebmkit.noise import SCHEDULES, Schedule, linear_betas
+from ebmkit.noise import SCHEDULES, Schedule, check_sigma, linear_betas, require_sigma
 
 INSTALL = 'uv sync --extra diffusion, or pip install "ebmkit-vision[diffusion]"'
 
@@ -162,8 +162,7 @@ class DiffusionModel(ScoreModel):
 
     def _levels(self, y: Tensor, sigma: Noise | None) -> tuple[Tensor, Tensor]:
         """The noise levels (B,) as given, and clamped to the lowest level of the schedule."""
-        if sigma is None:
-            raise UserError("this model takes the noise level as an input: give sigma")
+        sigma = require_sigma(sigma)
         given = torch.as_tensor(sigma, dtype=y.dtype, device=y.device).expand(len(y))
         return given, given.clamp_min(self._lowest)
 

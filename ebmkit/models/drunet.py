@@ -36,6 +36,7 @@ from ebmkit.errors import UserError
 from ebmkit.models.base import DenoiserConfig, pad_to_multiple
 from ebmkit.models.convolution import Conv2d
 from ebmkit.models.denoisers import DirectDenoiser, GradientStep, check_published
+from ebmkit.noise import require_sigma
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "elu": nn.ELU, "softplus": nn.Softplus}
 
@@ -172,8 +173,7 @@ class DRUNet(nn.Module):
         """
         x = y
         if self.noise_map:
-            if sigma is None:
-                raise UserError("this DRUNet takes the noise level as an input: give sigma")
+            sigma = require_sigma(sigma)
             x = torch.cat([y, per_image(sigma, y) * torch.ones_like(y[:, :1])], dim=1)
         x1 = self.m_head(pad_to_multiple(x, 8))  # halved three times
         x2 = self.m_down1(x1)

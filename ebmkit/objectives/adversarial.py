@@ -54,13 +54,12 @@ from torch import Tensor
 
 from ebmkit.attacks import projected_gradient_descent, unit_ball
 from ebmkit.data import Batch
-from ebmkit.energy import Energies, EnergyModel, WeightedLogProbability
+from ebmkit.energy import Energies, EnergyModel, WeightedLogProbability, per_image
 from ebmkit.errors import UserError
 from ebmkit.noise import Radius
 from ebmkit.objectives.base import ExtraPasses, ModelOutput, Objective, ObjectiveConfig, RunContext
 from ebmkit.objectives.classification import cross_entropy
 from ebmkit.randomness import keyed_generator
-from ebmkit.sampling.base import per_chain
 
 __all__ = [
     "ADV",
@@ -210,7 +209,7 @@ class Attack:
         if self.on_divergence:
             nudge = torch.randn(shape, generator=generator, device=y.device, dtype=y.dtype)
             return _kept(y + TRADES_START_STD * nudge[own], batch), other
-        radius = per_chain(config.eps * _scale(batch, config), y)
+        radius = per_image(config.eps * _scale(batch, config), y)
         offset = unit_ball(config.norm, shape, generator, y.dtype)
         return _kept(y + radius * offset[own], batch), other
 
@@ -229,7 +228,7 @@ class Attack:
             target = WeightedLogProbability(weights)
             energies, (found,) = self.computed.value_and_grads(y, batch.sigma, target)
             if config.early_stop:  # an image with zero gradient does not move
-                found = found * per_chain(energies.logits.argmax(dim=1) == labels, found)
+                found = found * per_image(energies.logits.argmax(dim=1) == labels, found)
             return found
 
         return projected_gradient_descent(
@@ -275,7 +274,7 @@ def _bounds(batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def _kept(start: Tensor, batch: Batch) -> Tensor:
-    low, high = (per_chain(bound, start) for bound in _bounds(batch))
+    low, high = (per_image(bound, start) for bound in _bounds(batch))
     return torch.clamp(start, low, high)  # type: ignore[arg-type]
 
 

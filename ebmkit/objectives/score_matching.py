@@ -36,6 +36,7 @@ import torch
 from torch import Tensor
 
 from ebmkit.data import Batch
+from ebmkit.energy import per_image
 from ebmkit.objectives.base import ModelOutput, Objective, Scale
 from ebmkit.randomness import bit_hash
 
@@ -58,8 +59,7 @@ def denoising_score_matching(output: ModelOutput, batch: Batch) -> Tensor:
     """Mean over entries of (sigma * score + eps)^2, (B,); 1 for a zero score (CDN eq. 13)."""
     score = output.score
     assert score is not None
-    sigma = batch.sigma.reshape(-1, *[1] * (score.ndim - 1))
-    return (sigma * score + batch.eps).square().flatten(1).mean(dim=1)
+    return (per_image(batch.sigma, score) * score + batch.eps).square().flatten(1).mean(dim=1)
 
 
 def labels_of(batch: Batch) -> Tensor:

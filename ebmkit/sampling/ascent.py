@@ -59,9 +59,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ebmkit.energy import ScoreModel
+from ebmkit.energy import ScoreModel, per_image
 from ebmkit.errors import UserError, unknown_name
-from ebmkit.noise import Sigma
+from ebmkit.noise import Sigma, check_positive
 from ebmkit.sampling.base import (
     HIGHEST,
     LOWEST,
@@ -72,13 +72,11 @@ from ebmkit.sampling.base import (
     Labels,
     PositionSampler,
     blind_denoiser_of,
-    check_positive,
     density_of,
     highest_level,
     label_density_of,
     lowest_level,
     normal_like,
-    per_chain,
     root_mean_square,
     unit_length,
 )
@@ -151,7 +149,7 @@ class Ascent:
         if self.radius is not None:
             moved = state.start + _within(moved - state.start, self.radius, self.ball)
         if self.bounds is not None:
-            low, high = (per_chain(bound, moved) for bound in self.bounds)
+            low, high = (per_image(bound, moved) for bound in self.bounds)
             moved = torch.clamp(moved, low, high)  # type: ignore[arg-type]  # both have one type
         return AscentChain(moved, state.step + 1, state.start), Info(root_mean_square(moved - x))
 
@@ -159,10 +157,10 @@ class Ascent:
 def _within(offset: Tensor, radius: float | Tensor, ball: Ball) -> Tensor:
     """Project offsets (B, ...) onto the ball."""
     if ball == "linf":
-        bound = per_chain(radius, offset)
+        bound = per_image(radius, offset)
         return torch.clamp(offset, -bound, bound)  # type: ignore[arg-type]  # both have one type
-    norm = torch.linalg.vector_norm(offset.flatten(1), dim=1)
-    return offset * per_chain(radius / norm.clamp_min(radius), offset)
+    norm: Tensor = torch.linalg.vector_norm(offset.flatten(1), dim=1)
+    return offset * per_image(radius / norm.clamp_min(radius), offset)
 
 
 class AscentConfig(LevelConfig):
@@ -268,9 +266,9 @@ class StochasticAscent(PositionSampler):
         sigma = root_mean_square(change)
         h = min(config.largest_step, config.first_step * t / (1 + config.first_step * (t - 1)))
         gamma = ((1 - config.beta * h) ** 2 - (1 - h) ** 2) ** 0.5 * sigma
-        moved = y + h * change + per_chain(gamma, y) * normal_like(y, generator)
+        moved = y + h * change + per_image(gamma, y) * normal_like(y, generator)
         finished = (sigma <= self.sigmas[1]) | (t >= self.steps)
-        moved = torch.where(per_chain(finished, y), y + change, moved)  # type: ignore[arg-type]
+        moved = torch.where(per_image(finished, y), y + change, moved)  # type: ignore[arg-type]
         info = Info(root_mean_square(moved - y), sigma=sigma, finished=finished)
         return Chain(moved, t), info
 

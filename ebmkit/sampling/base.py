@@ -23,14 +23,20 @@ state and stops. Chains are independent, so the others are not affected.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from ebmkit.energy import EnergyModel, LabelLogProbability, Noise, ScoreModel, upcast_energies
+from ebmkit.energy import (
+    EnergyModel,
+    LabelLogProbability,
+    Noise,
+    ScoreModel,
+    per_image,
+    upcast_energies,
+)
 from ebmkit.errors import UserError
 from ebmkit.noise import check_trained
 
@@ -149,7 +155,7 @@ class Chains(Generic[S]):
         if bool(stopped.any()):
             before = _per_chain_fields(old)
             for name, value in _per_chain_fields(new).items():
-                back = torch.where(per_chain(stopped, value), before[name], value)  # type: ignore[arg-type]
+                back = torch.where(per_image(stopped, value), before[name], value)  # type: ignore[arg-type]
                 new = new._replace(**{name: back})  # type: ignore[attr-defined]
         self.diverged |= dict.fromkeys(torch.nonzero(lost).flatten().tolist(), new.step)
         self.finished = stopped if info.finished is None else stopped | info.finished
@@ -189,27 +195,8 @@ def root_mean_square(change: Tensor) -> Tensor:
 
 def unit_length(gradient: Tensor) -> Tensor:
     """Scale ``gradient`` (B, ...) to l2 norm 1 for each chain; a gradient of 0 stays 0."""
-    norm = torch.linalg.vector_norm(gradient.flatten(1), dim=1)
-    return gradient / per_chain(norm.clamp_min(torch.finfo(norm.dtype).tiny), gradient)
-
-
-def per_chain(value: float | Tensor, x: Tensor) -> float | Tensor:
-    """Reshape a value per chain (B,) to broadcast with ``x`` (B, ...); keep a number."""
-    if isinstance(value, Tensor) and value.ndim:
-        return value.reshape(-1, *[1] * (x.ndim - 1))
-    return value
-
-
-def check_positive(name: str, value: float, zero: bool = False) -> float:
-    """Return ``value`` if it is legal.
-
-    Raises:
-        UserError: if it is not a finite number above 0 (or 0, if ``zero``).
-    """
-    if not 0 <= value < math.inf or (value == 0 and not zero):
-        legal = "of 0 or more" if zero else "above 0"
-        raise UserError(f"{name} {value} must be a finite number {legal}")
-    return value
+    norm: Tensor = torch.linalg.vector_norm(gradient.flatten(1), dim=1)
+    return gradient / per_image(norm.clamp_min(torch.finfo(norm.dtype).tiny), gradient)
 
 
 def _per_chain_fields(state: Any) -> dict[str, Tensor]:

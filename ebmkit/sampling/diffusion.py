@@ -45,14 +45,13 @@ from torch import Tensor
 
 from ebmkit.energy import ScoreModel
 from ebmkit.errors import UserError
-from ebmkit.noise import Schedule, Spacing, make_schedule
+from ebmkit.noise import Schedule, Spacing, check_positive, make_schedule
 from ebmkit.sampling.base import (
     Chain,
     DenoiserFunction,
     Info,
     Labels,
     PositionSampler,
-    check_positive,
     denoiser_of,
     next_state,
     normal_like,

@@ -59,9 +59,9 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from ebmkit.energy import ScoreModel
+from ebmkit.energy import ScoreModel, per_image
 from ebmkit.errors import UserError
-from ebmkit.noise import Sigma, SigmaOrZero
+from ebmkit.noise import Sigma, SigmaOrZero, check_positive
 from ebmkit.sampling.base import (
     HIGHEST,
     LOWEST,
@@ -70,13 +70,11 @@ from ebmkit.sampling.base import (
     Info,
     PositionSampler,
     ScoreFunction,
-    check_positive,
     density_of,
     highest_level,
     lowest_level,
     next_state,
     normal_like,
-    per_chain,
     root_mean_square,
     score_of,
 )
@@ -94,9 +92,9 @@ def langevin_move(
     ``score`` is per image unit; ``xi`` is standard normal, unused if ``noise_std`` is the number 0.
     ``step_size`` (image units squared) and ``noise_std`` (image units) are numbers or (B,).
     """
-    moved = x + per_chain(step_size, x) * score
+    moved = x + per_image(step_size, x) * score
     if isinstance(noise_std, Tensor) or noise_std:
-        moved = moved + per_chain(noise_std, x) * xi
+        moved = moved + per_image(noise_std, x) * xi
     return moved
 
 
@@ -264,7 +262,7 @@ class HMC(MetropolisSampler):
         size: float | Tensor = self.step_size
         if self.jitter:
             u = torch.rand(len(x), generator=generator, dtype=x.dtype, device=x.device)
-            size = per_chain(size * (1 + self.jitter * (2 * u - 1)), x)
+            size = per_image(size * (1 + self.jitter * (2 * u - 1)), x)
         for _ in range(self.leapfrogs):
             momentum = momentum + size / (2 * self.temperature) * score
             x = x + size * momentum
@@ -283,7 +281,7 @@ def metropolis_step(
     u = torch.rand(len(x), generator=generator, dtype=log_ratio.dtype, device=x.device)
     # a NaN ratio accepts the proposal, so that `Chains` detects the divergence
     accepted = (u.log() < log_ratio) | log_ratio.isnan()
-    rows = per_chain(accepted, x)
+    rows = per_image(accepted, x)
     new = DensityChain(
         torch.where(rows, proposed.x, x),  # type: ignore[arg-type]
         state.step + 1,

@@ -239,8 +239,8 @@ class Muon(torch.optim.Optimizer):
         failed = self.found_inf.to(w.device) > 0
         for targets, new, old in ((weights, moved, w), (buffers, momentum, m)):
             parts = torch.split(torch.where(failed, old, new), [t.numel() for t in targets])
-            shaped = [part.view(t.shape) for part, t in zip(parts, targets, strict=True)]
-            torch._foreach_copy_(targets, shaped)
+            for part, target in zip(parts, targets, strict=True):
+                target.copy_(part.view(target.shape))
 
 
 def orthogonalize(x: Tensor) -> Tensor:

@@ -29,7 +29,6 @@ from typing import Annotated, Any, NamedTuple
 import torch
 from pydantic import Field, FiniteFloat, NonNegativeInt
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from ebmkit.errors import UserError, validated
 from ebmkit.objectives.likelihood import Negatives
@@ -178,7 +177,7 @@ class Rollback:
     def snapshot(self) -> None:
         """Take a snapshot of the current state, in host memory."""
         own = self.state.state_dict(), self.negatives.buffer.images
-        state, chains = tree_map_only(Tensor, _on_host, own)
+        state, chains = _host_copy(own)
         self.monitor.keep(Snapshot(self.state.step, state, chains, self.state.best.weights))
 
     def restore_snapshot(self, reason: str) -> Divergence:
@@ -189,7 +188,7 @@ class Rollback:
         """
         divergence, snapshot = self.monitor.diverged(self.state.step, reason)
         spent = self.state.seconds
-        self.state.load_state_dict(tree_map_only(Tensor, _on_host, snapshot.state))
+        self.state.load_state_dict(_host_copy(snapshot.state))
         assert not isinstance(snapshot.best, Tensor)
         self.state.best.weights, self.state.seconds = snapshot.best, spent
         self.negatives.buffer.images.copy_(snapshot.chains)
@@ -265,6 +264,12 @@ class Rollback:
         self.negatives.penalty = config.penalty + mitigations.penalty
 
 
-def _on_host(tensor: Tensor) -> Tensor:
-    """A separate copy of ``tensor`` on the CPU."""
-    return tensor.detach().to("cpu", copy=True)
+def _host_copy(state: Any) -> Any:
+    """A copy of ``state``, dictionaries, lists and tuples of tensors, on the CPU."""
+    if isinstance(state, Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        return {key: _host_copy(value) for key, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        return type(state)(map(_host_copy, state))
+    return state
