@@ -8,6 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ebmkit.registry import Plugin
 
+LABEL_OBJECTIVES = {"ce", "adv", "trades"}
+"""Objectives without a density, in cards that do not record `ModelCard.energies`."""
+
 Side = Annotated[int, Field(ge=1, le=2**14)]
 
 
@@ -39,3 +42,11 @@ class ModelCard(BaseModel):
     plugins: list[Plugin] = Field([], description="plugins that define its components")
     attack: str = ""
     """norm and radius of the attack in training, for example l2 0.5; empty: no attack"""
+
+    @property
+    def energy_source(self) -> Literal["model", "logits"]:
+        """``energies``, or if it is not recorded, that of the objective."""
+        if self.energies is not None:
+            return self.energies
+        names = {term.rpartition("*")[2].strip() for term in self.objective.split("+")}
+        return "logits" if names <= LABEL_OBJECTIVES else "model"

@@ -274,6 +274,13 @@ class Denoiser(Protocol):
         ...
 
 
+KINKED = (
+    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.SELU, nn.Threshold),
+    *(nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.Hardshrink, nn.Softshrink),
+)
+"""Activations whose derivative is discontinuous."""
+
+
 class ScoreModel(nn.Module, ABC):
     """Base class of models that compute the score of noisy images, and denoise with it.
 
@@ -394,6 +401,11 @@ class ScoreModel(nn.Module, ABC):
         kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
         return any(isinstance(m, kinds) for m in self.modules())
 
+    @property
+    def kinked_activation(self) -> str | None:
+        """The first activation layer with a discontinuous derivative, such as ReLU; or None."""
+        return next((type(m).__name__ for m in self.modules() if isinstance(m, KINKED)), None)
+
 
 class EnergyModel(ScoreModel):
     """A joint model of noisy images and labels; subclasses define `forward`."""
@@ -455,18 +467,18 @@ class EnergyModel(ScoreModel):
         return self.value_and_grads(y, sigma, LabelLogProbability(self.check_labels(c, y)))[1][0]
 
     def warn_about_layers(self) -> None:
-        """Warn once about BatchNorm and ReLU, which impair a score, as the paper found."""
+        """Warn once of BatchNorm and kinked activations, which impair a score (CDN table 3)."""
         if self._warned or torch.compiler.is_compiling():
             return
         self._warned = True
-        rough = "a score is differentiated through {}. The paper's ablation (table 3) fell to {}"
+        rough = "a score is differentiated through {}. The paper's ablation{} (table 3) fell to {}"
         if self.has_batch_norm:
             why = "BatchNorm: in training mode it mixes the images of a batch"
-            warnings.warn(rough.format(why, "11.9 % and 24.33 dB at 15/255"), stacklevel=4)
-        if any(isinstance(m, nn.ReLU) for m in self.modules()):
-            why = "ReLU, whose derivative is discontinuous"
+            warnings.warn(rough.format(why, "", "11.9 % and 24.33 dB at 15/255"), stacklevel=4)
+        if kinked := self.kinked_activation:
+            why = f"{kinked}, whose derivative is discontinuous"
             figures = "92.0 % and 29.59 dB at 15/255; GELU is smooth"
-            warnings.warn(rough.format(why, figures), stacklevel=4)
+            warnings.warn(rough.format(why, " with ReLU", figures), stacklevel=4)
 
 
 def wants_grad(model: nn.Module, y: Tensor, sigma: Noise | None) -> bool:

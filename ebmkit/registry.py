@@ -9,9 +9,10 @@ imported, with one line each::
 
 Only the user names plugins: ``--plugin my_parts.py`` on the command line,
 ``ebmkit.load(run, plugins=["my_parts.py"])`` in Python. A plugin can also be an installed module or
-an entry point in the group ``ebmkit.plugins``. A run records its plugins and the SHA-256 of their
-files. If one is not loaded, an error names it. Plugins are never imported automatically, so a
-downloaded run cannot execute code.
+an entry point in the group ``ebmkit.plugins``: a module, or a function ``module:function`` that
+registers components when it is called without arguments. A run records its plugins and the SHA-256
+of their files. If one is not loaded, an error names it. Plugins are never imported automatically,
+so a downloaded run cannot execute code. The registrations of a plugin that fails are undone.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ import hashlib
 import importlib
 import importlib.util
 import os
+import re
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Generic, TypeVar
@@ -45,6 +47,10 @@ class Preset(Generic[C]):
     description: str
 
 
+_ADDED: list[tuple[dict[str, Any], str]] = []
+"""Table and name of each registration by a plugin or user, oldest first."""
+
+
 class Table(dict[str, T]):
     """Registry: components of one ``kind`` by name. Existing names cannot be replaced.
 
@@ -63,7 +69,13 @@ class Table(dict[str, T]):
         """
         if name in self:
             raise UserError(f"there is a {self.kind} {name!r} already: choose another name")
+        record_addition(self, name)
         super().__setitem__(name, part)
+
+
+def record_addition(table: dict[str, Any], name: str) -> None:
+    """Have entry ``name`` of ``table`` removed if the plugin that is being imported fails."""
+    _ADDED.append((table, name))
 
 
 def find(kind: str, table: dict[str, T], name: str) -> T:
@@ -80,13 +92,16 @@ def find(kind: str, table: dict[str, T], name: str) -> T:
 GROUP = "ebmkit.plugins"
 """Entry point group for plugins of installed packages."""
 
+NAME = r"^[\w.-]{1,100}$"
+"""Pattern of the names of plugins."""
+
 
 class Plugin(BaseModel):
     """Record of a plugin that a run was trained with."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str = Field(pattern=r"^[\w.-]{1,100}$")
+    name: str = Field(pattern=NAME)
     """Name of the file without ``.py``, of the module or of the entry point."""
     sha256: str = ""
     """SHA-256 of its file; empty for a plugin without a single file."""
@@ -111,29 +126,37 @@ def load_plugin(named: str | os.PathLike[str]) -> Plugin:
         named: Python file, installed module, or entry point of the group `GROUP`.
 
     Raises:
-        UserError: if there is no such plugin, its import fails, or another plugin of the same name
-            is loaded.
+        UserError: if there is no such plugin, its name is illegal, its import fails (what it has
+            registered is then removed), or another plugin of the same name is loaded.
     """
     text = str(named)
-    if text.endswith(".py"):
-        path = Path(text)
-        if not path.is_file():
-            raise UserError(f"there is no plugin file {shown(text)}: name a Python file")
-        name, content = path.stem, path.read_bytes()
-        plugin = Plugin(name=name, sha256=hashlib.sha256(content).hexdigest())
-    else:
-        name, plugin = text, None
+    path = Path(text)
+    is_file = text.endswith(".py")
+    if is_file and not path.is_file():
+        raise UserError(f"there is no plugin file {shown(text)}: name a Python file")
+    name, plugin = path.stem if is_file else text, None
+    if re.fullmatch(NAME, name) is None:
+        raise UserError(
+            f"plugin {shown(text)} cannot be recorded by this name: use 1 to 100 letters, digits, "
+            "'_', '-' and '.', as in my_parts.py"
+        )
+    if is_file:
+        plugin = Plugin(name=name, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
     if (old := _LOADED.get(name)) is not None:
         if plugin is not None and plugin != old:
             raise UserError(
                 f"another plugin called {name!r} is already loaded: rename the file {text!r}"
             )
         return old
+    start = len(_ADDED)
     try:
         module = _import_file(path) if plugin is not None else _import_name(name)
-    except UserError:
-        raise
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
+        while len(_ADDED) > start:
+            table, added = _ADDED.pop()
+            table.pop(added, None)
+        if isinstance(error, UserError) or not isinstance(error, (Exception, SystemExit)):
+            raise
         raise UserError(
             f"plugin {shown(text)} cannot be imported: {type(error).__name__}: {error}"
         ) from error
@@ -189,11 +212,13 @@ def _import_file(path: Path) -> ModuleType:
 
 
 def _import_name(name: str) -> ModuleType:
-    """Import the entry point called ``name``, or else the module of that name."""
+    """Import the entry point called ``name``, or else the module of that name.
+
+    An entry point ``module:function`` is called.
+    """
     points = {point.name: point for point in entry_points(group=GROUP)}
     if name in points:
-        points[name].load()
-        return sys.modules[points[name].module]
+        return _import_entry_point(points[name])
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -204,6 +229,24 @@ def _import_name(name: str) -> ModuleType:
             f"there is no plugin {shown(name)}: name a Python file, as in my_parts.py, an "
             f"installed module, or an entry point of the group {GROUP}{known}"
         ) from None
+
+
+def _import_entry_point(point: EntryPoint) -> ModuleType:
+    is_new = point.module not in sys.modules
+    try:
+        register = point.load()
+        if point.attr and not callable(register):
+            raise UserError(
+                f"entry point {point.name!r} of the group {GROUP} is {shown(point.value)}, which "
+                "is no function: name a module, or a function without arguments"
+            )
+        if point.attr:
+            register()
+    except BaseException:
+        if is_new:  # to be executed again at the next attempt
+            sys.modules.pop(point.module, None)
+        raise
+    return sys.modules[point.module]
 
 
 def _digest(module: ModuleType) -> str:

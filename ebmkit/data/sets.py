@@ -239,11 +239,13 @@ class DatasetEntry:
         load: loader, from a `DatasetRequest` to one split.
         description: one line of text.
         class_names: class names, if they are fixed.
+        resizable: whether ``image_size`` chooses the size of the images.
     """
 
     load: Callable[[DatasetRequest], AnyImages]
     description: str
     class_names: tuple[str, ...] = ()
+    resizable: bool = False
 
 
 DATASETS: dict[str, DatasetEntry] = Table(
@@ -257,6 +259,7 @@ DATASETS: dict[str, DatasetEntry] = Table(
         "patches": DatasetEntry(
             load_patches,
             "patches of two photographs, colour 32x32, no labels; included in scikit-learn",
+            resizable=True,
         ),
         "cifar10": DatasetEntry(
             load_cifar,
@@ -271,11 +274,13 @@ DATASETS: dict[str, DatasetEntry] = Table(
         "folder": DatasetEntry(
             load_folder,
             "--data-dir is a folder: [train|test]/CLASS/*.png, or images without classes",
+            resizable=True,
         ),
         "imagenet": DatasetEntry(
             load_imagenet,
             "--data-dir is a folder of whole images, train|val/CLASS/*.JPEG; tested "
             "on the 224 centre crop of 256",
+            resizable=True,
         ),
         "pictures": DatasetEntry(
             load_pictures,

@@ -153,13 +153,12 @@ def other_split(images: Images, data_dir: Path | None) -> Images | None:
     """Return the other split (train or test) of the data set of ``images``; None if unavailable."""
     if images.name not in DATASETS:
         return None
-    sized = images.name in ("folder", "imagenet", "patches")
     try:
         other = load_dataset(
             images.name,
             data_dir,
             "test" if images.split == "train" else "train",
-            image_size=images.image_size[0] if sized else None,
+            image_size=images.image_size[0] if DATASETS[images.name].resizable else None,
             download=False,
             progress=False,
         )

@@ -46,7 +46,7 @@ from ebmkit.compute import upcast, without_autocast
 from ebmkit.energy import Energies, ScoreModel, per_image
 from ebmkit.errors import UserError
 from ebmkit.models.convolution import in_forward_mode
-from ebmkit.registry import Preset, find
+from ebmkit.registry import Preset, find, record_addition
 
 
 class Features(NamedTuple):
@@ -123,6 +123,8 @@ class NetworkConfig(BaseModel):
         other = cls._classes.get(kind, cls)
         if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
             raise UserError(f"there is a network of kind {kind!r} already: choose another kind")
+        if kind not in cls._classes and not cls.__module__.startswith("ebmkit."):
+            record_addition(cls._classes, kind)
         cls._classes[kind] = cls
 
     @classmethod

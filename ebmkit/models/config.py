@@ -102,8 +102,22 @@ def _validate_by_kind(given: Any) -> Any:
     return NetworkConfig.class_for(given).model_validate(given)
 
 
+def _validate_head(given: Any) -> Any:
+    """Validate ``given`` as the configuration class of the head of its ``kind``."""
+    if isinstance(given, HeadConfig):
+        if isinstance(given, HeadConfig.class_for({"kind": given.kind})):
+            return given
+        given = given.model_dump()
+    if not isinstance(given, Mapping):
+        return given
+    return HeadConfig.class_for(given).model_validate(given)
+
+
 AnyNetworkConfig = Annotated[SerializeAsAny[NetworkConfig], BeforeValidator(_validate_by_kind)]
 """Configuration of any network, as the class of its ``kind``."""
+
+AnyHeadConfig = Annotated[SerializeAsAny[HeadConfig], BeforeValidator(_validate_head)]
+"""Configuration of any head, as the class of its ``kind``."""
 
 
 class ModelConfig(BaseModel):
@@ -114,7 +128,7 @@ class ModelConfig(BaseModel):
     backbone: AnyNetworkConfig = Field(
         GradResNetConfig(), description="backbone: images to features"
     )
-    head: HeadConfig = Field(HeadConfig(), description="head: features to energies")
+    head: AnyHeadConfig = Field(HeadConfig(), description="head: features to energies")
     in_channels: Literal[1, 3] = Field(3, description="number of channels: 1 gray, 3 colour")
     num_classes: int = Field(0, ge=0, description="number of classes; 0: density only")
     reference_size: tuple[PositiveInt, PositiveInt] | None = Field(

@@ -27,9 +27,9 @@ two sources are equal.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor, nn
@@ -40,9 +40,6 @@ from ebmkit.errors import UserError
 from ebmkit.registry import Table, find
 
 EnergySource = Literal["auto", "model", "logits"]
-
-LABEL_OBJECTIVES = {"ce", "adv", "trades"}
-"""Objectives that train no density; they determine the source if the model card has none."""
 
 
 class LinearQuadraticHead(nn.Module):
@@ -98,7 +95,7 @@ class LogitHead(nn.Module):
 
 
 class HeadConfig(BaseModel):
-    """Configuration of a head."""
+    """Configuration of a head; a subclass adds settings of its own (`HeadEntry.config`)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -115,9 +112,20 @@ class HeadConfig(BaseModel):
         find("head", HEADS, kind)
         return kind
 
+    @classmethod
+    def class_for(cls, given: Any) -> type[HeadConfig]:
+        """The configuration class for the ``kind`` in ``given``, a configuration as a mapping.
+
+        Raises:
+            UserError: if there is no such head.
+        """
+        default = cls.model_fields["kind"].default
+        kind = given.get("kind", default) if isinstance(given, Mapping) else default
+        return find("head", HEADS, str(kind)).config
+
     def build(self, num_features: int, num_classes: int) -> nn.Module:
         """Build the `Head` for K = ``num_features`` and C = ``num_classes``."""
-        return HEADS[self.kind].build(num_features, num_classes, self.bias)
+        return HEADS[self.kind].make(num_features, num_classes, self)
 
 
 @dataclass(frozen=True)
@@ -125,33 +133,40 @@ class HeadEntry:
     """An entry of `HEADS`.
 
     Attributes:
-        build: function of K, C and whether to add biases that returns the `ebmkit.models.Head`.
         description: one line of text.
+        config: class of its configuration, with the head's own settings.
+        make: function of K, C and the configuration that returns the `ebmkit.models.Head`.
     """
 
-    build: Callable[[int, int, bool], nn.Module]
     description: str
+    config: type[HeadConfig]
+    make: Callable[[int, int, Any], nn.Module]
 
 
 HEADS: dict[str, HeadEntry] = Table(
     "head",
     {
         "linear-quadratic": HeadEntry(
-            LinearQuadraticHead, "log p(c|y) linear, log p(y) quadratic in the features"
+            "log p(c|y) linear, log p(y) quadratic in the features",
+            HeadConfig,
+            lambda k, c, own: LinearQuadraticHead(k, c, own.bias),
         ),
-        "logit": HeadEntry(LogitHead, "log p(y) = logsumexp of the logits, as in JEM"),
+        "logit": HeadEntry(
+            "log p(y) = logsumexp of the logits, as in JEM",
+            HeadConfig,
+            lambda k, c, own: LogitHead(k, c, own.bias),
+        ),
     },
 )
 
 
 def find_head(name: str) -> HeadConfig:
-    """The configuration of the head called ``name``.
+    """The default configuration of the head called ``name``.
 
     Raises:
         UserError: if there is none.
     """
-    find("head", HEADS, name)
-    return HeadConfig(kind=name)
+    return find("head", HEADS, name).config(kind=name)
 
 
 class LogitEnergy(EnergyModel):
@@ -198,7 +213,4 @@ def energy_source(model: EnergyModel, source: EnergySource = "auto") -> Literal[
         return source
     if not model.num_classes or model.card is None:
         return "model"
-    if model.card.energies is not None:
-        return model.card.energies
-    names = {term.rpartition("*")[2].strip() for term in model.card.objective.split("+")}
-    return "logits" if names <= LABEL_OBJECTIVES else "model"
+    return model.card.energy_source

@@ -6,9 +6,10 @@ twice. Fused attention has only one derivative, so attention is computed by sepa
 :math:`\operatorname{softmax}(q k^\top / \sqrt d)\, v`.
 
 The layers determine how well the gradient denoises. Batch normalisation in training mode couples
-the images of a batch, and the second derivative of ReLU is 0; ebmkit warns of scores through either
-(`ebmkit.EnergyModel.warn_about_layers`). Networks with GELU or SiLU and layer or group
-normalisation, such as ConvNeXt and vision transformers, have neither.
+the images of a batch, and autograd's second derivative misses the kinks of ReLU, Hardswish and the
+like; ebmkit warns of scores through either (`ebmkit.EnergyModel.warn_about_layers`). Networks with
+GELU or SiLU and layer or group normalisation, such as ConvNeXt and vision transformers, have
+neither.
 
 A saved model contains its weights. timm's pretrained weights are downloaded only if ``pretrained``
 is set, and only at the start of training.

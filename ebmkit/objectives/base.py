@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
@@ -40,6 +40,9 @@ class ObjectiveConfig(BaseModel):
     """Settings of an objective; on the command line ``objective.NAME.FIELD=VALUE``."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    needs_term: ClassVar[bool] = False
+    """Whether settings other than the defaults are an error in a run without the objective."""
 
 
 class Scale(Enum):

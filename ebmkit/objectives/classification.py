@@ -24,6 +24,8 @@ __all__ = ["CE", "ClassificationConfig", "cross_entropy"]
 class ClassificationConfig(ObjectiveConfig):
     """Cross-entropy of the labels."""
 
+    needs_term = True  # smoothing applies to no other objective of labels
+
     label_smoothing: float = Field(
         0.0,
         ge=0,

@@ -1,6 +1,6 @@
 """Samplers: chains driven by a score, a log-density or a denoiser of any model."""
 
-from ebmkit.sampling.ascent import ENTRIES as _ASCENT
+from ebmkit.sampling import ascent, diffusion, langevin
 from ebmkit.sampling.ascent import Ascent, StochasticAscent
 from ebmkit.sampling.base import (
     Chains,
@@ -11,9 +11,7 @@ from ebmkit.sampling.base import (
     score_of,
 )
 from ebmkit.sampling.diffusion import DDIM, noise_predictor_of
-from ebmkit.sampling.diffusion import ENTRIES as _DIFFUSION
 from ebmkit.sampling.entry import SAMPLERS, ClassGaussians, SamplerEntry, find_sampler
-from ebmkit.sampling.langevin import ENTRIES as _LANGEVIN
 from ebmkit.sampling.langevin import (
     HMC,
     MALA,
@@ -48,5 +46,5 @@ __all__ = [
     "score_of",
 ]
 
-for _entry in (*_LANGEVIN, *_DIFFUSION, *_ASCENT):
-    SAMPLERS[_entry.name] = _entry  # type: ignore[assignment]
+_MODULES = (langevin, diffusion, ascent)  # each has `ENTRIES`
+SAMPLERS.update({entry.name: entry for module in _MODULES for entry in module.ENTRIES})

@@ -36,11 +36,11 @@ MAX_KEY_DEPTH = 20
 
 RECIPES_BY_OBJECTIVE = {
     "likelihood": {"digits": "digits-jem", "cifar10": "jem", "cifar100": "jem"},
-    "ddpm": {"digits": "digits-ddpm", "cifar10": "cifar10-ddpm", "cifar100": "cifar10-ddpm"},
+    "diffusion": {"digits": "digits-ddpm", "cifar10": "cifar10-ddpm", "cifar100": "cifar10-ddpm"},
     "adversarial": dict.fromkeys(("cifar10", "cifar100"), "cifar10-robust")
     | {"digits": "digits-robust"},
 }
-"""Kind of objective -> data set -> recipe, for data sets whose default recipe differs."""
+"""Family of objectives -> data set -> recipe, for data sets whose default recipe differs."""
 
 DEFAULTS: dict[tuple[str, str], dict[str, Any]] = {
     ("kind", "adamw"): {"lr": 3e-4},
@@ -259,7 +259,7 @@ RECIPES = {
 def recipe_for(dataset: str, objective: str = "") -> dict[str, Any]:
     """Default recipe of ``dataset`` for ``objective``; that of ``folder`` for an unknown data set.
 
-    Maximum likelihood, ``ddpm`` alone and adversarial training have separate recipes
+    Maximum likelihood, diffusion alone and adversarial training have separate recipes
     (`RECIPES_BY_OBJECTIVE`). For other data sets, the first two use the short CIFAR-10 recipe, and
     adversarial training uses the recipe of the data set with a logit head.
     """
@@ -268,8 +268,8 @@ def recipe_for(dataset: str, objective: str = "") -> dict[str, Any]:
     name, head = dataset, {}
     if "likelihood" in families:
         name = RECIPES_BY_OBJECTIVE["likelihood"].get(dataset, "cifar10-jem-short")
-    elif [term.name for term in terms] == ["ddpm"]:
-        name = RECIPES_BY_OBJECTIVE["ddpm"].get(dataset, "cifar10-ddpm-short")
+    elif families == {"diffusion"}:
+        name = RECIPES_BY_OBJECTIVE["diffusion"].get(dataset, "cifar10-ddpm-short")
     elif "adversarial" in families:
         name, head = RECIPES_BY_OBJECTIVE["adversarial"].get(dataset, dataset), {"head": "logit"}
     config = RECIPES.get(name, RECIPES["folder"]).config | head
@@ -323,12 +323,13 @@ def resolve(*layers: Mapping[str, Any], recipe: str | None = None) -> TrainConfi
     terms = {term.name: term for term in parse_objective(config.objective)}
     for name in config.draw_from:
         find("objective in draw_from", terms, name)
-    smoothing = getattr(config.terms.of("ce"), "label_smoothing", 0)
-    if smoothing and "ce" not in terms:
-        raise UserError(
-            f"objective.ce.label_smoothing = {smoothing} does nothing: "
-            f"objective {config.objective!r} has no term ce; leave it out"
-        )
+    for name, own in config.objective_settings().items():
+        if own is not None and own.needs_term and name not in terms:
+            for key, value in own.model_dump(exclude_defaults=True).items():
+                raise UserError(
+                    f"objective.{name}.{key} = {shown(value)} does nothing: objective "
+                    f"{config.objective!r} has no term {name}; leave it out"
+                )
     return config
 
 

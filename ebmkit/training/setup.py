@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
-from torch import nn
 
 from ebmkit.card import ModelCard
 from ebmkit.data import AnyImages, load_dataset
@@ -123,8 +122,8 @@ def _no_hessian(model: ScoreModel) -> str | None:
         return "this network is a plain denoiser and has none: use --objective dsm, or a backbone"
     if model.has_batch_norm:
         return "BatchNorm mixes the images of a batch: use another norm (norm=group), or dsm"
-    if any(isinstance(m, (nn.ReLU, nn.LeakyReLU)) for m in model.modules()):
-        return "that of ReLU is 0 almost everywhere: use a smooth activation, or dsm"
+    if kinked := model.kinked_activation:
+        return f"autograd's misses the kinks of {kinked}: use a smooth activation, or dsm"
     return None
 
 

@@ -1,4 +1,4 @@
-"""Scores with BatchNorm or ReLU give a warning; BatchNorm in training uses eager autograd."""
+"""Warnings of BatchNorm and kinked activations; BatchNorm in training uses eager autograd."""
 
 import warnings
 
@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ebmkit import create_model
+from ebmkit.energy import KINKED
 
 
 def images(batch=3):
@@ -43,6 +44,17 @@ def test_batch_norm_and_relu_together_give_two_warnings():
         "BatchNorm",
         "ReLU",
     }
+
+
+def test_activations_with_kinks_are_those_whose_derivative_jumps():
+    """Reference: differences of the derivative on a grid, for the activations of PyTorch."""
+    kinds = [getattr(nn, name) for name in nn.modules.activation.__all__]
+    several = (nn.GLU, nn.MultiheadAttention, nn.Softmax, nn.Softmax2d, nn.Softmin, nn.LogSoftmax)
+    x = torch.linspace(-8, 8, 160001, dtype=torch.float64, requires_grad=True)
+    for kind in set(kinds) - set(several):  # functions of one number
+        activation = (kind(0.5, 0.1) if kind is nn.Threshold else kind()).double().eval()
+        (slope,) = torch.autograd.grad(activation(x).sum(), x)
+        assert (slope.diff().abs().max() > 0.01) == (kind in KINKED), kind
 
 
 def test_default_network_does_not_warn():

@@ -1,9 +1,12 @@
 """Networks of timm as backbones: training, saving, loading and errors, without downloads."""
 
+import json
+import re
 import sys
 
 import pytest
 import torch
+from ebmkit_tests.support.command_line import ebmkit_command
 
 import ebmkit
 from ebmkit import UserError, create_model
@@ -89,6 +92,26 @@ def test_batch_norm_and_relu_give_warnings():
     with pytest.warns(UserWarning, match="BatchNorm|ReLU") as caught:
         model.eval().score(torch.rand(2, 1, 32, 32))
     assert len(caught) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "activation"),
+    [("mobilenetv3_small_050", "Hardswish|ReLU"), ("mobilenetv2_035", "ReLU6")],
+)
+def test_other_activations_with_kinks_give_a_warning(name, activation):
+    model = create_model(f"timm:{name}", 3, in_channels=1)
+    with pytest.warns(UserWarning, match="BatchNorm|derivative") as caught:
+        model.eval().score(torch.rand(1, 1, 32, 32))
+    assert re.search(f"through ({activation}), whose derivative", str(caught[-1].message))
+
+
+def test_command_line_trains_a_timm_network(tmp_path):
+    words = ["--backbone=timm:convnext_atto", "--steps=2", "--device=cpu", "--no-evaluate"]
+    words += [f"--set=model.backbone.options={json.dumps(TINY)}", "--set=dataset.limit=64"]
+    ended = ebmkit_command("train", *words, "--out=run", cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    model = ebmkit.load(tmp_path / "run")
+    assert (model.backbone.name, model.card.steps) == ("convnext_atto", 2)
 
 
 def test_wrong_sizes_and_channels_are_refused():

@@ -251,7 +251,7 @@ def test_step_costs_twice_that_of_denoising_score_matching():
     [
         ({"backbone": "dncnn"}, "is a plain denoiser"),
         ({"backbone": "resnet18"}, "BatchNorm mixes"),
-        ({"model": {"backbone": {"activation": "relu"}}}, "of ReLU is 0"),
+        ({"model": {"backbone": {"activation": "relu"}}}, "misses the kinks of ReLU"),
     ],
     ids=["denoiser", "batch-norm", "relu"],
 )
