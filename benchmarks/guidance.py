@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from ebmkit.experiments import SCALES, ExperimentRuns, Scale, write
+from ebmkit.experiments import SCALES, ExperimentRuns, ExperimentScale, write
 from ebmkit.experiments.guidance import AMOUNTS, StudySize, run_guidance
 from ebmkit.training import Interrupted
 from ebmkit.training.config import merge
@@ -70,7 +70,7 @@ GPU: dict[str, dict[str, Any]] = {
 }
 
 
-def scale(name: str, under: str) -> Scale:
+def scale(name: str, under: str) -> ExperimentScale:
     """The scale ``under`` with other networks and numbers of steps."""
     base, own = SCALES[under], DIGITS if name == "digits" else GPU
     tasks = {task: merge(base.by_task.get(task, {}), layer) for task, layer in own.items()}

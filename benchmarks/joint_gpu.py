@@ -39,7 +39,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
-from ebmkit.bench import Setting, comparison, document, measure
+from ebmkit.bench import BenchmarkSetting, comparison, document, measure
 from ebmkit.compute import ComputeConfig, describe, environment, pick_device
 from ebmkit.data import Batch
 from ebmkit.data.streams import prefetch
@@ -170,7 +170,7 @@ def speed(config: TrainConfig, rehearse: bool) -> dict[str, Any]:
     device = pick_device(config.device)
     rows = []
     for objective in ("ce", "dsm", "ce+dsm"):
-        setting = Setting(f"train {objective}", "gradresnet18", width, size, batch)
+        setting = BenchmarkSetting(f"train {objective}", "gradresnet18", width, size, batch)
         found = comparison(setting, 3, device, config.compute, objective)
         rows += measure(found, device, 3 if rehearse else 15)
     return document(rows)
@@ -185,7 +185,7 @@ def steps_by_way(options: argparse.Namespace, end: float) -> None:
         if time.monotonic() > end or (options.rehearse and way != "eager bf16"):
             continue
         begun = time.monotonic()
-        setting = Setting(f"train ce+dsm, {way},", "gradresnet18", width, size, batch)
+        setting = BenchmarkSetting(f"train ce+dsm, {way},", "gradresnet18", width, size, batch)
         try:
             rows += measure(comparison(setting, 3, device, WAYS[way], "ce+dsm"), device, 5)
         except Exception as error:

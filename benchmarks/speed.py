@@ -27,9 +27,9 @@ from ebmkit.bench import (
     OURS,
     PLAIN,
     SCALING,
+    BenchmarkSetting,
     Comparison,
     Row,
-    Setting,
     comparison,
     document,
     measure,
@@ -67,7 +67,11 @@ def main() -> None:
     for name in ("torchebm", "ebm", "deepinv"):
         if not peers.installed(name):
             print(f"{name} is not installed: its rows are skipped")
-    base = Setting("", width=8, image_size=8, batch=4) if options.rehearse else Setting("")
+    base = (
+        BenchmarkSetting("", width=8, image_size=8, batch=4)
+        if options.rehearse
+        else BenchmarkSetting("")
+    )
     wide = base._replace(width=8 if options.rehearse else 64)
 
     plan: list[Callable[[], Comparison]] = []
@@ -115,7 +119,7 @@ def scaling_plot(rows: Sequence[Row], path: Path) -> None:
     Raises:
         UserError: if there are no rows of `scaling`.
     """
-    found = [(setting, row) for row in rows if (setting := Setting.read(row.name))]
+    found = [(setting, row) for row in rows if (setting := BenchmarkSetting.read(row.name))]
     found = [(setting, row) for setting, row in found if setting.what == SCALING]
     if not found:
         raise UserError("there are no rows of scaling to draw: measure with --scaling")

@@ -9,14 +9,13 @@ from rich.table import Table
 from typer import Option
 
 from ebmkit.cli.console import bar, console, counting, errors, interrupted, left, warn
-from ebmkit.errors import UserError
+from ebmkit.errors import Interrupted, UserError
 from ebmkit.terminal import one_line, shown_name
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ebmkit.energy import ScoreModel
-    from ebmkit.sampling.jobs.chains import Interrupted
     from ebmkit.sampling.jobs.job import SamplingJob
 
 
@@ -167,7 +166,6 @@ def restore(
     from ebmkit.models import load
     from ebmkit.sampling.ascent import KADKHODAIE_SIMONCELLI_ENTRY as SAMPLER
     from ebmkit.sampling.inverse import TaskOptions, find_task
-    from ebmkit.sampling.jobs.chains import Interrupted
     from ebmkit.sampling.jobs.restore import RestoreJob, read_mask
     from ebmkit.sampling.jobs.settings import parse_label, parse_options
     from ebmkit.training import parse_assignments
@@ -395,7 +393,6 @@ def _cells(psnr: dict[str, Any]) -> list[str]:
 
 
 def _draw(job: SamplingJob) -> None:
-    from ebmkit.sampling.jobs.chains import Interrupted
     from ebmkit.training.loop import stop_requested
 
     what = f"{job.settings.count:,} samples by {job.settings.sampler}"
@@ -410,7 +407,7 @@ def _draw(job: SamplingJob) -> None:
 
 
 def _interrupted(stopped: Interrupted, of: str, signum: int | None) -> NoReturn:
-    done = f"saved after step {stopped.done:,} of {stopped.total:,}{of}"
+    done = f"saved after step {stopped.step:,} of {stopped.total:,}{of}"
     interrupted(f"{done}. Resume by the same command.", signum)
 
 

@@ -107,7 +107,7 @@ class CropReader(RowReader, Protocol):
         ...
 
 
-class _Images(ABC):
+class _ImageSetBase(ABC):
     """Base class of `ImageSet` and `StreamedSet`."""
 
     labels: Tensor | None
@@ -181,7 +181,7 @@ class _Images(ABC):
 
 
 @dataclass(frozen=True, eq=False)
-class ImageSet(_Images):
+class ImageSet(_ImageSetBase):
     """Images in memory on one device: a loaded data set, or your own tensors.
 
     A set made in Python works wherever a data set is expected (`ebmkit.training.Trainer`,
@@ -261,7 +261,7 @@ class ImageSet(_Images):
 
 
 @dataclass(frozen=True, eq=False)
-class StreamedSet(_Images):
+class StreamedSet(_ImageSetBase):
     """Images on disk, read on demand, with the interface of `ImageSet`.
 
     Attributes:

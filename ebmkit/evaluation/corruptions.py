@@ -44,7 +44,7 @@ from ebmkit.errors import UserError
 from ebmkit.evaluation import statistics
 from ebmkit.evaluation.calibration import calibration_error
 from ebmkit.evaluation.suite import (
-    Batch,
+    EvaluationBatch,
     EvaluationContext,
     Images,
     NonEmptyUnique,
@@ -254,7 +254,7 @@ def _columns(
     """Measurements of each image, (N,), under the corruption ``name``; None: of clean images."""
     model = context.model
 
-    def measure(batch: Batch) -> Columns:
+    def measure(batch: EvaluationBatch) -> Columns:
         x = y = batch.x
         if name is not None:
             y = corrupt(x, name, constant, context.seed, batch.number)

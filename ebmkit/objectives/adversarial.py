@@ -67,8 +67,8 @@ __all__ = [
     "TRADES",
     "TRADES_START_STD",
     "AdversarialConfig",
-    "Attack",
     "TradesConfig",
+    "TrainingAttack",
     "divergence",
 ]
 
@@ -136,7 +136,7 @@ class TradesConfig(AdversarialConfig):
         return self
 
 
-class Attack:
+class TrainingAttack:
     """Attacks the images of a run's batches; returned by `Objective.prepare` of adv and trades.
 
     Args:
@@ -321,7 +321,7 @@ def adversarial_training(config: AdversarialConfig) -> Objective:
         family="adversarial",
         needs_labels=True,
         needs_energies=False,
-        prepare=lambda context: Attack(context, config),
+        prepare=lambda context: TrainingAttack(context, config),
         columns=("attacked",),
         extra_passes=_passes(config, 0),
         card=_attack_text(config),
@@ -345,7 +345,7 @@ def trades(config: TradesConfig) -> Objective:
         loss=loss,
         family="adversarial",
         needs_labels=True,
-        prepare=lambda context: Attack(context, config, on_divergence=True),
+        prepare=lambda context: TrainingAttack(context, config, on_divergence=True),
         columns=("attacked",),
         extra_passes=_passes(config, 1),
         card=_attack_text(config),

@@ -27,7 +27,7 @@ from ebmkit.data.streams import prefetch
 from ebmkit.data.workers import translate_worker_errors
 from ebmkit.distributed import DistributedContext, device_of_rank
 from ebmkit.energy import ScoreModel
-from ebmkit.errors import UserError
+from ebmkit.errors import Interrupted, UserError
 from ebmkit.models import ModelConfig
 from ebmkit.models.saving import model_files
 from ebmkit.objectives import parse_objective
@@ -63,15 +63,6 @@ from ebmkit.training.state import SkippedSamples, TrainingState
 from ebmkit.training.step import OutOfMemory, StepStats, TrainingStep, translate_out_of_memory
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-class Interrupted(Exception):
-    """Training was stopped by ``signal`` (None: another process received it) after ``step``, and
-    its state was saved."""
-
-    def __init__(self, step: int, signum: int | None = None) -> None:
-        super().__init__(f"interrupted after step {step}")
-        self.step, self.signal = step, signum
 
 
 @dataclass
@@ -275,7 +266,7 @@ class Trainer:
                 if validate or save:
                     self.stopwatch.restart()
                 if asked:
-                    raise Interrupted(self.step, stop.signal)
+                    raise Interrupted(self.step, self.config.steps, stop.signal)
         return self.trained.eval()
 
     def try_steps(self, count: int) -> None:
