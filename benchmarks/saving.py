@@ -65,7 +65,7 @@ RUNS: dict[str, dict[str, Any]] = {
         **CIFAR,
         "objective": "ml",
         "negatives": {"buffer_size": 10_000, "steps": 1},
-        "watch": {"every": 1, "gap": 1e6, "gradient": 1e9},
+        "rollback": {"every": 1, "gap": 1e6, "gradient": 1e9},
         "head": "linear-quadratic",
     },
 }

@@ -191,8 +191,8 @@ def _plot_gradients(context: EvaluationContext, document: dict[str, Any], path: 
         with in_float32(context.device):
             posterior = model.energies(y, sigma).log_posterior().exp()
             if targets is None:  # the same at all levels, so that gradients are comparable
-                likeliest = posterior.argsort(dim=1, descending=True)
-                targets = likeliest[:, 1 : 1 + document["targets"]]
+                most_probable = posterior.argsort(dim=1, descending=True)
+                targets = most_probable[:, 1 : 1 + document["targets"]]
             gradients = [difference(model, y, c, sigma) for c in targets.T]
         groups[len(heads)] = plots.sigma_label(sigma)
         heads += ["noisy, predicted", *(f"target {k + 1}" for k in range(len(gradients)))]

@@ -226,7 +226,7 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
             bad = int((~columns["psnr"].isfinite() & changed).sum()) if "psnr" in columns else 0
             if bad:
                 warnings.append(
-                    f"{name} at strength {strength}: the PSNR of the denoised image is not finite "
+                    f"{name} at strength {strength}: the PSNR of the denoised image is NaN or Inf "
                     f"on {bad} images, so the mean is undefined: the model diverged"
                 )
         corruptions[name] = {"about": corruption.description, "unit": corruption.unit, "rows": rows}

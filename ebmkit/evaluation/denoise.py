@@ -157,7 +157,7 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
             own, likeness = columns[name, "psnr"], columns[name, "ssim"]
             if bad := int((~own.isfinite()).sum()):
                 warnings.append(
-                    f"{LABELS[name]} at {key}/255: PSNR is not finite on {bad} images (restored "
+                    f"{LABELS[name]} at {key}/255: PSNR is NaN or Inf on {bad} images (restored "
                     "exactly, or the model diverged), so the mean is undefined"
                 )
             gain = own - columns["noisy", "psnr"]

@@ -210,7 +210,7 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
         bad = [e["t"] for _, path in paths for e in path if e["energy"]["value"] is None]
         if bad:
             warnings.append(
-                f"{name}: energies are not finite on some images from timestep {min(bad)} on, so "
+                f"{name}: energies are NaN or Inf on some images from timestep {min(bad)} on, so "
                 "their means are undefined"
             )
     if generated is not None:

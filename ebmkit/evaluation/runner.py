@@ -390,7 +390,7 @@ def _check_finite(model: ScoreModel, images: Images) -> None:
         found.append(model.energies(x, 25 / 255).logits)
     if not all(output.isfinite().all() for output in found):
         raise UserError(
-            "outputs of this model are not finite: its training diverged, or its weights are "
+            "outputs of this model are NaN or Inf: its training diverged, or its weights are "
             "damaged"
         )
 

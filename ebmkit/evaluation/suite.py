@@ -248,7 +248,7 @@ class EvaluationContext:
         found = self.columns(sigma, lambda batch: self._predict(batch, sigma))
         if not found["brier"].isfinite().all():
             raise UserError(
-                "probabilities of this model are not finite: its training diverged, or its weights "
+                "probabilities of this model are NaN or Inf: its training diverged, or its weights "
                 "are damaged"
             )
         self._predictions[sigma] = found

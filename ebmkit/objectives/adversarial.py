@@ -209,10 +209,10 @@ class TrainingAttack:
         shape = (total, *y.shape[1:])
         if self.on_divergence:
             nudge = torch.randn(shape, generator=generator, device=y.device, dtype=y.dtype)
-            return _kept(y + TRADES_START_STD * nudge[own], batch), other
+            return _clipped(y + TRADES_START_STD * nudge[own], batch), other
         radius = per_chain(config.eps * _scale(batch, config), y)
         offset = unit_ball(config.norm, shape, generator, y.dtype)
-        return _kept(y + radius * offset[own], batch), other
+        return _clipped(y + radius * offset[own], batch), other
 
     def _pgd(
         self,
@@ -274,7 +274,7 @@ def _bounds(batch: Batch) -> tuple[Tensor, Tensor]:
     return zero.masked_fill(noisy, -torch.inf), (zero + 1).masked_fill(noisy, torch.inf)
 
 
-def _kept(start: Tensor, batch: Batch) -> Tensor:
+def _clipped(start: Tensor, batch: Batch) -> Tensor:
     low, high = (per_chain(bound, start) for bound in _bounds(batch))
     return torch.clamp(start, low, high)  # type: ignore[arg-type]
 

@@ -200,7 +200,7 @@ class Trainer:
             )
         self.rollback: Rollback | None = None
         for name, negatives in chains.items():
-            self.rollback = Rollback(config.watch, name, negatives, self.state)
+            self.rollback = Rollback(config.rollback, name, negatives, self.state)
         self.validator: Validation | None = None
         measured = make_loss(self.trained, config, training=False).to(device)
         if self.validation is not None and len(self.validation) and measured.terms:
@@ -286,8 +286,8 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """State for an exact resume, without the replay buffer: tensors and plain values."""
-        watch = self.rollback.state_dict() if self.rollback else None
-        return {**self.state.state_dict(), "watch": watch}
+        rollback = self.rollback.state_dict() if self.rollback else None
+        return {**self.state.state_dict(), "rollback": rollback}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume from a checkpoint: a `state_dict`, with the replay buffer if there is one.
@@ -302,7 +302,7 @@ class Trainer:
             )
         self.card.steps = self.step
         if self.rollback is not None:
-            self.rollback.load_state_dict(state.get("watch"), state.get("buffer"))
+            self.rollback.load_state_dict(state.get("rollback"), state.get("buffer"))
         if self.run is not None:
             self.run.truncate_metrics(self.step)
             self.state.best.restore(self.run)
