@@ -46,11 +46,11 @@ def classify(
     model = load(run, device=str(place), weights=weights)
     if not classifies(model):
         raise UserError(f"the model in {str(run)!r} was trained without labels: it cannot classify")
-    pictures = [(path, read_image(path, _channels(model))) for path in images]
+    loaded = [(path, read_image(path, _channels(model))) for path in images]
     names = model.card.class_names if model.card else []
     table = Table("image", "class", "probability", "log-density (nats)")
-    for path, picture in pictures:
-        y = _sized(model, picture.image) if resize else picture.image
+    for path, own in loaded:
+        y = _sized(model, own.image) if resize else own.image
         energies = model(y[None].to(place))
         posterior = energies.log_posterior()[0].exp().cpu()
         _check_numbers(run, path, posterior)
@@ -105,13 +105,13 @@ def denoise(
         read_image(path, _channels(model))
     make_folder(out)
     for path, target in zip(images, targets, strict=True):
-        picture = read_image(path, _channels(model))
+        loaded = read_image(path, _channels(model))
         with counting(target.name) as progress:
-            found = denoise_image(model, picture.image.to(place), level, c, progress=progress)
+            found = denoise_image(model, loaded.image.to(place), level, c, progress=progress)
         image = found.image.cpu()
         _check_numbers(run, path, image)
-        image = image.mean(0, keepdim=True) if picture.was_gray else image
-        write_image(image.clamp(0, 1), target, bits=picture.bits)
+        image = image.mean(0, keepdim=True) if loaded.was_gray else image
+        write_image(image.clamp(0, 1), target, bits=loaded.bits)
         removed = f"removed noise of level {format_sigma(found.sigma)}"
         how = "given" if level is not None else "estimated"
         console.say(f"{one_line(str(target))}: {removed} ({how})")
@@ -322,10 +322,10 @@ def sample(
     _report(document, out, len(job.cautions))
 
 
-def _check_numbers(run: Path, picture: Path, found: Tensor) -> None:
+def _check_numbers(run: Path, path: Path, found: Tensor) -> None:
     if not bool(found.isfinite().all()):
         raise UserError(
-            f"the model in {str(run)!r} gives NaN or Inf for {picture.name!r}: its training "
+            f"the model in {str(run)!r} gives NaN or Inf for {path.name!r}: its training "
             "diverged, or its weights are damaged; try `--weights best`"
         )
 

@@ -416,7 +416,7 @@ def _common_fields(context: EvaluationContext, split: Images, weights: str) -> d
     """The fields common to all JSON files: data, seed, model, environment and device."""
     card = context.model.card
     trained = card and {"objective": card.objective, "steps": card.steps, "dataset": card.dataset}
-    lost = getattr(split, "left_out", ())
+    lost = getattr(split, "excluded", ())
     return {
         "dataset": context.images.name,
         "split": context.images.split,

@@ -122,7 +122,9 @@ class DivergenceMonitor:
             return stats.fault
         self.gap = SMOOTH * self.gap + (1 - SMOOTH) * gap
         if abs(self.gap) > limits.gap or abs(gap) > 10 * limits.gap:
-            return f"log p of samples and data differ by {gap:.4g} nats (rollback.gap={limits.gap:g})"
+            return (
+                f"log p of samples and data differ by {gap:.4g} nats (rollback.gap={limits.gap:g})"
+            )
         if not sample <= limits.sample:
             far = f"samples lie {sample:.4g} from gray, in image units"
             return f"{far} (rollback.sample={limits.sample:g})"

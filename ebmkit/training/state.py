@@ -103,7 +103,7 @@ class SkippedSamples:
         self, images: AnyImages, streams: Mapping[str, Stream], world: DistributedContext
     ) -> None:
         self.found: dict[int, str] = {}  # index of an image in the set -> why it cannot be read
-        self._before, self._streams, self._world = images.left_out, streams, world
+        self._before, self._streams, self._world = images.excluded, streams, world
         self._may = isinstance(images, StreamedSet) and images.skip
 
     @property

@@ -220,7 +220,11 @@ def test_training_on_a_packed_folder(tmp_path):
 
 @pytest.mark.slow
 def test_diverging_run_reports_each_rollback_and_exits_with_2(tmp_path):
-    arguments = ["--set=rollback.max_rollbacks=1", "--set=optimizer.lr=3", "--set=validation_images=0"]
+    arguments = [
+        "--set=rollback.max_rollbacks=1",
+        "--set=optimizer.lr=3",
+        "--set=validation_images=0",
+    ]
     arguments += ["--set=negatives.steps=2", "--set=negatives.buffer_size=128", "--width=8"]
     ended = ebmkit_command(
         "train", "--objective=jem", "--steps=40", "--no-evaluate", *arguments, cwd=tmp_path
