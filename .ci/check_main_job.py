@@ -1,4 +1,4 @@
-"""Whether the default run reached what it promises: accuracy and gain in PSNR on digits."""
+"""Check the results of the default run: accuracy and gain in PSNR on digits."""
 
 import json
 import sys

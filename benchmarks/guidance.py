@@ -5,7 +5,7 @@
 
 ``digits``: all networks and methods on digits, trained for minutes; under an hour on two CPU cores.
 ``gpu``: CIFAR-10 at width 64 on one GPU, about half an hour in total, in calls of ``--seconds``:
-finished parts are kept, and the training of an interrupted network resumes. ``--rehearse`` runs it
+finished parts are kept, and the training of an interrupted network resumes. ``--on-digits`` runs it
 on digits. Both write guidance.md, guidance.json and plots.
 """
 
@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from ebmkit.experiments import SCALES, ExperimentRuns, Scale, write
+from ebmkit.experiments import SCALES, ExperimentRuns, ExperimentScale, write
 from ebmkit.experiments.guidance import AMOUNTS, StudySize, run_guidance
 from ebmkit.training import Interrupted
 from ebmkit.training.config import merge
@@ -70,7 +70,7 @@ GPU: dict[str, dict[str, Any]] = {
 }
 
 
-def scale(name: str, under: str) -> Scale:
+def scale(name: str, under: str) -> ExperimentScale:
     """The scale ``under`` with other networks and numbers of steps."""
     base, own = SCALES[under], DIGITS if name == "digits" else GPU
     tasks = {task: merge(base.by_task.get(task, {}), layer) for task, layer in own.items()}
@@ -109,7 +109,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[], help="networks to train")
     parser.add_argument("--threads", type=int, help="CPU threads [default: all]")
     parser.add_argument("--seconds", type=int, help="time limit; the same command resumes")
-    parser.add_argument("--rehearse", action="store_true", help="run on digits")
+    parser.add_argument("--on-digits", action="store_true", help="gpu: train on digits")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -117,7 +117,7 @@ def main() -> None:
         signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
         signal.alarm(options.seconds)
     options.out.mkdir(parents=True, exist_ok=True)
-    under = "smoke" if options.rehearse or options.setting == "digits" else "cpu"
+    under = "smoke" if options.on_digits or options.setting == "digits" else "cpu"
     runs = ExperimentRuns(
         options.out,
         scale(options.setting, under),

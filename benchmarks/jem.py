@@ -133,7 +133,7 @@ def evaluate(name: str, run: RunFolder, data_dir: Path) -> dict[str, Any]:
         "langevin_steps": config.negatives.steps if "jem" in config.objective else 0,
         "flops": step_cost(config) * config.steps,
         "seconds": checkpoint["seconds"],
-        "breaches": len((checkpoint["watch"] or {}).get("history", [])),
+        "breaches": len((checkpoint["rollback"] or {}).get("history", [])),
         "seed": config.seed,
         "images": found["classify"]["images"],
         "accuracy": found["classify"]["accuracy"],

@@ -16,7 +16,7 @@ The default recipe is our `cifar10`; the paper's is ``--recipe cdn-cifar10``.
 ``step`` runs only with ``--stages step`` and needs no data: the joint steps of widths 64 and 16,
 eager in TF32, eager in bf16 and compiled, each against the plain eager step in the same minute.
 
-``--rehearse`` runs everything at a tiny size on any device.
+``--quick`` runs everything at a tiny size on any device.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
-from ebmkit.bench import Setting, comparison, document, measure
+from ebmkit.bench import BenchmarkSetting, comparison, document, measure
 from ebmkit.compute import ComputeConfig, describe, environment, pick_device
 from ebmkit.data import Batch
 from ebmkit.data.streams import prefetch
@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="default: the recipe's")
     parser.add_argument("--recipe", default="cifar10", help="cifar10, or the paper's cdn-cifar10")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--rehearse", action="store_true")
+    parser.add_argument("--quick", action="store_true")
     parser.add_argument("--stages", nargs="+", choices=[*STAGES, "step"], default=STAGES)
     parser.add_argument("--ways", nargs="+", choices=[*WAYS], default=[*WAYS], help="of step")
     options = parser.parse_args()
@@ -95,7 +95,7 @@ def main() -> None:
         path = options.out / f"{name}.json"
         if name in options.stages and not path.exists():
             begun = time.perf_counter()
-            found = stage(config, options.rehearse)
+            found = stage(config, options.quick)
             found |= {"seconds": time.perf_counter() - begun, "environment": environment()}
             write_atomically(path, json.dumps(found, indent=2).encode())
     run = options.work / "run"
@@ -117,7 +117,7 @@ def main() -> None:
 def configuration(options: argparse.Namespace) -> TrainConfig:
     """Configuration of the recipe, or of a tiny run on digits."""
     layer: dict[str, Any] = {"device": options.device}
-    if options.rehearse:
+    if options.quick:
         layer |= {"model": {"backbone": {"width": 8}}, "steps": 40, "checkpoint_every": 10}
         recipe = "digits"
     else:
@@ -129,7 +129,7 @@ def configuration(options: argparse.Namespace) -> TrainConfig:
     return resolve(layer, recipe=recipe)
 
 
-def check(config: TrainConfig, rehearse: bool) -> dict[str, Any]:
+def check(config: TrainConfig, quick: bool) -> dict[str, Any]:
     """Relative differences of the parameter gradient of the joint loss to eager float32."""
     trainer = assemble(config)
     drawn = next(first_batches(trainer, 1))
@@ -164,15 +164,15 @@ def gradient(trainer: Trainer, way: ComputeConfig, drawn: dict[str, Any]) -> tor
     return torch.cat(parts)
 
 
-def speed(config: TrainConfig, rehearse: bool) -> dict[str, Any]:
+def speed(config: TrainConfig, quick: bool) -> dict[str, Any]:
     """Results of `ebmkit.bench` for the joint step and its two parts."""
-    width, size, batch = (8, 8, 4) if rehearse else (64, 32, 64)
+    width, size, batch = (8, 8, 4) if quick else (64, 32, 64)
     device = pick_device(config.device)
     rows = []
     for objective in ("ce", "dsm", "ce+dsm"):
-        setting = Setting(f"train {objective}", "gradresnet18", width, size, batch)
+        setting = BenchmarkSetting(f"train {objective}", "gradresnet18", width, size, batch)
         found = comparison(setting, 3, device, config.compute, objective)
-        rows += measure(found, device, 3 if rehearse else 15)
+        rows += measure(found, device, 3 if quick else 15)
     return document(rows)
 
 
@@ -180,12 +180,12 @@ def steps_by_way(options: argparse.Namespace, end: float) -> None:
     """Time the joint step with each of `WAYS`; updates ``step.json`` after each result."""
     rows: list[Any] = []
     device = pick_device(options.device)
-    sizes = [(8, 8, 4)] if options.rehearse else [(64, 32, 64), (16, 32, 64)]
+    sizes = [(8, 8, 4)] if options.quick else [(64, 32, 64), (16, 32, 64)]
     for way, (width, size, batch) in itertools.product(options.ways, sizes):
-        if time.monotonic() > end or (options.rehearse and way != "eager bf16"):
+        if time.monotonic() > end or (options.quick and way != "eager bf16"):
             continue
         begun = time.monotonic()
-        setting = Setting(f"train ce+dsm, {way},", "gradresnet18", width, size, batch)
+        setting = BenchmarkSetting(f"train ce+dsm, {way},", "gradresnet18", width, size, batch)
         try:
             rows += measure(comparison(setting, 3, device, WAYS[way], "ce+dsm"), device, 5)
         except Exception as error:
@@ -197,7 +197,7 @@ def steps_by_way(options: argparse.Namespace, end: float) -> None:
         write_atomically(options.out / "step.json", json.dumps(document(rows)).encode())
 
 
-def kernels(config: TrainConfig, rehearse: bool) -> dict[str, Any]:
+def kernels(config: TrainConfig, quick: bool) -> dict[str, Any]:
     """Device time per step by kind of kernel, and the idle share."""
     trainer = assemble(config)
     trainer.try_steps(10)

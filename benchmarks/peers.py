@@ -22,11 +22,11 @@ from ebmkit.bench import (
     OURS,
     PLAIN,
     SIGMA,
+    BenchmarkSetting,
     Build,
     Comparison,
     LibraryStep,
     PlainStep,
-    Setting,
     Step,
     library_inference,
     make_batch,
@@ -166,7 +166,7 @@ def with_noise(x: Tensor) -> Batch:
 
 
 def score_matching(
-    setting: Setting, device: torch.device, compute: ComputeConfig | None = None
+    setting: BenchmarkSetting, device: torch.device, compute: ComputeConfig | None = None
 ) -> Comparison:
     """DSM step, comparison (b): each candidate gets clean images and draws noise of one level."""
     model = network(setting, 3, device)
@@ -207,7 +207,7 @@ def drunet(device: torch.device, y: Tensor) -> Step:
 
 
 def denoising(
-    setting: Setting,
+    setting: BenchmarkSetting,
     device: torch.device,
     compute: ComputeConfig | None = None,
     trained_at: int = 32,

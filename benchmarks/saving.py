@@ -1,6 +1,6 @@
 """Cost of crash-safe saving: checksums, atomic writes, fsync.
 
-    uv run python benchmarks/saving.py --out benchmarks/results/promises-saving.json
+    uv run python benchmarks/saving.py --out benchmarks/results/reliability-saving.json
 
 Takes about six minutes on a CPU. The state of several runs is saved by the trainer, and plainly:
 `torch.save` and safetensors over the old files, without digest, fsync or old versions. The cost is
@@ -65,7 +65,7 @@ RUNS: dict[str, dict[str, Any]] = {
         **CIFAR,
         "objective": "ml",
         "negatives": {"buffer_size": 10_000, "steps": 1},
-        "watch": {"every": 1, "gap": 1e6, "gradient": 1e9},
+        "rollback": {"every": 1, "gap": 1e6, "gradient": 1e9},
         "head": "linear-quadratic",
     },
 }

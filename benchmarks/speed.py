@@ -7,7 +7,7 @@
 with this one.) Comparisons: training steps by objective and backbone with (a) the plain eager step;
 denoising score matching with (b) torchebm and the other ebmkit; denoising with (c) deepinv's
 DRUNet; step time and memory as functions of width, image size and batch. ``--full`` adds training
-steps of GradResNet18 at width 64; ``--rehearse`` runs everything at a tiny size.
+steps of GradResNet18 at width 64; ``--quick`` runs everything at a tiny size.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from ebmkit.bench import (
     OURS,
     PLAIN,
     SCALING,
+    BenchmarkSetting,
     Comparison,
     Row,
-    Setting,
     comparison,
     document,
     measure,
@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--compile", default="auto")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--full", action="store_true", help="GradResNet18 at width 64 too")
-    parser.add_argument("--rehearse", action="store_true", help="tiny sizes, as a test")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, as a test")
     options = parser.parse_args()
     if options.out.exists() or not options.out.parent.is_dir():
         parser.error(f"--out {options.out} must be a new file in a folder that exists")
@@ -67,8 +67,12 @@ def main() -> None:
     for name in ("torchebm", "ebm", "deepinv"):
         if not peers.installed(name):
             print(f"{name} is not installed: its rows are skipped")
-    base = Setting("", width=8, image_size=8, batch=4) if options.rehearse else Setting("")
-    wide = base._replace(width=8 if options.rehearse else 64)
+    base = (
+        BenchmarkSetting("", width=8, image_size=8, batch=4)
+        if options.quick
+        else BenchmarkSetting("")
+    )
+    wide = base._replace(width=8 if options.quick else 64)
 
     plan: list[Callable[[], Comparison]] = []
     for backbone in ("gradresnet18", "gradresnet34"):
@@ -94,7 +98,7 @@ def main() -> None:
 
     curve = base._replace(what=SCALING)
     points = scaling_settings(curve)
-    if options.rehearse:
+    if options.quick:
         points = scaling_settings(curve, (8, 16), (8, 16), (4, 8))
     few = max(2, options.rounds // 3)
     for found in track(scaling(points, 3, device, few, compute), "scaling", total=len(points)):
@@ -115,7 +119,7 @@ def scaling_plot(rows: Sequence[Row], path: Path) -> None:
     Raises:
         UserError: if there are no rows of `scaling`.
     """
-    found = [(setting, row) for row in rows if (setting := Setting.read(row.name))]
+    found = [(setting, row) for row in rows if (setting := BenchmarkSetting.read(row.name))]
     found = [(setting, row) for setting, row in found if setting.what == SCALING]
     if not found:
         raise UserError("there are no rows of scaling to draw: measure with --scaling")

@@ -5,7 +5,7 @@
 Each row runs ``ebmkit reproduce TABLE --scale full --only ROW``. At the time limit the script sends
 SIGTERM: the row saves, and the next call of the script resumes it; repeat the command until all
 rows are done. After each row TABLE.md, TABLE.json and TABLE.png are copied to OUT.
-``--scale smoke`` rehearses it on digits.
+``--scale smoke`` tries it on digits.
 """
 
 from __future__ import annotations

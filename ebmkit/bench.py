@@ -101,10 +101,10 @@ _ADAMW = OptimizerConfig(lr=1e-3, weight_decay=1e-2, betas=(0.9, 0.999), decay_n
 _NAME = re.compile(r"(?P<what>.+) (?P<backbone>\S+) w(?P<width>\d+) (?P<size>\d+)x\d+ b(?P<b>\d+)")
 
 
-class Setting(NamedTuple):
+class BenchmarkSetting(NamedTuple):
     """Task, network, image size and batch size of a measurement.
 
-    >>> str(Setting("train dsm", "gradresnet18", 16, 32, 64))
+    >>> str(BenchmarkSetting("train dsm", "gradresnet18", 16, 32, 64))
     'train dsm gradresnet18 w16 32x32 b64'
     """
 
@@ -119,7 +119,7 @@ class Setting(NamedTuple):
         return f"{self.what} {self.backbone} w{self.width} {size} b{self.batch}"
 
     @classmethod
-    def read(cls, name: str) -> Setting | None:
+    def read(cls, name: str) -> BenchmarkSetting | None:
         """Parse the setting in a row's name; None if the name contains none."""
         match = _NAME.fullmatch(name.rpartition(": ")[0])
         if match is None:
@@ -273,7 +273,7 @@ def document(rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def network(setting: Setting, channels: int, device: torch.device) -> JointModel:
+def network(setting: BenchmarkSetting, channels: int, device: torch.device) -> JointModel:
     """Create the network of ``setting``, with initial weights from a fixed seed.
 
     Raises:
@@ -310,7 +310,7 @@ def make_batch(
 
 
 def comparison(
-    setting: Setting,
+    setting: BenchmarkSetting,
     channels: int,
     device: torch.device,
     compute: ComputeConfig | None = None,
@@ -511,11 +511,11 @@ def _plain(model: EnergyModel) -> EnergyModel:
 
 
 def scaling_settings(
-    base: Setting,
+    base: BenchmarkSetting,
     widths: Sequence[int] = (8, 16, 32, 64),
     image_sizes: Sequence[int] = (16, 32, 64, 128),
     batches: Sequence[int] = (16, 32, 64, 128, 256),
-) -> list[Setting]:
+) -> list[BenchmarkSetting]:
     """``base`` and its variants with another width, image size or batch, without duplicates."""
     changes: dict[str, Any] = {"width": widths, "image_size": image_sizes, "batch": batches}
     changed = [base._replace(**{k: value}) for k, values in changes.items() for value in values]
@@ -523,7 +523,7 @@ def scaling_settings(
 
 
 def scaling(
-    settings: Sequence[Setting],
+    settings: Sequence[BenchmarkSetting],
     channels: int,
     device: torch.device,
     rounds: int,

@@ -39,6 +39,15 @@ class UserError(ValueError):
         super().__init__("\n".join([_one(str(sentence)), *(f"  {_one(line)}" for line in details)]))
 
 
+class Interrupted(Exception):
+    """Work stopped on request after ``step`` of ``total`` steps, and its state was saved: the same
+    call resumes it. ``signal`` is the signal of the request, None if this process got none."""
+
+    def __init__(self, step: int, total: int, signum: int | None = None) -> None:
+        super().__init__(f"interrupted after step {step} of {total}")
+        self.step, self.total, self.signal = step, total, signum
+
+
 def _one(text: str) -> str:
     """``text`` as one printable line."""
     if len(text) > MOST:

@@ -58,7 +58,7 @@ _TRACED_BATCH = 67
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
-class Task(NamedTuple):
+class ExportTask(NamedTuple):
     """The function to export, names of its inputs and outputs, and shapes for tracing.
 
     ``size`` is (C, H, W); ``batch`` None is dynamic.
@@ -195,7 +195,9 @@ def _image_shape(
     return channels, height, width
 
 
-def _task(model: ScoreModel, what: str, size: tuple[int, int, int], batch: int | None) -> Task:
+def _task(
+    model: ScoreModel, what: str, size: tuple[int, int, int], batch: int | None
+) -> ExportTask:
     """The task ``what`` of ``model``."""
 
     def classify(y: Tensor, sigma: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -209,19 +211,19 @@ def _task(model: ScoreModel, what: str, size: tuple[int, int, int], batch: int |
         def denoise(y: Tensor, sigma: Tensor) -> tuple[Tensor, ...]:
             return (model.denoise(y, sigma),)
 
-        return Task(("y", "sigma"), ("denoised",), denoise, size, batch)
+        return ExportTask(("y", "sigma"), ("denoised",), denoise, size, batch)
     if what == "blind-denoiser":
         if model.noise_conditional:
             raise UserError("this model takes the noise level as an input: export a denoiser")
-        return Task(("y",), ("denoised", "sigma"), model.denoise_blind, size, batch)
+        return ExportTask(("y",), ("denoised", "sigma"), model.denoise_blind, size, batch)
     if not classifies(model):
         raise UserError("this model was trained without labels: it cannot classify")
     inputs = ("y", "sigma") if model.noise_conditional else ("y",)
-    return Task(inputs, ("log_probabilities", "log_density"), classify, size, batch)
+    return ExportTask(inputs, ("log_probabilities", "log_density"), classify, size, batch)
 
 
 def _compare(
-    task: Task,
+    task: ExportTask,
     model: ScoreModel,
     batches: Sequence[int],
     run: Callable[[Sequence[Tensor]], tuple[Tensor, ...]],
@@ -258,7 +260,7 @@ def _by_image(got: Tensor, value: Tensor) -> Tensor:
 
 
 def _trace(
-    task: Task, table: Mapping[Any, Callable[..., Any]] | None = None
+    task: ExportTask, table: Mapping[Any, Callable[..., Any]] | None = None
 ) -> tuple[GraphModule, tuple[Tensor, ...], tuple[dict[int, Any], ...] | None]:
     """Trace the task and its gradients; return graph, arguments and dynamic shapes.
 
@@ -295,7 +297,7 @@ def _trace(
     return graph.eval(), arguments, tuple({0: batch} for _ in shapes) if free else None
 
 
-def to_pt2(task: Task, description: str) -> bytes:
+def to_pt2(task: ExportTask, description: str) -> bytes:
     """Export the task to the bytes of a ``.pt2`` file."""
     graph, arguments, shapes = _trace(task)
     file = io.BytesIO()
@@ -306,13 +308,13 @@ def to_pt2(task: Task, description: str) -> bytes:
     return file.getvalue()
 
 
-def run_pt2(content: bytes, task: Task, arguments: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def run_pt2(content: bytes, task: ExportTask, arguments: Sequence[Tensor]) -> tuple[Tensor, ...]:
     with warnings.catch_warnings(action="ignore"):
         outputs: tuple[Tensor, ...] = torch.export.load(io.BytesIO(content)).module()(*arguments)
     return outputs
 
 
-def to_onnx(task: Task, description: str) -> bytes:
+def to_onnx(task: ExportTask, description: str) -> bytes:
     """Export the task to the bytes of an ``.onnx`` file."""
     backward = torch.ops.aten.convolution_backward.default
     graph, arguments, shapes = _trace(task, {backward: _convolution_backward})
@@ -332,7 +334,7 @@ def to_onnx(task: Task, description: str) -> bytes:
     return content
 
 
-def run_onnx(content: bytes, task: Task, arguments: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def run_onnx(content: bytes, task: ExportTask, arguments: Sequence[Tensor]) -> tuple[Tensor, ...]:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])

@@ -95,7 +95,7 @@ def main(out: Path, steps: int | None = None, chain_steps: int = 200, seed: int 
         "steps": checkpoint["step"],
         "seconds": checkpoint["seconds"],
         "wall_seconds": seconds,
-        "breaches": len(checkpoint["watch"]["history"]),
+        "breaches": len(checkpoint["rollback"]["history"]),
         "accuracy": accuracies["jem"]["accuracy"],
         "accuracy_interval": accuracies["jem"]["accuracy_interval"],
         "judge_accuracy": accuracies["judge"]["accuracy"],

@@ -15,11 +15,11 @@ from ebmkit.bench import (
     PLAIN,
     SCALING,
     SIGMA,
+    BenchmarkSetting,
     LibraryStep,
     PlainStep,
     Ratio,
     Row,
-    Setting,
     interleave,
     library_inference,
     make_batch,
@@ -37,7 +37,7 @@ from ebmkit.compute import ComputeConfig
 from ebmkit.errors import UserError
 
 CPU = torch.device("cpu")
-TINY = Setting("tiny", width=8, image_size=8, batch=4)
+TINY = BenchmarkSetting("tiny", width=8, image_size=8, batch=4)
 EAGER = ComputeConfig(precision="fp32", compile="off")
 
 
@@ -169,7 +169,12 @@ def test_scaling_skips_points_that_do_not_fit_in_memory(monkeypatch):
     assert [len(rows) for rows in found] == [2, 2, 0]
     names = [row.name for rows in found for row in rows]
     assert names[0] == "scaling dsm gradresnet18 w8 8x8 b4: ebmkit"
-    assert [Setting.read(name) for name in names] == [points[0], points[0], points[1], points[1]]
+    assert [BenchmarkSetting.read(name) for name in names] == [
+        points[0],
+        points[0],
+        points[1],
+        points[1],
+    ]
 
 
 def script(name):
@@ -184,7 +189,7 @@ def test_scaling_plot_has_one_line_per_implementation(tmp_path, monkeypatch):
     speed = script("speed")
 
     def row(width, who, seconds):
-        name = f"{Setting(SCALING, width=width)}: {who}"
+        name = f"{BenchmarkSetting(SCALING, width=width)}: {who}"
         return Row(name, "cpu", seconds, 1.0, 10.0 * seconds, 1.0, None, {}, "")
 
     figures = []

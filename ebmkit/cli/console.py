@@ -100,8 +100,8 @@ class TrainingBar:
 
     def report(self, row: dict[str, Any]) -> None:
         """Show a row of metrics."""
-        if row["kind"] == "breach":
-            errors.say(f"breach: {row['told']}", "yellow")
+        if row["kind"] == "rollback":
+            errors.say(f"rollback: {row['message']}", "yellow")
             self.progress.update(self.task, completed=row["step"])
             self.next_line = row["step"]
             return

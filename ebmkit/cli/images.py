@@ -9,14 +9,13 @@ from rich.table import Table
 from typer import Option
 
 from ebmkit.cli.console import bar, console, counting, errors, interrupted, left, warn
-from ebmkit.errors import UserError
+from ebmkit.errors import Interrupted, UserError
 from ebmkit.terminal import one_line, shown_name
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ebmkit.energy import ScoreModel
-    from ebmkit.sampling.jobs.chains import Interrupted
     from ebmkit.sampling.jobs.job import SamplingJob
 
 
@@ -47,11 +46,11 @@ def classify(
     model = load(run, device=str(place), weights=weights)
     if not classifies(model):
         raise UserError(f"the model in {str(run)!r} was trained without labels: it cannot classify")
-    pictures = [(path, read_image(path, _channels(model))) for path in images]
+    loaded = [(path, read_image(path, _channels(model))) for path in images]
     names = model.card.class_names if model.card else []
     table = Table("image", "class", "probability", "log-density (nats)")
-    for path, picture in pictures:
-        y = _sized(model, picture.image) if resize else picture.image
+    for path, own in loaded:
+        y = _sized(model, own.image) if resize else own.image
         energies = model(y[None].to(place))
         posterior = energies.log_posterior()[0].exp().cpu()
         _check_numbers(run, path, posterior)
@@ -106,13 +105,13 @@ def denoise(
         read_image(path, _channels(model))
     make_folder(out)
     for path, target in zip(images, targets, strict=True):
-        picture = read_image(path, _channels(model))
+        loaded = read_image(path, _channels(model))
         with counting(target.name) as progress:
-            found = denoise_image(model, picture.image.to(place), level, c, progress=progress)
+            found = denoise_image(model, loaded.image.to(place), level, c, progress=progress)
         image = found.image.cpu()
         _check_numbers(run, path, image)
-        image = image.mean(0, keepdim=True) if picture.was_gray else image
-        write_image(image.clamp(0, 1), target, bits=picture.bits)
+        image = image.mean(0, keepdim=True) if loaded.was_gray else image
+        write_image(image.clamp(0, 1), target, bits=loaded.bits)
         removed = f"removed noise of level {format_sigma(found.sigma)}"
         how = "given" if level is not None else "estimated"
         console.say(f"{one_line(str(target))}: {removed} ({how})")
@@ -167,7 +166,6 @@ def restore(
     from ebmkit.models import load
     from ebmkit.sampling.ascent import KADKHODAIE_SIMONCELLI_ENTRY as SAMPLER
     from ebmkit.sampling.inverse import TaskOptions, find_task
-    from ebmkit.sampling.jobs.chains import Interrupted
     from ebmkit.sampling.jobs.restore import RestoreJob, read_mask
     from ebmkit.sampling.jobs.settings import parse_label, parse_options
     from ebmkit.training import parse_assignments
@@ -324,10 +322,10 @@ def sample(
     _report(document, out, len(job.cautions))
 
 
-def _check_numbers(run: Path, picture: Path, found: Tensor) -> None:
+def _check_numbers(run: Path, path: Path, found: Tensor) -> None:
     if not bool(found.isfinite().all()):
         raise UserError(
-            f"the model in {str(run)!r} gives NaN or Inf for {picture.name!r}: its training "
+            f"the model in {str(run)!r} gives NaN or Inf for {path.name!r}: its training "
             "diverged, or its weights are damaged; try `--weights best`"
         )
 
@@ -395,7 +393,6 @@ def _cells(psnr: dict[str, Any]) -> list[str]:
 
 
 def _draw(job: SamplingJob) -> None:
-    from ebmkit.sampling.jobs.chains import Interrupted
     from ebmkit.training.loop import stop_requested
 
     what = f"{job.settings.count:,} samples by {job.settings.sampler}"
@@ -410,7 +407,7 @@ def _draw(job: SamplingJob) -> None:
 
 
 def _interrupted(stopped: Interrupted, of: str, signum: int | None) -> NoReturn:
-    done = f"saved after step {stopped.done:,} of {stopped.total:,}{of}"
+    done = f"saved after step {stopped.step:,} of {stopped.total:,}{of}"
     interrupted(f"{done}. Resume by the same command.", signum)
 
 

@@ -15,7 +15,7 @@ from ebmkit.cli.console import bar, console, errors, warn
 from ebmkit.errors import UserError
 
 if TYPE_CHECKING:
-    from ebmkit.bench import Row, Setting
+    from ebmkit.bench import BenchmarkSetting, Row
 
 Kind = Literal[
     "backbones", "denoisers", "heads", "objectives", "datasets", "recipes", "suites", "samplers",
@@ -323,7 +323,7 @@ def bench(
     pick_precision(precision, where)
     pick_compile(compile_, where)
     compute = ComputeConfig.model_validate({"precision": precision, "compile": compile_})
-    base = measured.Setting("", backbone, width, image_size, batch)
+    base = measured.BenchmarkSetting("", backbone, width, image_size, batch)
     names = [name.strip() for name in objective.split(",")]
     for name in names:
         measured.timed_terms(name)
@@ -352,7 +352,7 @@ def bench(
         console.say(f"rows: {json_}")
 
 
-def _bench_table(rows: list[Row], base: Setting) -> Table:
+def _bench_table(rows: list[Row], base: BenchmarkSetting) -> Table:
     common = str(base).strip()
     table = Table(title=f"{common}, on {rows[0].device}", title_justify="left")
     table.add_column("measurement", no_wrap=True)

@@ -21,7 +21,7 @@ from typer import Argument, Option
 from ebmkit.cli.console import Reporters, TensorBoard, TrainingBar, console, interrupted
 from ebmkit.cli.evaluate import evaluate_run
 from ebmkit.cli.options import declare, options_of
-from ebmkit.errors import UserError
+from ebmkit.errors import Interrupted, UserError
 
 if TYPE_CHECKING:
     from ebmkit.distributed import DistributedContext
@@ -193,7 +193,6 @@ def reproduce(
     from ebmkit.experiments import reproduce as run_experiment
     from ebmkit.registry import find
     from ebmkit.storage import make_folder
-    from ebmkit.training import Interrupted
     from ebmkit.training.loop import Stop
 
     if more and not only:
@@ -293,7 +292,6 @@ def _fresh_folder(config: TrainConfig) -> Path:
 def _fit(trainer: Trainer, run: Path, tensorboard: bool) -> None:
     from ebmkit.data.imagesets import summarize_reasons
     from ebmkit.storage import write_atomically
-    from ebmkit.training import Interrupted
 
     config, first = trainer.config, trainer.step
     parameters = sum(p.numel() for p in trainer.model.parameters())

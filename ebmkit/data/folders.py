@@ -222,7 +222,7 @@ def load_pictures(request: DatasetRequest) -> StreamedSet:
         name="pictures",
         split="test",
         one_size=False,
-        left_out=tuple(lost),
+        excluded=tuple(lost),
     )
     return images.readable() if faults.skip else images
 
@@ -271,7 +271,7 @@ def list_folder(request: DatasetRequest, part: str, side: int | None = None) -> 
         request.name,
         request.split,
         crops=reader if side is not None and request.split == "train" else None,
-        left_out=tuple(lost),
+        excluded=tuple(lost),
     )
 
 

@@ -107,7 +107,7 @@ class CropReader(RowReader, Protocol):
         ...
 
 
-class _Images(ABC):
+class _ImageSetBase(ABC):
     """Base class of `ImageSet` and `StreamedSet`."""
 
     labels: Tensor | None
@@ -181,7 +181,7 @@ class _Images(ABC):
 
 
 @dataclass(frozen=True, eq=False)
-class ImageSet(_Images):
+class ImageSet(_ImageSetBase):
     """Images in memory on one device: a loaded data set, or your own tensors.
 
     A set made in Python works wherever a data set is expected (`ebmkit.training.Trainer`,
@@ -204,7 +204,7 @@ class ImageSet(_Images):
         split: "train", "validation" or "test".
         reader: reader of the images, if they come from a file or folder.
         rows: (N,) int64, row of each image in the reader.
-        left_out: error messages of the images that were skipped when the set was loaded.
+        excluded: error messages of the unreadable images that were excluded on loading.
 
     Raises:
         UserError: if the images are not uint8 (N, C, H, W), or a label is out of range.
@@ -217,7 +217,7 @@ class ImageSet(_Images):
     split: Split = "train"
     reader: RowReader | None = field(default=None, repr=False)
     rows: Tensor | None = field(default=None, repr=False)
-    left_out: tuple[str, ...] = ()
+    excluded: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         what = f"data set {self.name!r}"
@@ -261,7 +261,7 @@ class ImageSet(_Images):
 
 
 @dataclass(frozen=True, eq=False)
-class StreamedSet(_Images):
+class StreamedSet(_ImageSetBase):
     """Images on disk, read on demand, with the interface of `ImageSet`.
 
     Attributes:
@@ -269,7 +269,7 @@ class StreamedSet(_Images):
         rows: (N,) int64, row of each image in the reader.
         channels: 1 gray, 3 colour.
         image_size: height and width, pixels; the maxima if sizes differ.
-        labels, class_names, name, split, left_out: as in `ImageSet`.
+        labels, class_names, name, split, excluded: as in `ImageSet`.
         crops: reads crops of the whole images (``reader`` returns their centre); None: crops are
             taken from the images of ``reader``.
         one_size: whether all images have ``image_size``; if not, batches hold one image.
@@ -292,7 +292,7 @@ class StreamedSet(_Images):
     one_size: bool = True
     skip: bool = False
     skipped: dict[int, str] = field(default_factory=dict, repr=False)
-    left_out: tuple[str, ...] = ()
+    excluded: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         self._check_labels(f"data set {self.name!r}")
@@ -302,7 +302,7 @@ class StreamedSet(_Images):
 
     def loaded(self, images: Tensor) -> ImageSet:
         """Convert to an `ImageSet` with the given ``images`` (N, C, H, W)."""
-        shared = ("labels", "class_names", "name", "split", "reader", "rows", "left_out")
+        shared = ("labels", "class_names", "name", "split", "reader", "rows", "excluded")
         return ImageSet(images, **{name: getattr(self, name) for name in shared})
 
     def read(self, indices: Sequence[int], cut: Cut | None = None) -> tuple[Tensor, Tensor | None]:
@@ -364,7 +364,7 @@ class StreamedSet(_Images):
         numbers = progress_bar(range(len(self)), f"looking through {what}", progress)
         found, reasons = readable(numbers, lambda number: self.read_exactly([number]), what, warn)
         whole = self.select(torch.as_tensor(found))
-        return replace(whole, skip=False, left_out=(*self.left_out, *reasons))
+        return replace(whole, skip=False, excluded=(*self.excluded, *reasons))
 
 
 AnyImages = ImageSet | StreamedSet

@@ -39,7 +39,7 @@ from ebmkit.energy import EnergyModel, ScoreModel
 from ebmkit.errors import UserError
 from ebmkit.evaluation import statistics
 from ebmkit.evaluation.suite import (
-    Batch,
+    EvaluationBatch,
     EvaluationContext,
     Images,
     NonEmptyUnique,
@@ -67,7 +67,7 @@ NOTE = (
 )
 
 
-class AdversarialConfig(SuiteConfig):
+class AdversarialSuiteConfig(SuiteConfig):
     """Settings of the suite ``adversarial``."""
 
     sigmas: NonEmptyUnique[Sigma] = tuple(s / 255 for s in (1, 2, 5, 10, 20, 50, 100))
@@ -90,7 +90,7 @@ def difference(model: EnergyModel, y: Tensor, c: Tensor, sigma: float) -> Tensor
 
 def measure(context: EvaluationContext) -> dict[str, Any]:
     """Measure gradients at every noise level; return the document."""
-    config = context.option(AdversarialConfig)
+    config = context.option(AdversarialSuiteConfig)
     model = context.model_in(config.precision)
     assert isinstance(model, EnergyModel)
     targets = min(config.labels, model.num_classes - 1)
@@ -99,7 +99,7 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
     levels = []
     for sigma in _sigmas(context):
 
-        def of_batch(batch: Batch, sigma: float = sigma) -> dict[str, Tensor]:
+        def of_batch(batch: EvaluationBatch, sigma: float = sigma) -> dict[str, Tensor]:
             y = batch.y.double() if config.precision == "double" else batch.y
             return _measure(model, y, sigma, targets, config.lengths)
 
@@ -123,7 +123,7 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
 
 def _sigmas(context: EvaluationContext) -> list[float]:
     """The noise levels of the settings, ascending; first 0 (clean) if the model is blind."""
-    levels = sorted(set(context.option(AdversarialConfig).sigmas))
+    levels = sorted(set(context.option(AdversarialSuiteConfig).sigmas))
     return levels if context.model.noise_conditional else [0.0, *levels]
 
 
@@ -171,7 +171,7 @@ def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> 
 
 def _plot_gradients(context: EvaluationContext, document: dict[str, Any], path: Path) -> None:
     """One row per image: clean image, then noisy image and gradients at three noise levels."""
-    config = context.option(AdversarialConfig)
+    config = context.option(AdversarialSuiteConfig)
     model = context.model_in(config.precision)
     assert isinstance(model, EnergyModel)
     sigmas, images = sorted(set(config.sigmas)), context.first(ROWS)
@@ -191,8 +191,8 @@ def _plot_gradients(context: EvaluationContext, document: dict[str, Any], path: 
         with in_float32(context.device):
             posterior = model.energies(y, sigma).log_posterior().exp()
             if targets is None:  # the same at all levels, so that gradients are comparable
-                likeliest = posterior.argsort(dim=1, descending=True)
-                targets = likeliest[:, 1 : 1 + document["targets"]]
+                most_probable = posterior.argsort(dim=1, descending=True)
+                targets = most_probable[:, 1 : 1 + document["targets"]]
             gradients = [difference(model, y, c, sigma) for c in targets.T]
         groups[len(heads)] = plots.sigma_label(sigma)
         heads += ["noisy, predicted", *(f"target {k + 1}" for k in range(len(gradients)))]
@@ -281,6 +281,6 @@ ADVERSARIAL = Suite(
     table=table,
     check=check,
     passes=lambda context: len(_sigmas(context)),
-    options=AdversarialConfig,
+    options=AdversarialSuiteConfig,
     exact=True,
 )

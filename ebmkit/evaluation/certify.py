@@ -42,7 +42,7 @@ from ebmkit.energy import EnergyModel, LogDensity, tweedie
 from ebmkit.errors import UserError
 from ebmkit.evaluation import statistics
 from ebmkit.evaluation.suite import (
-    Batch,
+    EvaluationBatch,
     EvaluationContext,
     NonEmptyUnique,
     Positive,
@@ -236,7 +236,7 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
     assert images.labels is not None
     truth = images.labels.cpu()
 
-    def of_image(batch: Batch) -> dict[Any, Tensor]:
+    def of_image(batch: EvaluationBatch) -> dict[Any, Tensor]:
         found: dict[Any, Tensor] = {"unsmoothed": predict(model.logits(batch.x, 0.0))}
         for sigma in options.sigmas:
             votes = draw_votes(

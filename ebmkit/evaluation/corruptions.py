@@ -44,7 +44,7 @@ from ebmkit.errors import UserError
 from ebmkit.evaluation import statistics
 from ebmkit.evaluation.calibration import calibration_error
 from ebmkit.evaluation.suite import (
-    Batch,
+    EvaluationBatch,
     EvaluationContext,
     Images,
     NonEmptyUnique,
@@ -226,7 +226,7 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
             bad = int((~columns["psnr"].isfinite() & changed).sum()) if "psnr" in columns else 0
             if bad:
                 warnings.append(
-                    f"{name} at strength {strength}: the PSNR of the denoised image is not finite "
+                    f"{name} at strength {strength}: the PSNR of the denoised image is NaN or Inf "
                     f"on {bad} images, so the mean is undefined: the model diverged"
                 )
         corruptions[name] = {"about": corruption.description, "unit": corruption.unit, "rows": rows}
@@ -254,7 +254,7 @@ def _columns(
     """Measurements of each image, (N,), under the corruption ``name``; None: of clean images."""
     model = context.model
 
-    def measure(batch: Batch) -> Columns:
+    def measure(batch: EvaluationBatch) -> Columns:
         x = y = batch.x
         if name is not None:
             y = corrupt(x, name, constant, context.seed, batch.number)

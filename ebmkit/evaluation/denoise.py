@@ -42,7 +42,7 @@ from ebmkit.energy import (
 )
 from ebmkit.evaluation import statistics
 from ebmkit.evaluation.suite import (
-    Batch,
+    EvaluationBatch,
     EvaluationContext,
     Suite,
     interval,
@@ -157,7 +157,7 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
             own, likeness = columns[name, "psnr"], columns[name, "ssim"]
             if bad := int((~own.isfinite()).sum()):
                 warnings.append(
-                    f"{LABELS[name]} at {key}/255: PSNR is not finite on {bad} images (restored "
+                    f"{LABELS[name]} at {key}/255: PSNR is NaN or Inf on {bad} images (restored "
                     "exactly, or the model diverged), so the mean is undefined"
                 )
             gain = own - columns["noisy", "psnr"]
@@ -186,7 +186,7 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
 
 
 def _measure(
-    context: EvaluationContext, sigma: float, batch: Batch
+    context: EvaluationContext, sigma: float, batch: EvaluationBatch
 ) -> dict[tuple[str, str], Tensor]:
     """Columns (B,) by (denoiser, metric), and by ("", name) for predictions and estimated sigma."""
     model, x, y = context.model, batch.x, batch.y

@@ -54,7 +54,7 @@ from ebmkit.errors import UserError
 from ebmkit.evaluation import statistics
 from ebmkit.evaluation.generation import Generated, read_samples
 from ebmkit.evaluation.suite import (
-    Batch,
+    EvaluationBatch,
     EvaluationContext,
     Images,
     Positive,
@@ -194,7 +194,7 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
     for t in timesteps:
         where = {"t": t, "sigma": schedule.sigma(t), "abar": schedule.abar(t)}
 
-        def views(batch: Batch, t: int = t) -> Views:
+        def views(batch: EvaluationBatch, t: int = t) -> Views:
             return views_at(schedule, t, batch.x, batch.y)
 
         for (name, view), found in _energies(context, models, schedule.sigma(t), views).items():
@@ -210,7 +210,7 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
         bad = [e["t"] for _, path in paths for e in path if e["energy"]["value"] is None]
         if bad:
             warnings.append(
-                f"{name}: energies are not finite on some images from timestep {min(bad)} on, so "
+                f"{name}: energies are NaN or Inf on some images from timestep {min(bad)} on, so "
                 "their means are undefined"
             )
     if generated is not None:
@@ -235,12 +235,12 @@ def _energies(
     context: EvaluationContext,
     models: dict[str, EnergyModel],
     sigma: float,
-    views: Callable[[Batch], Views] = lambda batch: {"clean": (batch.x, 0.0)},
+    views: Callable[[EvaluationBatch], Views] = lambda batch: {"clean": (batch.x, 0.0)},
     images: Images | None = None,
 ) -> dict[tuple[str, str], Energies]:
     """Energies of all images, by (model, view)."""
 
-    def of_batch(batch: Batch) -> dict[tuple[str, str, str], Tensor]:
+    def of_batch(batch: EvaluationBatch) -> dict[tuple[str, str, str], Tensor]:
         return {
             (name, view, field): column
             for view, (x, level) in views(batch).items()

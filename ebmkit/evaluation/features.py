@@ -351,18 +351,18 @@ def mean_distance(a: Tensor) -> float:
 # --- comparison of samples with real images -------------------------------------------------------
 
 
-class Features(NamedTuple):
+class FeatureColumns(NamedTuple):
     """Columns with one entry per image, and the labels (N,) or None."""
 
     columns: Columns
     labels: Tensor | None
 
-    def among(self, labels: Tensor | None) -> Features:
+    def among(self, labels: Tensor | None) -> FeatureColumns:
         """Return the images whose label is in ``labels``; all if either is None."""
         if self.labels is None or labels is None:
             return self
         own = torch.isin(self.labels, labels)
-        return Features({name: c[own] for name, c in self.columns.items()}, self.labels[own])
+        return FeatureColumns({name: c[own] for name, c in self.columns.items()}, self.labels[own])
 
 
 def measure_guided(
@@ -407,14 +407,14 @@ def measure_guided(
     pixels, labels = _checked(samples, labels, real)
     device = device or ("cpu" if extractor.model is None else device_of(extractor.model))
 
-    def features(images: Images, own: Tensor | None) -> Features:
+    def features(images: Images, own: Tensor | None) -> FeatureColumns:
         with torch.no_grad():
             rows = [
                 columns_of_images(x.to(device), extractor, energy_model, real.num_classes, reading)
                 for x, _ in images.batches(batch_size)
             ]
         joined = {name: torch.cat([row[name].cpu() for row in rows]) for name in rows[0]}
-        return Features(joined, None if own is None else own.cpu())
+        return FeatureColumns(joined, None if own is None else own.cpu())
 
     made, known = features(ImageSet(pixels), labels), features(real, real.labels)
     spare = None if others is None else features(others, others.labels)
@@ -472,7 +472,11 @@ def _checked(samples: Tensor, labels: Tensor | None, real: Images) -> tuple[Tens
 
 
 def by_class(
-    samples: Features, real: Features, others: Features | None, names: Sequence[str], judged: bool
+    samples: FeatureColumns,
+    real: FeatureColumns,
+    others: FeatureColumns | None,
+    names: Sequence[str],
+    judged: bool,
 ) -> list[dict[str, Any]]:
     """Compute the metrics of each label of the samples.
 
@@ -525,7 +529,7 @@ def class_means(classes: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def _compared(
-    samples: Features, real: Features, others: Features | None, judged: bool
+    samples: FeatureColumns, real: FeatureColumns, others: FeatureColumns | None, judged: bool
 ) -> dict[str, Any]:
     """Compute the metrics that are both in total and by label; see `measure_guided`."""
     made, known = samples.columns["features"], real.columns["features"]
@@ -594,7 +598,7 @@ def saturation(samples: Columns, real: Columns) -> dict[str, Any]:
     }
 
 
-def energy_gap(samples: Features, real: Features) -> dict[str, Any] | None:
+def energy_gap(samples: FeatureColumns, real: FeatureColumns) -> dict[str, Any] | None:
     """``energy`` and ``joint_energy``: mean of the samples minus that of real images by label.
 
     Without labels, all images form one class. None without energies; ``joint_energy`` is None

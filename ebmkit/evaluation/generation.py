@@ -35,7 +35,7 @@ from ebmkit.evaluation.features import (
     KINDS,
     Columns,
     Extractor,
-    Features,
+    FeatureColumns,
     by_class,
     class_means,
     columns_of_images,
@@ -48,7 +48,7 @@ from ebmkit.evaluation.features import (
     saturation,
 )
 from ebmkit.evaluation.suite import (
-    Batch,
+    EvaluationBatch,
     EvaluationContext,
     Images,
     Suite,
@@ -200,11 +200,13 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
     images, generated, extractor = context.images, _samples(context), _extractor(context)
     model = context.model if isinstance(context.model, EnergyModel) else None
 
-    def see(batch: Batch) -> Columns:
+    def see(batch: EvaluationBatch) -> Columns:
         return columns_of_images(batch.x, extractor, model, images.num_classes)
 
-    def features(of: Images, labels: Tensor | None) -> Features:
-        return Features(context.columns(0.0, see, of), None if labels is None else labels.cpu())
+    def features(of: Images, labels: Tensor | None) -> FeatureColumns:
+        return FeatureColumns(
+            context.columns(0.0, see, of), None if labels is None else labels.cpu()
+        )
 
     made = ImageSet(generated.images, name="samples", split="test")
     samples, real = features(made, generated.labels), features(images, images.labels)

@@ -54,7 +54,7 @@ from ebmkit import plots
 from ebmkit.energy import EnergyModel, ScoreModel, classifies, vjp
 from ebmkit.errors import UserError
 from ebmkit.evaluation.suite import (
-    Batch,
+    EvaluationBatch,
     EvaluationContext,
     Images,
     Precision,
@@ -415,7 +415,7 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
     config = context.option(JacobianConfig)
     model = context.model_in(config.precision)
 
-    def of_image(batch: Batch) -> dict[str, Tensor]:
+    def of_image(batch: EvaluationBatch) -> dict[str, Tensor]:
         return _measure(model, batch, config, context.seed)
 
     columns = context.columns(config.sigma, of_image, context.first(config.images), batch_size=1)
@@ -439,7 +439,7 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
 
 
 def _measure(
-    model: ScoreModel, batch: Batch, config: JacobianConfig, seed: int
+    model: ScoreModel, batch: EvaluationBatch, config: JacobianConfig, seed: int
 ) -> dict[str, Tensor]:
     """Compute the columns (1, ...) of one image."""
     dtype = torch.float64 if config.precision == "double" else batch.y.dtype

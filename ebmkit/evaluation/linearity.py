@@ -42,7 +42,7 @@ from ebmkit.evaluation import statistics
 from ebmkit.evaluation.statistics import Estimate
 from ebmkit.evaluation.suite import (
     SIGMAS,
-    Batch,
+    EvaluationBatch,
     EvaluationContext,
     NonEmptyUnique,
     Suite,
@@ -219,7 +219,7 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
     levels = []
     for sigma in config.sigmas:
 
-        def of_batch(batch: Batch, sigma: float = sigma) -> dict[str, Tensor]:
+        def of_batch(batch: EvaluationBatch, sigma: float = sigma) -> dict[str, Tensor]:
             columns = linearity(model, batch.y, sigma)._asdict()
             # the linear-quadratic head's log p, -(w f)^2 / 2, has no unknown constant
             if isinstance(model, JointModel) and isinstance(model.head, LinearQuadraticHead):

@@ -65,7 +65,7 @@ from ebmkit.errors import UserError, unknown_name
 from ebmkit.evaluation import statistics
 from ebmkit.evaluation.statistics import LEVEL, Estimate
 from ebmkit.evaluation.suite import (
-    Batch,
+    EvaluationBatch,
     EvaluationContext,
     Images,
     NonEmptyUnique,
@@ -436,7 +436,7 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
     options, model = context.option(OodConfig), context.model
     names = known_scores(model, options.sigmas)
 
-    def scores(batch: Batch) -> dict[str, Tensor]:
+    def scores(batch: EvaluationBatch) -> dict[str, Tensor]:
         return scores_of(model, batch.x, options.sigmas, options.draws, context.seed)
 
     def means(columns: Mapping[str, Tensor]) -> dict[str, Estimate]:

@@ -50,7 +50,7 @@ from ebmkit.evaluation.attacks import (
 )
 from ebmkit.evaluation.statistics import accuracy
 from ebmkit.evaluation.suite import (
-    Batch,
+    EvaluationBatch,
     EvaluationContext,
     NonEmptyUnique,
     Positive,
@@ -240,7 +240,7 @@ class _Attacks:
         target, seed = self._target(defence), str(context.seed)
         one = cost * context.world.size * len(context.images) / len(self.images)
 
-        def measure(batch: Batch) -> dict[str, Tensor]:
+        def measure(batch: EvaluationBatch) -> dict[str, Tensor]:
             assert batch.labels is not None
             at, noise = (batch.x, batch.labels, epsilons), self._noise(batch.x, defence)
 
@@ -255,7 +255,7 @@ class _Attacks:
         """Root mean square change per pixel, image units, of clean images by ``defence``."""
         target = self._target(defence)
 
-        def measure(batch: Batch) -> dict[str, Tensor]:
+        def measure(batch: EvaluationBatch) -> dict[str, Tensor]:
             noise = image_noise(batch.x, defence.noises, "moved") if defence.random else None
             return {"square": (target.purify(batch.x, noise) - batch.x).flatten(1).square().mean(1)}
 
@@ -294,7 +294,7 @@ class _Attacks:
             attacks["one_step"] = Attack(norm, "one-step")
             attacks["random_noise"] = Attack(norm, "noise", restarts=NOISE_TRIES)
 
-        def measure(batch: Batch) -> dict[str, Tensor]:
+        def measure(batch: EvaluationBatch) -> dict[str, Tensor]:
             assert batch.labels is not None
             at = (batch.x, batch.labels, epsilon, self._noise(batch.x, defence))
             seed = f"check {self.context.seed}"
@@ -306,7 +306,7 @@ class _Attacks:
         return self._columns(measure, defence, self.config.cost(defence))
 
     def _columns(
-        self, measure: Callable[[Batch], dict[str, Tensor]], defence: Defence, cost: int
+        self, measure: Callable[[EvaluationBatch], dict[str, Tensor]], defence: Defence, cost: int
     ) -> dict[str, Tensor]:
         """`EvaluationContext.columns` of the attacked images, counted as ``cost`` passes."""
         channels, (height, width) = self.images.channels, self.images.image_size

@@ -37,7 +37,7 @@ from ebmkit.evaluation.robustness import (
 )
 from ebmkit.evaluation.statistics import accuracy
 from ebmkit.evaluation.suite import (
-    Batch,
+    EvaluationBatch,
     EvaluationContext,
     Images,
     Positive,
@@ -144,7 +144,7 @@ def _minimal_epsilons(
     target = DefendedClassifier(model, Defence("direct"))
     attack = Attack(config.norm, "pgd", config.steps, config.restarts, 2.5 / config.steps)
 
-    def measure(batch: Batch) -> dict[str, Tensor]:
+    def measure(batch: EvaluationBatch) -> dict[str, Tensor]:
         x, labels = batch.x, batch.labels
         assert labels is not None
         wrong = (predicted_labels(target, x, None) != labels).cpu()

@@ -390,7 +390,7 @@ def _check_finite(model: ScoreModel, images: Images) -> None:
         found.append(model.energies(x, 25 / 255).logits)
     if not all(output.isfinite().all() for output in found):
         raise UserError(
-            "outputs of this model are not finite: its training diverged, or its weights are "
+            "outputs of this model are NaN or Inf: its training diverged, or its weights are "
             "damaged"
         )
 
@@ -416,7 +416,7 @@ def _common_fields(context: EvaluationContext, split: Images, weights: str) -> d
     """The fields common to all JSON files: data, seed, model, environment and device."""
     card = context.model.card
     trained = card and {"objective": card.objective, "steps": card.steps, "dataset": card.dataset}
-    lost = getattr(split, "left_out", ())
+    lost = getattr(split, "excluded", ())
     return {
         "dataset": context.images.name,
         "split": context.images.split,

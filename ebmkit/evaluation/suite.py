@@ -88,7 +88,7 @@ class Images(Protocol):
     def batches(self, size: int, /) -> Iterable[tuple[Tensor, Tensor | None]]: ...
 
 
-class Batch(NamedTuple):
+class EvaluationBatch(NamedTuple):
     """Images x and noisy images y = x + sigma * eps, both (B, C, H, W), labels (B,) or None, and
     the index of the first image."""
 
@@ -110,7 +110,7 @@ def noisy_batches(
     batch_size: int = 250,
     device: torch.device | str = "cpu",
     world: DistributedContext | None = None,
-) -> Iterator[Batch]:
+) -> Iterator[EvaluationBatch]:
     """Yield ``images`` in order with noise at level ``sigma`` (0: none), on ``device``.
 
     Each of W processes gets every W-th batch, and also draws the noise of the other batches.
@@ -124,7 +124,7 @@ def noisy_batches(
             y = x + sigma * eps.to(x)
         if number % world.size == world.rank:
             labels = None if labels is None else labels.to(device)
-            yield Batch(x.to(device), y.to(device), labels, first)
+            yield EvaluationBatch(x.to(device), y.to(device), labels, first)
         first += len(x)
 
 
@@ -193,7 +193,7 @@ class EvaluationContext:
     def columns(
         self,
         sigma: float,
-        measure: Callable[[Batch], Mapping[K, Tensor]],
+        measure: Callable[[EvaluationBatch], Mapping[K, Tensor]],
         images: Images | None = None,
         batch_size: int | None = None,
         passes: float = 1,
@@ -248,13 +248,13 @@ class EvaluationContext:
         found = self.columns(sigma, lambda batch: self._predict(batch, sigma))
         if not found["brier"].isfinite().all():
             raise UserError(
-                "probabilities of this model are not finite: its training diverged, or its weights "
+                "probabilities of this model are NaN or Inf: its training diverged, or its weights "
                 "are damaged"
             )
         self._predictions[sigma] = found
         return found
 
-    def _predict(self, batch: Batch, sigma: float) -> dict[str, Tensor]:
+    def _predict(self, batch: EvaluationBatch, sigma: float) -> dict[str, Tensor]:
         assert isinstance(self.model, EnergyModel)
         assert batch.labels is not None
         log_posterior = self.model.energies(batch.y, sigma).log_posterior()

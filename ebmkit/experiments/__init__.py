@@ -7,8 +7,8 @@ from ebmkit.errors import UserError
 from ebmkit.experiments.figures import FIGURE_EXPERIMENTS
 from ebmkit.experiments.guidance import GUIDANCE_EXPERIMENT
 from ebmkit.experiments.report import Experiment, Report, write
-from ebmkit.experiments.runs import SCALES, ExperimentRuns, Protocol, Scale, Variant
-from ebmkit.experiments.tables import CLAIMS_EXPERIMENT, TABLE_EXPERIMENTS, TABLES, Table
+from ebmkit.experiments.runs import SCALES, ExperimentRuns, ExperimentScale, Protocol, Variant
+from ebmkit.experiments.tables import CLAIMS_EXPERIMENT, TABLE_EXPERIMENTS, TABLES, PaperTable
 from ebmkit.registry import find
 
 __all__ = [
@@ -17,10 +17,10 @@ __all__ = [
     "TABLES",
     "Experiment",
     "ExperimentRuns",
+    "ExperimentScale",
+    "PaperTable",
     "Protocol",
     "Report",
-    "Scale",
-    "Table",
     "Variant",
     "experiments_of",
     "reproduce",

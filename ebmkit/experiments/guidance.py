@@ -59,7 +59,7 @@ from ebmkit.experiments.guidance_report import compare_methods, guidance_text, s
 from ebmkit.experiments.report import (
     Experiment,
     Report,
-    Result,
+    VariantResult,
     circumstances,
     measured_facts,
     run_grid,
@@ -325,7 +325,9 @@ class _Study:
         energies = [v.name for v in (*reversed(ROBUST), PLAIN) if v in self.trained]
         self.energy = next(iter(energies), None)  # E(x) of the most robust classifier
 
-    def networks(self, results: Sequence[Result]) -> tuple[list[dict[str, Any]], list[Result]]:
+    def networks(
+        self, results: Sequence[VariantResult]
+    ) -> tuple[list[dict[str, Any]], list[VariantResult]]:
         """Descriptions of all networks, and results of the classifiers."""
         documents, classifiers = [], []
         for one in (result for result in results if result.status == "done"):
@@ -334,7 +336,7 @@ class _Study:
             if isinstance(self._model(one.variant.name), EnergyModel):
                 found = self.runs.measure(one.variant, CLASSIFY)["classify"]
                 own = facts | measured_facts([found])
-                classifiers.append(Result(one.variant, {"classify": found}, own))
+                classifiers.append(VariantResult(one.variant, {"classify": found}, own))
             named = {"name": one.variant.name, "label": one.variant.label}
             accuracy, interval = found.get("accuracy"), found.get("accuracy_interval")
             documents.append({**named, "accuracy": accuracy, "interval": interval, "facts": facts})

@@ -39,7 +39,7 @@ class Experiment(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Result:
+class VariantResult:
     """Results of a variant; documents and facts are empty if it is not finished."""
 
     variant: Variant
@@ -53,7 +53,7 @@ def run_grid(
     variants: Sequence[Variant],
     only: Sequence[str],
     protocol: Callable[[Variant], Protocol | None],
-) -> list[Result]:
+) -> list[VariantResult]:
     """Train and evaluate the variants named in ``only`` (empty: all); return results of every one.
 
     ``protocol`` returns the evaluation protocol of a variant; None: it is only trained.
@@ -71,13 +71,13 @@ def run_grid(
     return [_result(runs, variant, protocol(variant.run or variant)) for variant in variants]
 
 
-def _result(runs: ExperimentRuns, variant: Variant, protocol: Protocol | None) -> Result:
+def _result(runs: ExperimentRuns, variant: Variant, protocol: Protocol | None) -> VariantResult:
     own = variant.run or variant
     documents = runs.measured(own, protocol)
     if documents is None:
         reason = runs.stop_reason(own)
-        return Result(variant, status=f"stopped: {reason}" if reason else "not run yet")
-    return Result(variant, documents, runs.facts(own) | measured_facts(documents.values()))
+        return VariantResult(variant, status=f"stopped: {reason}" if reason else "not run yet")
+    return VariantResult(variant, documents, runs.facts(own) | measured_facts(documents.values()))
 
 
 def measured_facts(documents: Iterable[dict[str, Any]]) -> dict[str, Any]:
@@ -90,7 +90,9 @@ def measured_facts(documents: Iterable[dict[str, Any]]) -> dict[str, Any]:
     return {"data": data, "measured_by": [one["environment"]["git_commit"] for one in found]}
 
 
-def circumstances(runs: ExperimentRuns, target: str, results: Sequence[Result]) -> dict[str, Any]:
+def circumstances(
+    runs: ExperimentRuns, target: str, results: Sequence[VariantResult]
+) -> dict[str, Any]:
     """Notes below a table or figure: command, data, hardware, versions, commits."""
     ran = [one for one in results if one.status == "done"]
     facts = [one.facts for one in ran]

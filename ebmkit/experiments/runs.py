@@ -69,7 +69,7 @@ REPORTED = {
 
 
 @dataclass(frozen=True)
-class Scale:
+class ExperimentScale:
     """Settings that all variants of an experiment share."""
 
     name: str
@@ -107,15 +107,17 @@ def over_recipe(layer: Mapping[str, Any]) -> dict[str, Any]:
     return {**(RECIPES[recipe].config if recipe else {}), **own}
 
 
-def _scale(name: str, fields: dict[str, Any]) -> Scale:
+def _scale(name: str, fields: dict[str, Any]) -> ExperimentScale:
     by_task = {task: over_recipe(layer) for task, layer in fields.pop("by_task").items()}
     if name == "cpu":
         for family in ("cifar10", "imagenet"):
             fields["layer"][family]["compute"] = {"precision": _cpu_precision()}
-    return Scale(name=name, by_task=by_task, **fields)
+    return ExperimentScale(name=name, by_task=by_task, **fields)
 
 
-SCALES: dict[str, Scale] = {n: _scale(n, fields) for n, fields in read_data("scales.yaml").items()}
+SCALES: dict[str, ExperimentScale] = {
+    n: _scale(n, fields) for n, fields in read_data("scales.yaml").items()
+}
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ class Variant:
     Attributes:
         name: name for ``--only``, and of the run's folder if ``run`` is None.
         label: description in reports.
-        task: classification, denoising or joint; or another key of `Scale.by_task`.
+        task: classification, denoising or joint; or another key of `ExperimentScale.by_task`.
         layer: configuration over the scale's (nested fields of `TrainConfig`).
         paper: the paper's values, by `ebmkit.experiments.tables.METRICS`; may be empty.
         run: variant whose run this one uses; None: its own run.
@@ -207,7 +209,7 @@ class ExperimentRuns:
     """
 
     out: Path
-    scale: Scale
+    scale: ExperimentScale
     data_dir: Path | None = None
     device: str = "auto"
     seed: int = 0

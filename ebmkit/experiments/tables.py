@@ -28,7 +28,7 @@ from ebmkit.evaluation.suite import number
 from ebmkit.experiments.report import (
     Experiment,
     Report,
-    Result,
+    VariantResult,
     circumstances,
     mark,
     run_grid,
@@ -72,7 +72,7 @@ CLAIM_SIGMAS = tuple(s / 255 for s in (15, 25, 50, 75, 100, 150, 200))
 
 
 @dataclass(frozen=True)
-class Table:
+class PaperTable:
     """A table of the paper.
 
     Attributes:
@@ -106,9 +106,11 @@ for _name, _row in _DATA["rows"].items():
     ROWS[_name] = Variant(_name, **_row)
 
 
-def _table(name: str, title: str, rows: list[str], orderings: Sequence[list[str]] = ()) -> Table:
+def _table(
+    name: str, title: str, rows: list[str], orderings: Sequence[list[str]] = ()
+) -> PaperTable:
     each = tuple((a, b, metric) for a, b, *metrics in orderings for metric in metrics)
-    return Table(name, title, tuple(ROWS[row] for row in rows), each)
+    return PaperTable(name, title, tuple(ROWS[row] for row in rows), each)
 
 
 TABLES = {name: _table(name, **fields) for name, fields in _DATA["tables"].items()}
@@ -123,7 +125,10 @@ GRID = tuple(replace(ROWS[name], label=label) for name, label in _DATA["grid"].i
 
 
 def run_table(
-    table: Table, runs: ExperimentRuns, only: Sequence[str] = (), sigmas: Sequence[float] = SIGMAS
+    table: PaperTable,
+    runs: ExperimentRuns,
+    only: Sequence[str] = (),
+    sigmas: Sequence[float] = SIGMAS,
 ) -> Report:
     """Train and evaluate the variants of ``table`` named in ``only`` (empty: all).
 
@@ -153,7 +158,7 @@ def run_table(
     return Report(document, table_text(document), plots)
 
 
-def figures_of(result: Result) -> dict[str, dict[str, float]]:
+def figures_of(result: VariantResult) -> dict[str, dict[str, float]]:
     """Metrics of a variant, by `METRICS`, with ``low`` and ``high`` if there is an interval.
 
     Accuracy is in percent, PSNR in dB; each only for variants that were trained for it.
@@ -175,7 +180,7 @@ def figures_of(result: Result) -> dict[str, dict[str, float]]:
 
 
 def table_document(
-    table: Table, scale: str, results: Sequence[Result], about: Mapping[str, Any]
+    table: PaperTable, scale: str, results: Sequence[VariantResult], about: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The JSON document of ``table``."""
     heading, data = table.title, about["dataset"]

@@ -114,7 +114,7 @@ class HalfSquaredResidual(nn.Module):
             return 0.5 * upcast(residual).square().flatten(1).sum(dim=1)
 
 
-class Block(nn.Module):
+class DRUNetBlock(nn.Module):
     """Residual block x + conv(act(conv(x))); same shape."""
 
     def __init__(self, channels: int, activation: str) -> None:
@@ -141,7 +141,7 @@ class DRUNet(nn.Module):
         widths = [config.width * 2**i for i in range(4)]
 
         def blocks(channels: int) -> list[nn.Module]:
-            return [Block(channels, config.activation) for _ in range(config.blocks)]
+            return [DRUNetBlock(channels, config.activation) for _ in range(config.blocks)]
 
         def down(i: int) -> nn.Sequential:
             stride = Conv2d(widths[i], widths[i + 1], 2, 2, bias=False)

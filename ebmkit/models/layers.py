@@ -159,7 +159,7 @@ def group_norm(
     # one weight per image: autograd computes the sum over images, if it is needed
     weights = weight.expand(x.shape[0], -1)
     biases = None if bias is None else bias.expand(x.shape[0], -1)
-    out: Tensor = _GroupNorm.apply(x, weights, biases, groups, eps)[0]
+    out: Tensor = _GroupNormFunction.apply(x, weights, biases, groups, eps)[0]
     return out
 
 
@@ -182,7 +182,7 @@ def _group_norm_backward(
 
 
 @positional
-class _GroupNorm(torch.autograd.Function):
+class _GroupNormFunction(torch.autograd.Function):
     """Group normalisation: the output, and mean and 1/s of each group, (1, B * groups)."""
 
     generate_vmap_rule = True

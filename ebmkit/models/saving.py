@@ -172,7 +172,7 @@ def _warn_non_finite(model: ScoreModel, path: Path) -> None:
     if bad:
         more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
         warnings.warn(
-            f"{str(path)!r} holds weights that are not finite ({', '.join(bad[:3])}{more}): "
+            f"{str(path)!r} holds weights that are NaN or Inf ({', '.join(bad[:3])}{more}): "
             "training diverged, and the model's outputs have no meaning",
             stacklevel=3,
         )

@@ -79,7 +79,7 @@ class WideResNetConfig(BackboneConfig):
         return WideResNet(in_channels, self)
 
 
-class Block(nn.Module):
+class WideResNetBlock(nn.Module):
     """Two pre-activated convolutions and a shortcut: (B, C, H, W) -> (B, C', H/s, W/s)."""
 
     def __init__(self, channels: int, out: int, stride: int, config: WideResNetConfig) -> None:
@@ -128,7 +128,7 @@ class WideResNet(MeanPooled):
         for width, stride in zip((1, 2, 4), (1, 2, 2), strict=True):
             for i in range(count):
                 blocks.append(
-                    Block(channels, config.width * width, stride if i == 0 else 1, config)
+                    WideResNetBlock(channels, config.width * width, stride if i == 0 else 1, config)
                 )
                 channels = config.width * width
         self.blocks = nn.ModuleList(blocks)

@@ -66,8 +66,8 @@ __all__ = [
     "TRADES",
     "TRADES_START_STD",
     "AdversarialConfig",
-    "Attack",
     "TradesConfig",
+    "TrainingAttack",
     "divergence",
 ]
 
@@ -135,7 +135,7 @@ class TradesConfig(AdversarialConfig):
         return self
 
 
-class Attack:
+class TrainingAttack:
     """Attacks the images of a run's batches; returned by `Objective.prepare` of adv and trades.
 
     Args:
@@ -208,10 +208,10 @@ class Attack:
         shape = (total, *y.shape[1:])
         if self.on_divergence:
             nudge = torch.randn(shape, generator=generator, device=y.device, dtype=y.dtype)
-            return _kept(y + TRADES_START_STD * nudge[own], batch), other
+            return _clipped(y + TRADES_START_STD * nudge[own], batch), other
         radius = per_image(config.eps * _scale(batch, config), y)
         offset = unit_ball(config.norm, shape, generator, y.dtype)
-        return _kept(y + radius * offset[own], batch), other
+        return _clipped(y + radius * offset[own], batch), other
 
     def _pgd(
         self,
@@ -273,7 +273,7 @@ def _bounds(batch: Batch) -> tuple[Tensor, Tensor]:
     return zero.masked_fill(noisy, -torch.inf), (zero + 1).masked_fill(noisy, torch.inf)
 
 
-def _kept(start: Tensor, batch: Batch) -> Tensor:
+def _clipped(start: Tensor, batch: Batch) -> Tensor:
     low, high = (per_image(bound, start) for bound in _bounds(batch))
     return torch.clamp(start, low, high)  # type: ignore[arg-type]
 
@@ -320,7 +320,7 @@ def adversarial_training(config: AdversarialConfig) -> Objective:
         family="adversarial",
         needs_labels=True,
         needs_energies=False,
-        prepare=lambda context: Attack(context, config),
+        prepare=lambda context: TrainingAttack(context, config),
         columns=("attacked",),
         extra_passes=_passes(config, 0),
         card=_attack_text(config),
@@ -344,7 +344,7 @@ def trades(config: TradesConfig) -> Objective:
         loss=loss,
         family="adversarial",
         needs_labels=True,
-        prepare=lambda context: Attack(context, config, on_divergence=True),
+        prepare=lambda context: TrainingAttack(context, config, on_divergence=True),
         columns=("attacked",),
         extra_passes=_passes(config, 1),
         card=_attack_text(config),

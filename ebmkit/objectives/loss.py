@@ -222,7 +222,7 @@ class TrainingLoss(nn.Module):
             that activations of only one are kept; this module sums over the streams it is given.
         use_autograd: whether to compute scores by `torch.autograd.grad` instead of
             `torch.func.vjp`; the values are equal (see `ebmkit.energy.value_and_grads`).
-        differentiates: whether the loss differentiates the model with respect to its input.
+        needs_input_gradient: whether the loss differentiates the model with respect to its input.
         balanced: names of the balanced terms.
         running: running means of the balanced terms, (len(balanced),).
     """
@@ -244,7 +244,7 @@ class TrainingLoss(nn.Module):
         self.precision: Precision = "fp32"
         self.separate, self.use_autograd = False, True
         matching = any(term.objective.needs_score for term in terms)
-        self.differentiates = matching and model.is_energy_based
+        self.needs_input_gradient = matching and model.is_energy_based
         self.balanced = tuple(term.name for term in terms if term.balanced)
         self.register_buffer("running", torch.ones(len(self.balanced)), persistent=False)
 
@@ -385,7 +385,7 @@ class TrainingLoss(nn.Module):
 
     def _to_memory_format(self, y: Tensor, differentiate: bool) -> Tensor:
         layout = memory_format(y.device, differentiate)
-        if y.ndim == 4 and layout != memory_format(y.device, self.differentiates):
+        if y.ndim == 4 and layout != memory_format(y.device, self.needs_input_gradient):
             return y.contiguous(memory_format=layout)  # else the parameters' layout decides
         return y
 

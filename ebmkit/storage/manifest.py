@@ -37,8 +37,9 @@ MANIFEST = "manifest.json"
 FORMAT = 2
 """Format version of run folders; version 1 had no manifest."""
 
-FOLDERS = ("checkpoints", "breaches", "evaluation", "energies")
-"""Subfolders whose files the manifest lists, besides those in the run folder itself."""
+FOLDERS = ("checkpoints", "rollbacks", "breaches", "evaluation", "energies")
+"""Subfolders whose files the manifest lists, besides those in the run folder itself.
+``breaches`` is the name of ``rollbacks`` in runs from before December 2026."""
 
 LARGEST_MANIFEST, LARGEST_FILE = 16 * MIB, 2**34
 """Maximum bytes of a manifest and of another file."""

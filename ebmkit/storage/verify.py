@@ -134,7 +134,7 @@ def repair_run(root: Path, growing: Iterable[str] = ()) -> None:
 def stale_temporary_files(root: Path) -> Iterator[Path]:
     """Yield temporary files of killed processes; the caller must hold the lock of the folder."""
     now = time.time()
-    for folder in (root, root / "checkpoints", root / "breaches"):
+    for folder in (root, *(root / name for name in ("checkpoints", "rollbacks", "breaches"))):
         for path in folder.glob(f".*{PARTIAL}"):
             ours = folder != root or path.name[1:].startswith(WRITTEN_ALONE)
             if ours or now - path.stat().st_mtime > OLD:

@@ -1,5 +1,6 @@
 """Training: configuration, recipes, training loop and run folder."""
 
+from ebmkit.errors import Interrupted
 from ebmkit.training.config import (
     RECIPES,
     DataConfig,
@@ -9,7 +10,7 @@ from ebmkit.training.config import (
     read_config,
     resolve,
 )
-from ebmkit.training.loop import Interrupted, Reporter, Trainer
+from ebmkit.training.loop import Reporter, Trainer
 from ebmkit.training.run_folder import RunFolder
 
 __all__ = [

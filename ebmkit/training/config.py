@@ -174,7 +174,7 @@ class StreamsConfig(_Config):
     generate: StreamConfig = StreamConfig()
 
 
-class WatchConfig(_Config):
+class RollbackConfig(_Config):
     """Divergence limits of a run that needs negatives, and mitigations."""
 
     gap: float = Field(50.0, gt=0)
@@ -184,7 +184,7 @@ class WatchConfig(_Config):
     gradient: float = Field(1000.0, gt=1)
     """maximum ratio of the gradient norm to its running mean"""
     every: int = Field(50, ge=1, description="steps between rollback snapshots")
-    breaches: int = Field(10, ge=0, description="maximum number of rollbacks")
+    max_rollbacks: int = Field(10, ge=0, description="maximum number of rollbacks")
     order: tuple[Literal["rate", "steps", "penalty"], ...] = Field(
         ("rate", "steps", "penalty"), min_length=1
     )
@@ -208,7 +208,7 @@ class TrainConfig(_Config):
     """objective -> stream, to override its own; {ce: denoise} shares one forward pass"""
     optimizer: OptimizerConfig = OptimizerConfig()
     negatives: NegativesConfig = NegativesConfig()
-    watch: WatchConfig = WatchConfig()
+    rollback: RollbackConfig = RollbackConfig()
     steps: int = Field(1000, ge=1, description="number of optimiser steps")
     seed: int = Field(0, ge=0, lt=2**63)
     """random seed of initial weights, data order, augmentation and noise"""
@@ -221,6 +221,11 @@ class TrainConfig(_Config):
     checkpoint_every: int = Field(500, ge=1, description="steps between checkpoints")
     keep_checkpoints: int = Field(2, ge=1, description="number of newest checkpoints to keep")
     plugins: tuple[Plugin, ...] = Field((), description="plugins that the run needs")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_former_names(cls, values: Any) -> Any:
+        return _current_names(values) if isinstance(values, Mapping) else values
 
     def objective_settings(self) -> dict[str, ObjectiveConfig | None]:
         """Settings of each objective by its name; None for an objective without settings."""
@@ -299,7 +304,7 @@ def resolve(*layers: Mapping[str, Any], recipe: str | None = None) -> TrainConfi
     Raises:
         UserError: on an unknown name, an unknown field or an illegal value.
     """
-    layers = tuple(_move_terms(layer) for layer in layers)
+    layers = tuple(_move_terms(_current_names(layer)) for layer in layers)
     for layer in layers:
         check_plugins(layer.get("plugins", ()), "this run")
     base = find("recipe", RECIPES, recipe).config if recipe else {}
@@ -388,6 +393,16 @@ def _implied(raw: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]
             if term.objective.implies is not None
         )
     )
+
+
+def _current_names(layer: Mapping[str, Any]) -> Mapping[str, Any]:
+    """``layer`` with ``rollback.max_rollbacks``, ``watch.breaches`` until December 2026."""
+    own = layer.get("watch")
+    if not isinstance(own, Mapping):
+        return layer
+    rest = {key: value for key, value in layer.items() if key != "watch"}
+    renamed = {"max_rollbacks" if key == "breaches" else key: value for key, value in own.items()}
+    return merge({"rollback": renamed}, rest)
 
 
 def _move_terms(layer: Mapping[str, Any]) -> Mapping[str, Any]:

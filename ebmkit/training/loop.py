@@ -27,7 +27,7 @@ from ebmkit.data.streams import prefetch
 from ebmkit.data.workers import translate_worker_errors
 from ebmkit.distributed import DistributedContext, device_of_rank
 from ebmkit.energy import ScoreModel
-from ebmkit.errors import UserError
+from ebmkit.errors import Interrupted, UserError
 from ebmkit.models import ModelConfig
 from ebmkit.models.saving import model_files
 from ebmkit.objectives import parse_objective
@@ -63,15 +63,6 @@ from ebmkit.training.state import SkippedSamples, TrainingState
 from ebmkit.training.step import OutOfMemory, StepStats, TrainingStep, translate_out_of_memory
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-class Interrupted(Exception):
-    """Training was stopped by ``signal`` (None: another process received it) after ``step``, and
-    its state was saved."""
-
-    def __init__(self, step: int, signum: int | None = None) -> None:
-        super().__init__(f"interrupted after step {step}")
-        self.step, self.signal = step, signum
 
 
 @dataclass
@@ -209,7 +200,7 @@ class Trainer:
             )
         self.rollback: Rollback | None = None
         for name, negatives in chains.items():
-            self.rollback = Rollback(config.watch, name, negatives, self.state)
+            self.rollback = Rollback(config.rollback, name, negatives, self.state)
         self.validator: Validation | None = None
         measured = make_loss(self.trained, config, training=False).to(device)
         if self.validation is not None and len(self.validation) and measured.terms:
@@ -275,7 +266,7 @@ class Trainer:
                 if validate or save:
                     self.stopwatch.restart()
                 if asked:
-                    raise Interrupted(self.step, stop.signal)
+                    raise Interrupted(self.step, self.config.steps, stop.signal)
         return self.trained.eval()
 
     def try_steps(self, count: int) -> None:
@@ -295,8 +286,8 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """State for an exact resume, without the replay buffer: tensors and plain values."""
-        watch = self.rollback.state_dict() if self.rollback else None
-        return {**self.state.state_dict(), "watch": watch}
+        rollback = self.rollback.state_dict() if self.rollback else None
+        return {**self.state.state_dict(), "rollback": rollback}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume from a checkpoint: a `state_dict`, with the replay buffer if there is one.
@@ -311,7 +302,7 @@ class Trainer:
             )
         self.card.steps = self.step
         if self.rollback is not None:
-            self.rollback.load_state_dict(state.get("watch"), state.get("buffer"))
+            self.rollback.load_state_dict(state.get("rollback"), state.get("buffer"))
         if self.run is not None:
             self.run.truncate_metrics(self.step)
             self.state.best.restore(self.run)

@@ -314,7 +314,7 @@ def _stream(found: Mapping[str, Any]) -> str:
     if rows and len(rows) == found["size"]:
         return f"none of the {len(rows)} images is finite by itself"
     if rows:
-        return f"not finite by themselves: images {_some([_image(row) for row in rows])}"
+        return f"NaN or Inf by themselves: images {_some([_image(row) for row in rows])}"
     images = f"images {_some([str(n) for n in found['indices']])}"
     if rows is None:
         return images
@@ -326,7 +326,7 @@ def _stream(found: Mapping[str, Any]) -> str:
 def _image(row: Mapping[str, Any]) -> str:
     words = [" and ".join(row["terms"]) or "its gradient", f"sigma {row['sigma']}"]
     words += [] if row["label"] is None else [f"label {row['label']}"]
-    words += [f"{name} not finite" for name, fine in row["finite"].items() if not fine]
+    words += [f"{name} NaN or Inf" for name, fine in row["finite"].items() if not fine]
     file = f" ({shown(row['file'])})" if "file" in row else ""
     return f"{row['image']}{file} [{', '.join(words)}]"
 
@@ -334,7 +334,7 @@ def _image(row: Mapping[str, Any]) -> str:
 def _sizes(rows: list[Mapping[str, Any]]) -> str:
     shares = [(row, row["not_finite"] / row["entries"]) for row in rows[:SHOWN_LARGEST]]
     return ", ".join(
-        f"{row['parameter']} {row['largest']}{f' ({bad:.0%} not finite)' if bad else ''}"
+        f"{row['parameter']} {row['largest']}{f' ({bad:.0%} NaN or Inf)' if bad else ''}"
         for row, bad in shares
     )
 

@@ -3,7 +3,7 @@ r"""Divergence detection and rollback, for objectives that need negatives.
 Maximum likelihood with short chains does not minimise a fixed function. When the chains no longer
 follow the model, the energy difference between negatives and images,
 :math:`g = \overline{\log p(\tilde y)} - \overline{\log p(y)}`, diverges, then the gradients, then
-the weights. So the monitor checks after each step (limits: `WatchConfig`):
+the weights. So the monitor checks after each step (limits: `RollbackConfig`):
 
 ========  =============================================================================
 finite    all losses and the gradient, for NaN and Inf
@@ -33,7 +33,7 @@ from torch import Tensor
 from ebmkit.errors import UserError, validated
 from ebmkit.objectives.likelihood import Negatives
 from ebmkit.sampling.entry import ReplayBuffer
-from ebmkit.training.config import WatchConfig
+from ebmkit.training.config import RollbackConfig
 from ebmkit.training.state import Saved, TrainingState, check_tensor
 from ebmkit.training.step import StepStats
 
@@ -94,7 +94,7 @@ class Snapshot(NamedTuple):
     """Best weights at that step; in a checkpoint a tensor of their bytes."""
 
 
-class SavedWatch(Saved):
+class SavedRollback(Saved):
     """Part of a checkpoint for `Rollback`, without the chains, which have their own file."""
 
     remedies: Mitigations
@@ -108,7 +108,7 @@ class SavedWatch(Saved):
 class DivergenceMonitor:
     """Checks the statistics of each step, keeps the newest snapshots, and counts divergences."""
 
-    def __init__(self, config: WatchConfig) -> None:
+    def __init__(self, config: RollbackConfig) -> None:
         self.config, self.mitigations = config, Mitigations()
         self.history, self.snapshots = list[Divergence](), list[Snapshot]()  # oldest first
         self.gap, self.gradient = 0.0, math.nan  # both smoothed
@@ -121,13 +121,15 @@ class DivergenceMonitor:
             return stats.fault
         self.gap = SMOOTH * self.gap + (1 - SMOOTH) * gap
         if abs(self.gap) > limits.gap or abs(gap) > 10 * limits.gap:
-            return f"log p of samples and data differ by {gap:.4g} nats (watch.gap={limits.gap:g})"
+            return (
+                f"log p of samples and data differ by {gap:.4g} nats (rollback.gap={limits.gap:g})"
+            )
         if not sample <= limits.sample:
             far = f"samples lie {sample:.4g} from gray, in image units"
-            return f"{far} (watch.sample={limits.sample:g})"
+            return f"{far} (rollback.sample={limits.sample:g})"
         if norm > limits.gradient * usual:
             large = f"the gradient's norm is {norm:.4g}, usually {usual:.4g}"
-            return f"{large} (watch.gradient={limits.gradient:g})"
+            return f"{large} (rollback.gradient={limits.gradient:g})"
         known = math.isfinite(usual)
         self.gradient = SMOOTH * usual + (1 - SMOOTH) * norm if known else norm
         return None
@@ -142,7 +144,7 @@ class DivergenceMonitor:
         old = [s for s in self.snapshots if s.step <= at - self.config.every / 2]
         self.snapshots = old or self.snapshots[:1]
         change: str | None = None
-        if len(self.history) < self.config.breaches:
+        if len(self.history) < self.config.max_rollbacks:
             change = self.config.order[len(self.history) % len(self.config.order)]
             self.mitigations = self.mitigations.after(change)
         found = Divergence(at, reason, self.snapshots[-1].step, change)
@@ -156,7 +158,7 @@ class Rollback:
     back on divergence."""
 
     def __init__(
-        self, config: WatchConfig, term: str, negatives: Negatives, state: TrainingState
+        self, config: RollbackConfig, term: str, negatives: Negatives, state: TrainingState
     ) -> None:
         self.monitor, self.negatives = DivergenceMonitor(config), negatives
         self.state, self._term = state, term
@@ -168,7 +170,7 @@ class Rollback:
 
     def check(self, stats: StepStats) -> str | None:
         """Return why the run has diverged in the last step; if it has not, take a snapshot every
-        ``watch.every`` steps and return None."""
+        ``rollback.every`` steps and return None."""
         reason = self.monitor.check(stats, stats.parts[self._term], self.sample_rms())
         if reason is None and self.state.step % self.monitor.config.every == 0:
             self.snapshot()
@@ -199,12 +201,12 @@ class Rollback:
     def row(self, divergence: Divergence, detail: list[str] | None) -> dict[str, Any]:
         """Metrics row of ``divergence``; ``detail`` is the diagnosis of NaN or Inf."""
         return {
-            "kind": "breach",
+            "kind": "rollback",
             "step": divergence.back,
             "at": divergence.at,
             "reason": divergence.reason,
             "change": divergence.change,
-            "told": divergence.sentence(),
+            "message": divergence.sentence(),
             **self.monitor.mitigations._asdict(),
         } | ({} if detail is None else {"detail": detail})
 
@@ -245,7 +247,7 @@ class Rollback:
         images = ReplayBuffer.read_images(buffer, "the replay buffer of the checkpoint")
         own, monitor = self.negatives.buffer.images, self.monitor
         check_tensor("the replay buffer", images, own)
-        saved = validated(SavedWatch, state, "the checkpoint: watch")
+        saved = validated(SavedRollback, state, "the checkpoint: rollback")
         own.copy_(images)
         monitor.mitigations, monitor.history = saved.remedies, saved.history
         monitor.gap, monitor.gradient, monitor.snapshots = saved.gap, saved.gradient, []

@@ -213,7 +213,7 @@ class RunFolder:
             files: other files to write with it.
             keep: number of checkpoints to keep, including this one.
             rolled_back: after a rollback to ``state``: number of the rollback, from 1, and its row
-                of metrics. The rows after ``step`` are moved to ``breaches/``.
+                of metrics. The rows after ``step`` are moved to ``rollbacks/``.
 
         Raises:
             UserError: if writing fails, for example on a full disk; all files are unchanged.
@@ -227,7 +227,7 @@ class RunFolder:
             state = state | {"buffer": {"file": Path(name).name, "sha256": digest}}
         if rolled_back is not None:
             number, row = rolled_back
-            written[f"breaches/{number:02}.jsonl"] = as_lines(
+            written[f"rollbacks/{number:02}.jsonl"] = as_lines(
                 [own for own in self.metrics() if own["step"] > step]
             )
             written[METRICS] = self.log_file.up_to(step) + as_lines([row])
@@ -356,7 +356,8 @@ class SavedHead(BaseModel):
     step: NonNegativeInt
     best: float = math.inf
     seconds: float = 0.0
-    watch: dict[Any, Any] | None = None
+    rollback: dict[Any, Any] | None = None
+    watch: dict[Any, Any] | None = None  # name of ``rollback`` until December 2026
     buffer: dict[Any, Any] | None = None
 
 
@@ -371,4 +372,6 @@ def _unpacked(content: bytes, path: Path) -> dict[str, Any]:
         SavedHead.model_validate(state)
     except (UserError, ValidationError):
         raise DamagedFile(f"{str(path)!r} is damaged: it cannot be read as a checkpoint") from None
+    if "watch" in state:
+        state["rollback"] = state.pop("watch")
     return state

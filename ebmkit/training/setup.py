@@ -149,14 +149,14 @@ def warn_if_at_chance(
     A rate that is too high does not always give NaN. ``means`` are results of the last validation.
     """
     matching = [t.name for t in loss.terms if t.objective.scale is not Scale.PLAIN]
-    told = dict.fromkeys(matching, "that of a score of zero (1)")
+    chance = dict.fromkeys(matching, "that of a score of zero (1)")
     idle = {name: means[name] >= CHANCE_THRESHOLDS["score"] for name in matching}
     if "ce" in means and classes > 1:
-        told["ce"] = f"that of guessing (log {classes} = {math.log(classes):.2f})"
+        chance["ce"] = f"that of guessing (log {classes} = {math.log(classes):.2f})"
         idle["ce"] = means["ce"] >= CHANCE_THRESHOLDS["ce"] * math.log(classes)
     if config.steps < MIN_STEPS or not idle or not all(idle.values()):
         return
-    found = " and ".join(f"{name} = {means[name]:.2f} is {told[name]}" for name in sorted(idle))
+    found = " and ".join(f"{name} = {means[name]:.2f} is {chance[name]}" for name in sorted(idle))
     warnings.warn(
         f"learnt nothing: {found}: the rate (optimizer.lr = {config.optimizer.lr:g}) may be too "
         f"high, or {config.steps:,} steps too few",

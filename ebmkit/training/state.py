@@ -1,7 +1,7 @@
 """The state of a run as saved in a checkpoint, and checks of a state that is loaded.
 
 A checkpoint is a `SavedState` with ``precision``, for result tables, and, if an objective needs
-negatives, ``watch``: divergences and snapshots (`ebmkit.training.rollback`).
+negatives, ``rollback``: divergences and snapshots (`ebmkit.training.rollback`).
 
 It may come from an untrusted source, and fused optimisers do not check the sizes of their tensors:
 with moments of another shape they would read and write out of bounds. So the type of every entry
@@ -9,7 +9,8 @@ and the shape of every tensor are checked before anything is restored.
 
 Checkpoints of earlier versions load. Until 2026-11-20 ``running`` was a mapping from term to mean,
 and the optimiser was not fused. Until 2026-11-25 there was no ``seconds``, ``precision`` or
-``watch``. Until 2026-11-26 ``watch`` had no ``kept``: the run then starts without snapshots.
+``rollback``, which had no ``kept`` until 2026-11-26 (the run then starts without snapshots) and was
+called ``watch`` until December 2026.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ class SkippedSamples:
         self, images: AnyImages, streams: Mapping[str, Stream], world: DistributedContext
     ) -> None:
         self.found: dict[int, str] = {}  # index of an image in the set -> why it cannot be read
-        self._before, self._streams, self._world = images.left_out, streams, world
+        self._before, self._streams, self._world = images.excluded, streams, world
         self._may = isinstance(images, StreamedSet) and images.skip
 
     @property
@@ -174,7 +175,7 @@ class TrainingState:
             UserError: if it does not fit this run.
         """
         update = self.update
-        state = {"seconds": 0.0, "best": math.inf, "precision": None, "watch": None, **state}
+        state = {"seconds": 0.0, "best": math.inf, "precision": None, **state}
         if isinstance(state.get("running"), dict):
             means = [state["running"].get(name, 1.0) for name in update.loss.balanced]
             try:

@@ -121,7 +121,7 @@ class TrainingStep:
         set_tf32(self.device, self.precision)
         loss.precision = self.precision
         subsample_before_1x1(loss.model)  # ebmkit's models do this themselves; others may not
-        loss.model.to(memory_format=memory_format(self.device, loss.differentiates))
+        loss.model.to(memory_format=memory_format(self.device, loss.needs_input_gradient))
         flush_denormals(self.device)
         keep_freed_memory(self.device)
         self._parallel: nn.Module | None = None  # created with the first batch
@@ -135,10 +135,8 @@ class TrainingStep:
         self._values = torch.zeros(len(self.names) + 2, device=self.device)  # parts, stop, norm
         self._failed = torch.zeros((), device=self.device)
         self._done = torch.zeros_like(self._failed)
-        self._taken, self._optimizer_was_empty = (
-            0,
-            True,
-        )  # steps so far; whether the optimiser was new
+        self._taken = 0  # steps since `reset`
+        self._optimizer_was_empty = True  # before the first of these steps
         optimizer.found_inf = self._failed  # type: ignore[attr-defined]  # optimisers read it
 
     def __call__(self, batches: Mapping[str, Batch], rate: float, stop: bool = False) -> None:
@@ -244,7 +242,7 @@ class TrainingStep:
     def _may_compile(self) -> bool:
         """Whether to compile; raises a `UserError` if compilation is required but impossible."""
         wanted = pick_compile(self.compute.compile, self.device)
-        if wanted and self.loss.differentiates and self.loss.model.has_batch_norm:
+        if wanted and self.loss.needs_input_gradient and self.loss.model.has_batch_norm:
             if self.compute.compile == "on":
                 raise UserError(
                     "a model with BatchNorm whose score is trained cannot be compiled: use "

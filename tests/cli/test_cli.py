@@ -220,14 +220,18 @@ def test_training_on_a_packed_folder(tmp_path):
 
 @pytest.mark.slow
 def test_diverging_run_reports_each_rollback_and_exits_with_2(tmp_path):
-    arguments = ["--set=watch.breaches=1", "--set=optimizer.lr=3", "--set=validation_images=0"]
+    arguments = [
+        "--set=rollback.max_rollbacks=1",
+        "--set=optimizer.lr=3",
+        "--set=validation_images=0",
+    ]
     arguments += ["--set=negatives.steps=2", "--set=negatives.buffer_size=128", "--width=8"]
     ended = ebmkit_command(
         "train", "--objective=jem", "--steps=40", "--no-evaluate", *arguments, cwd=tmp_path
     )
     assert ended.returncode == 2
-    assert "breach: step " in ended.stderr
+    assert "rollback: step " in ended.stderr
     assert "back to step 0, learning rate times 0.3" in ended.stderr
     assert "diverged 2 times and is given up" in ended.stderr
     (run,) = (tmp_path / "runs").iterdir()
-    assert len(list((run / "breaches").iterdir())) == 2
+    assert len(list((run / "rollbacks").iterdir())) == 2

@@ -85,7 +85,7 @@ def test_skipped_images_in_memory_are_counted_in_a_warning(folder):
     assert len(found) == 22
     assert found.labels.bincount().tolist() == [11, 11]
     (message,) = messages
-    assert len(found.left_out) == 2
+    assert len(found.excluded) == 2
     assert "2 of 24 images of set/test cannot be read and are skipped: " in message
     assert "03.png" in message
     assert "07.png" in message
@@ -174,8 +174,8 @@ def test_resumed_run_counts_skipped_images_like_an_uninterrupted_one(folder, tmp
 def test_readable_excludes_unreadable_training_images(folder):
     images = images_of(small_config(folder, unreadable="skip").dataset, "train")
     found = images.readable()
-    assert len(found) == len(images) - len(found.left_out)
-    assert 1 <= len(found.left_out) <= 2  # the other may be a validation image
+    assert len(found) == len(images) - len(found.excluded)
+    assert 1 <= len(found.excluded) <= 2  # the other may be a validation image
     assert sum(len(x) for x, _ in images.batches(5)) == len(found)
     assert {len(x) for x, _ in found.batches(len(found))} == {len(found)}
 

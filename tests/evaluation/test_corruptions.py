@@ -280,7 +280,7 @@ def test_nan_outputs_give_warning(network, random_images):
         corruptions=["blur"],
         strengths=[1],
     )
-    assert any("not finite on 30 images" in line for line in found["warnings"])
+    assert any("NaN or Inf on 30 images" in line for line in found["warnings"])
     (row,) = found["corruptions"]["blur"]["rows"]
     assert row["psnr"]["value"] is None
 

@@ -18,7 +18,7 @@ from torch import nn
 from ebmkit import GaussianMixture, UserError
 from ebmkit.evaluation.features import (
     Extractor,
-    Features,
+    FeatureColumns,
     classifier_of,
     energy_gap,
     frechet_distance,
@@ -243,18 +243,23 @@ def test_energy_gap_is_welch_interval_weighted_by_labels_of_samples():
     g = torch.Generator().manual_seed(1)
     made, known = torch.randn(30, generator=g) - 2, 3 * torch.randn(50, generator=g)
     ones, others = torch.ones(30).long(), torch.ones(50).long()
-    gap = energy_gap(Features({"energy": made}, ones), Features({"energy": known}, others))
+    gap = energy_gap(
+        FeatureColumns({"energy": made}, ones), FeatureColumns({"energy": known}, others)
+    )
     test = scipy.stats.ttest_ind(made.double(), known.double(), equal_var=False)
     interval = test.confidence_interval(0.95)
     assert gap["joint_energy"] is None
     assert gap["energy"].value == pytest.approx(float(made.mean() - known.mean()), abs=1e-6)
     assert (gap["energy"].low, gap["energy"].high) == pytest.approx(tuple(interval), rel=1e-6)
-    assert energy_gap(Features({"energy": made}, None), Features({"energy": known}, None)) == gap
+    assert (
+        energy_gap(FeatureColumns({"energy": made}, None), FeatureColumns({"energy": known}, None))
+        == gap
+    )
     # classes at -10 and 10: samples of the first have no gap, though the mean of all images is 0
-    real = Features({"energy": torch.tensor([-11.0, -9, 9, 11])}, torch.tensor([0, 0, 1, 1]))
-    first = Features({"energy": torch.tensor([-10.0, -10])}, torch.tensor([0, 0]))
+    real = FeatureColumns({"energy": torch.tensor([-11.0, -9, 9, 11])}, torch.tensor([0, 0, 1, 1]))
+    first = FeatureColumns({"energy": torch.tensor([-10.0, -10])}, torch.tensor([0, 0]))
     assert energy_gap(first, real)["energy"].value == 0
-    none = Features({"energy": torch.tensor([1.0])}, torch.tensor([2]))
+    none = FeatureColumns({"energy": torch.tensor([1.0])}, torch.tensor([2]))
     assert math.isnan(energy_gap(none, real)["energy"].value)
 
 
@@ -264,9 +269,9 @@ def test_intervals_of_energy_gap_cover_the_truth(model_and_images):
     missed = 0
     for _ in range(200):
         labels = torch.arange(30) % 3
-        real = Features({"energy": labels + torch.randn(30, generator=g)}, labels)
+        real = FeatureColumns({"energy": labels + torch.randn(30, generator=g)}, labels)
         few = labels[:12]
-        made = Features({"energy": few - 0.5 + 2 * torch.randn(12, generator=g)}, few)
+        made = FeatureColumns({"energy": few - 0.5 + 2 * torch.randn(12, generator=g)}, few)
         gap = energy_gap(made, real)["energy"]
         missed += not gap.low < -0.5 < gap.high
     assert missed <= 22

@@ -270,7 +270,7 @@ def test_every_suite_refuses_a_diverged_model(network, random_images, tmp_path, 
     with torch.no_grad():
         for parameter in broken.parameters():
             parameter.fill_(torch.nan)
-    with pytest.raises(UserError, match="not finite: its training diverged"):
+    with pytest.raises(UserError, match="NaN or Inf: its training diverged"):
         evaluate(broken, random_images, [suite], tmp_path)
 
 

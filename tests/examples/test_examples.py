@@ -54,7 +54,7 @@ def test_jem_samples_are_drawn_and_classified(tmp_path):
 
 
 @pytest.mark.slow
-def test_jem_on_digits_trains_without_a_breach(tmp_path):
+def test_jem_on_digits_trains_without_rollbacks(tmp_path):
     """Target: accuracy of at least 97 %, and samples that another classifier recognises."""
     found = example("jem_digits").main(tmp_path / "jem")
     assert found["breaches"] == 0

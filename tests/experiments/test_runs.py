@@ -9,15 +9,23 @@ import pytest
 import torch
 
 from ebmkit import UserError, load
-from ebmkit.experiments import SCALES, TABLES, ExperimentRuns, Protocol, Scale, Variant, write
+from ebmkit.errors import Interrupted
+from ebmkit.experiments import (
+    SCALES,
+    TABLES,
+    ExperimentRuns,
+    ExperimentScale,
+    Protocol,
+    Variant,
+    write,
+)
 from ebmkit.experiments.runs import exclusive
 from ebmkit.experiments.tables import run_table, table_text
 from ebmkit.models.saving import weights_file
-from ebmkit.training import Interrupted
 
 pytestmark = pytest.mark.usefixtures("count_memory_once")
 
-TINY = Scale(
+TINY = ExperimentScale(
     "tiny",
     "four steps",
     {"cifar10": "digits", "imagenet": "digits"},
@@ -96,7 +104,7 @@ def test_interrupted_row_resumes_bit_identically(runs, log, finished_folder):
             advance(batches, stop_requested)
             if trainer.step == 2:
                 trainer.save()
-                raise Interrupted(2)
+                raise Interrupted(2, 4)
 
         trainer._advance = advance_and_stop
         trainer.fit()

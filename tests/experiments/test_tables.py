@@ -7,7 +7,7 @@ import pytest
 
 from ebmkit import UserError
 from ebmkit.experiments import EXPERIMENTS, SCALES, TABLES, ExperimentRuns, experiments_of
-from ebmkit.experiments.report import Result
+from ebmkit.experiments.report import VariantResult
 from ebmkit.experiments.tables import CLAIMS, GRID, JOINT, table_document, table_text
 from ebmkit.models import ModelConfig
 from ebmkit.training.config import difference
@@ -133,7 +133,7 @@ def test_unknown_names_of_experiments_and_rows_suggest_the_nearest():
     assert experiments_of("all", []) == list(EXPERIMENTS)
 
 
-def _result(name: str, **figures: tuple[float, float, float]) -> Result:
+def _result(name: str, **figures: tuple[float, float, float]) -> VariantResult:
     values = {
         key.removeprefix("p"): dict(zip(("value", "low", "high"), numbers, strict=True))
         for key, numbers in figures.items()
@@ -146,7 +146,7 @@ def _result(name: str, **figures: tuple[float, float, float]) -> Result:
         },
         "denoise": {"denoisers": {"unconditional": {"psnr": values}}},
     }
-    return Result(TABLES["table3"].variant(name), documents, {"knows_sigma": "true"})
+    return VariantResult(TABLES["table3"].variant(name), documents, {"knows_sigma": "true"})
 
 
 def test_orderings_are_reported_as_holds_reversed_or_open():

@@ -73,7 +73,7 @@ TRAINED |= {
     DIFFUSION: _UNET,
     LABELLED: f"{_UNET} objective.ddpm.class_dropout=0.2",
     "train/ddpm/unet-cosine": f"{_UNET} objective.ddpm.schedule=cosine",
-    NEGATIVES: f"--objective jem {_JEM} watch.every=5",
+    NEGATIVES: f"--objective jem {_JEM} rollback.every=5",
     "train/jem/gaussian-start": f"--objective jem {_JEM} negatives.start=gaussian "
     "negatives.largest_drift=0.5 negatives.clip=true negatives.penalty=0.1 "
     "optimizer.sharpness=0.05",

@@ -55,7 +55,7 @@ RUNS: dict[str, dict[str, Any]] = {
         "objective": "jem",
         "backbone": "gradresnet18",
         "negatives": {"buffer_size": 20, "steps": 2},
-        "watch": {"every": 2},
+        "rollback": {"every": 2},
     },
     "adv+dsm": {"objective": "adv+dsm", "terms": {"adv": {"eps": 0.5, "steps": 2}}},
     "ce+dsm-muon": {

@@ -87,7 +87,7 @@ def put(name, shape):
 
 
 @pytest.mark.parametrize(
-    ("spoil", "message"),
+    ("change", "message"),
     [
         (drop("dncnn.8.weight"), "'dncnn.8.weight' is missing"),
         (drop("dncnn.9.running_var"), "'dncnn.9.running_var' is missing"),
@@ -101,11 +101,11 @@ def put(name, shape):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_mismatched_weights_error_names_the_first_mismatch(spoil, message):
+def test_mismatched_weights_error_names_the_first_mismatch(change, message):
     plain = published_net(17, 1, True, "none", 1e-5)
     state = {f"dncnn.{key}": value for key, value in plain.state_dict().items()}
     convert_dncnn(state)
-    spoil(state)
+    change(state)
     with pytest.raises(UserError, match=message):
         convert_dncnn(state)
 

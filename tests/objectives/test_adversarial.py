@@ -19,7 +19,7 @@ from ebmkit.models import JointModel, load
 from ebmkit.models.base import Features
 from ebmkit.models.heads import LinearQuadraticHead, LogitHead
 from ebmkit.objectives import OBJECTIVES, RunContext, TrainingLoss, parse_objective
-from ebmkit.objectives.adversarial import AdversarialConfig, Attack
+from ebmkit.objectives.adversarial import AdversarialConfig, TrainingAttack
 from ebmkit.training import Interrupted, RunFolder, resolve
 from ebmkit.training.cost import Recorder, step_flops, trace_step
 from ebmkit.training.loop import assemble
@@ -87,7 +87,7 @@ def draw(count=6, sigma=0.0, classes=5, seed=3):
 
 def make_attack(model, objective="adv", **settings):
     config = OBJECTIVES[objective].config(**settings)
-    return Attack(RunContext(model, objective, "classify"), config, objective == "trades")
+    return TrainingAttack(RunContext(model, objective, "classify"), config, objective == "trades")
 
 
 def with_attacked(batch, images, *names):

@@ -26,7 +26,7 @@ TINY = {
     "model": {"backbone": {"width": 8}},
     "streams": {"classify": {"batch_size": 8}, "generate": {"batch_size": 8}},
     "negatives": {"steps": 2, "buffer_size": 40},
-    "watch": {"every": 2},
+    "rollback": {"every": 2},
     "steps": 6,
     "log_every": 1,
     "validate_every": 3,
@@ -208,9 +208,9 @@ def test_resume_after_interrupt_is_bit_identical(tmp_path, layer):
     assert torch.equal(*buffers)
     files = sorted(p.name for p in (tmp_path / "cut" / "checkpoints").glob("buffer-*"))
     assert [name.rpartition("-")[0] for name in files] == ["buffer-4", "buffer-6"]
-    watches = [t.run.load_checkpoint()["watch"] for t in (whole, resumed)]
-    assert [step for step, *_ in watches[0]["kept"]] == [2, 4, 6]
-    assert_same(*watches)
+    saved = [t.run.load_checkpoint()["rollback"] for t in (whole, resumed)]
+    assert [step for step, *_ in saved[0]["kept"]] == [2, 4, 6]
+    assert_same(*saved)
 
 
 def assert_same(one, other):

@@ -102,11 +102,11 @@ def test_diverged_chains_are_reported_and_the_others_continue(entry, sampler_and
         def broken(x, *rest, original=original):
             out = original(x, *rest)
             diverged = torch.arange(len(x)) == 2
-            spoil = [
+            changed = [
                 torch.where(diverged.view(-1, *[1] * (v.ndim - 1)), torch.nan, v)
                 for v in _as_tuple(out)
             ]
-            return tuple(spoil) if isinstance(out, tuple) else spoil[0]
+            return tuple(changed) if isinstance(out, tuple) else changed[0]
 
         state = sampler.init(start)
         setattr(sampler, name, broken)

@@ -19,7 +19,7 @@ AVERAGED = ("--set=optimizer.ema=0.9",)
 PLUGIN = Path(__file__).resolve().parents[1] / "support" / "zero_thresholds.py"
 """Without it, networks of this size use PyTorch's derivatives instead of those of our layers."""
 
-CHAINS = ("--set=negatives.buffer_size=100", "--set=negatives.steps=2", "--set=watch.every=10")
+CHAINS = ("--set=negatives.buffer_size=100", "--set=negatives.steps=2", "--set=rollback.every=10")
 
 TRAININGS = {
     t.name: t
@@ -70,9 +70,9 @@ TRAININGS = {
                 *CHAINS,
                 "--objective",
                 "jem",
-                "--set=watch.gap=0.3",
-                "--set=watch.breaches=1000",
-                "--set=watch.order=[rate]",
+                "--set=rollback.gap=0.3",
+                "--set=rollback.max_rollbacks=1000",
+                "--set=rollback.order=[rate]",
             ),
             (1500, 300),
         ),

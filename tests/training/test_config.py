@@ -229,3 +229,13 @@ def test_assignments_and_files_that_do_not_parse_are_refused(tmp_path):
     (tmp_path / "list.yaml").write_text("- 1\n")
     with pytest.raises(ebmkit.UserError, match="must hold fields"):
         read_config(tmp_path / "list.yaml")
+
+
+def test_former_names_of_the_rollback_settings_are_read():
+    layers = [parse_assignments([text]) for text in ("watch.breaches=3", "rollback.every=7")]
+    config = resolve(*layers)
+    assert (config.rollback.max_rollbacks, config.rollback.every) == (3, 7)
+    stored = config.model_dump(mode="json")
+    own = stored.pop("rollback")
+    stored["watch"] = {"breaches": own.pop("max_rollbacks"), **own}
+    assert TrainConfig.model_validate(stored) == config == resolve(stored)

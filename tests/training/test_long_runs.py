@@ -24,7 +24,7 @@ SMALL = {
     "device": "cpu",
     "optimizer": {"ema": 0.99},
     "negatives": {"buffer_size": 40, "steps": 2},
-    "watch": {"every": 20},
+    "rollback": {"every": 20},
     "streams": {name: {"batch_size": 4} for name in ("classify", "denoise", "generate")},
 }
 

@@ -379,14 +379,14 @@ def test_run_of_an_earlier_version_resumes(tmp_path):
         cut.fit()
     path = tmp_path / "cut" / "config.yaml"
     values = yaml.safe_load(path.read_text())
-    del values["negatives"], values["watch"], values["streams"]["generate"]
+    del values["negatives"], values["rollback"], values["streams"]["generate"]
     del values["optimizer"]["sharpness"]
     path.write_text(yaml.safe_dump(values))
     (tmp_path / "cut" / "manifest.json").unlink()
     run = RunFolder.open(tmp_path / "cut")
     run.check_config(resolve(run.config()))
     state = run.load_checkpoint()
-    del state["watch"]
+    del state["rollback"]
     torch.save(state, tmp_path / "cut" / "checkpoints" / "last.pt")
     (tmp_path / "cut" / "checkpoints" / "step-00000003.pt").unlink()
     resumed = assemble(resolve(run.config()), run)

@@ -37,7 +37,7 @@ SMALL = {
         "generate": {"batch_size": 8},
     },
     "negatives": {"buffer_size": 20, "steps": 2},
-    "watch": {"every": 2, "breaches": 1},
+    "rollback": {"every": 2, "max_rollbacks": 1},
 }
 
 KINDS = {
@@ -189,7 +189,7 @@ def test_report_names_term_step_images_and_gradients(tmp_path, stream, term):
     assert (
         f"loss {term!r} is nan at step 3: stopped before the update; the state before it" in message
     )
-    assert f"stream {stream}: not finite by themselves: images {image} [{term}, sigma" in message
+    assert f"stream {stream}: NaN or Inf by themselves: images {image} [{term}, sigma" in message
     assert f"largest gradients: {report['gradients'][0]['parameter']}" in message
     assert "repair or remove these images" in message
     assert len(message.splitlines()) < 10
@@ -238,7 +238,7 @@ def test_nan_in_maximum_likelihood_is_diagnosed_and_rolled_back(tmp_path):
 
     trainer.batches = batches
     trainer.fit()
-    (row,) = [row for row in trainer.run.metrics() if row["kind"] == "breach"]
+    (row,) = [row for row in trainer.run.metrics() if row["kind"] == "rollback"]
     assert "loss 'ce' is nan" in row["reason"]
     assert "stream classify: none of the 8 images is finite by itself" in "\n".join(row["detail"])
     report = json.loads((tmp_path / "run" / "nonfinite-5.json").read_text())
@@ -316,7 +316,7 @@ def test_nan_in_adversarial_maximum_likelihood_is_diagnosed(tmp_path):
     report = json.loads((tmp_path / "run" / "nonfinite-3.json").read_text())
     assert "failed" not in report
     assert [row["position"] for row in report["streams"]["generate"]["images"]] == [2]
-    assert "not finite by themselves: images" in str(ended.value)
+    assert "NaN or Inf by themselves: images" in str(ended.value)
 
 
 def test_report_names_the_step_after_resuming_in_the_same_process(tmp_path):
@@ -355,7 +355,7 @@ def test_failed_write_does_not_hide_the_error(tmp_path):
     message = str(ended.value)
     assert "step 1 is not saved: cannot write" in message
     assert "no report: cannot write" in message
-    assert "not finite by themselves: images" in message
+    assert "NaN or Inf by themselves: images" in message
 
 
 def test_failed_diagnosis_does_not_hide_the_error(tmp_path):

@@ -343,7 +343,7 @@ def test_muon_learns_digits(tmp_path):
     ids=lambda layer: layer["objective"],
 )
 def test_every_objective_trains_with_muon(tmp_path, layer):
-    small = {**SMALL, "steps": 3, "validation_images": 0, "log_every": 1, "watch": {"every": 2}}
+    small = {**SMALL, "steps": 3, "validation_images": 0, "log_every": 1, "rollback": {"every": 2}}
     if not layer.get("backbone", "gradresnet18").startswith("gradresnet"):
         del small["model"]
     config = resolve(small, {"negatives": {"buffer_size": 100, "steps": 2}}, layer)

@@ -8,7 +8,7 @@ import torch
 
 from ebmkit import UserError
 from ebmkit.training import RunFolder, resolve
-from ebmkit.training.config import WatchConfig
+from ebmkit.training.config import RollbackConfig
 from ebmkit.training.loop import assemble
 from ebmkit.training.optim import SAM
 from ebmkit.training.rollback import DivergenceMonitor, Mitigations, Snapshot
@@ -21,7 +21,7 @@ TINY = {
     "model": {"backbone": {"width": 8}},
     "streams": {"classify": {"batch_size": 8}, "generate": {"batch_size": 8}},
     "negatives": {"steps": 2, "buffer_size": 40},
-    "watch": {"every": 2, "breaches": 3},
+    "rollback": {"every": 2, "max_rollbacks": 3},
     "steps": 12,
     "log_every": 1,
     "validation_images": 0,
@@ -54,13 +54,13 @@ def reason(monitor, losses=None, gradient=1.0, gap=0.1, sample=0.5):
     ],
 )
 def test_each_kind_of_divergence_is_detected(changes, message):
-    monitor = DivergenceMonitor(WatchConfig())
+    monitor = DivergenceMonitor(RollbackConfig())
     assert all(reason(monitor) is None for _ in range(20))
     assert message in reason(monitor, **changes)
 
 
 def test_lasting_gap_is_detected_and_a_single_step_is_not():
-    monitor = DivergenceMonitor(WatchConfig(gap=10))
+    monitor = DivergenceMonitor(RollbackConfig(gap=10))
     assert reason(monitor, gap=60.0) is None
     reasons = [reason(monitor, gap=12.0) for _ in range(40)]
     assert reasons[0] is None
@@ -68,16 +68,16 @@ def test_lasting_gap_is_detected_and_a_single_step_is_not():
 
 
 def test_rollback_takes_a_good_snapshot_and_applies_one_mitigation():
-    monitor = DivergenceMonitor(WatchConfig(every=10, breaches=4))
+    monitor = DivergenceMonitor(RollbackConfig(every=10, max_rollbacks=4))
     for step in (0, 10, 20, 30):
         monitor.keep(Snapshot(step, {}, torch.zeros(0), None))
     found = []
     for _ in range(5):
         before = monitor.mitigations
-        breach, snapshot = monitor.diverged(31, "reason")
-        assert snapshot.step == breach.back
+        divergence, snapshot = monitor.diverged(31, "reason")
+        assert snapshot.step == divergence.back
         changed = [a != b for a, b in zip(before, monitor.mitigations, strict=True)]
-        found.append((breach.back, breach.change, sum(changed)))
+        found.append((divergence.back, divergence.change, sum(changed)))
     # the snapshot of step 30 is dropped, because the run diverged one step after it
     assert [back for back, _, _ in found] == [20] * 5
     assert [change for _, change, _ in found] == ["rate", "steps", "penalty", "rate", None]
@@ -111,13 +111,13 @@ def test_run_that_diverges_once_continues(tmp_path):
     trainer.fit()
     assert trainer.step == 12
     assert all(p.isfinite().all() for p in trainer.model.parameters())
-    (breach,) = [row for row in reporter.rows if row["kind"] == "breach"]
-    assert (breach["at"], breach["step"], breach["change"]) == (6, 4, "rate")
+    (row,) = [row for row in reporter.rows if row["kind"] == "rollback"]
+    assert (row["at"], row["step"], row["change"]) == (6, 4, "rate")
     rows = trainer.run.metrics()
     assert [r["step"] for r in rows if r["kind"] == "train"] == list(range(1, 13))
     rates = [row["lr"] for row in rows if row["kind"] == "train"]
     assert rates[4] < 0.4 * rates[3]
-    aside = (tmp_path / "run" / "breaches" / "01.jsonl").read_text().splitlines()
+    aside = (tmp_path / "run" / "rollbacks" / "01.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in aside] == [5]
     # the checkpoint holds the mitigations, so they apply to a resumed run
     resumed = assemble(trainer.config, RunFolder.open(tmp_path / "run"))
@@ -138,9 +138,9 @@ def test_rollback_restores_the_snapshot_bit_identically(tmp_path):
         recorded[trainer.step] = rollback.monitor.snapshots[-1]
 
     def checking_restore(reason):
-        breach = restore_snapshot(reason)
-        old = recorded[breach.back].state
-        assert torch.equal(rollback.negatives.buffer.images, recorded[breach.back].chains)
+        divergence = restore_snapshot(reason)
+        old = recorded[divergence.back].state
+        assert torch.equal(rollback.negatives.buffer.images, recorded[divergence.back].chains)
         for name, value in trainer.model.state_dict().items():
             assert torch.equal(value, old["model"][name])
         moments = trainer.update.optimizer.state_dict()["state"]
@@ -149,7 +149,7 @@ def test_rollback_restores_the_snapshot_bit_identically(tmp_path):
             for k in moments
         )
         recorded["done"] = True
-        return breach
+        return divergence
 
     rollback.snapshot, rollback.restore_snapshot = recording_snapshot, checking_restore
     trainer.fit()
@@ -215,4 +215,4 @@ def test_hundredfold_learning_rate_recovers_or_ends_with_an_error(tmp_path):
     assert all(p.isfinite().all() for p in trainer.model.parameters())
     saved = RunFolder.open(tmp_path / "run").load_checkpoint()
     assert all(v.isfinite().all() for v in saved["model"].values())
-    assert len(list((tmp_path / "run" / "breaches").iterdir())) == len(history)
+    assert len(list((tmp_path / "run" / "rollbacks").iterdir())) == len(history)

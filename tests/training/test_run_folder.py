@@ -285,6 +285,7 @@ FIELDS = {
     "buffer": [5, {"file": "a"}, {"file": 3, "sha256": 3}, {"file": "../x", "sha256": "0"}],
     "best": ["hello", None, [1.0]],
     "seconds": ["a"],
+    "rollback": [3],
     "watch": [3],
     "step": [True, -1, 4.0, None],
 }

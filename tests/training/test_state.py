@@ -41,7 +41,7 @@ def moment(state, name):
 
 
 def snapshots(state):
-    return state["watch"]["kept"]
+    return state["rollback"]["kept"]
 
 
 @pytest.mark.parametrize(
@@ -63,12 +63,12 @@ def snapshots(state):
         (lambda s: (s["model"], "backbone.stem.weight"), ONES(2), "'backbone.stem.weight' is"),
         (lambda s: (s["model"], "x\x1b[2J"), ONES(2), r"'x\x1b[2J' is of another model"),
         (lambda s: (s, "unreadable"), {1: 2}, "the checkpoint: unreadable"),
-        (lambda s: (s, "watch"), None, "the checkpoint: watch"),
+        (lambda s: (s, "rollback"), None, "the checkpoint: rollback"),
         (lambda s: (s, "buffer"), None, "has no replay buffer"),
-        (lambda s: (s["watch"], "attempt"), "1", "the checkpoint: watch: attempt"),
-        (lambda s: (s["watch"], "history"), [[1, "why"]], "the checkpoint: watch: history"),
-        (lambda s: (s["watch"]["remedies"], "rate"), -1.0, "watch: remedies.rate = -1.0"),
-        (lambda s: (s["watch"]["remedies"], "steps"), 2**62, "watch: remedies.steps ="),
+        (lambda s: (s["rollback"], "attempt"), "1", "the checkpoint: rollback: attempt"),
+        (lambda s: (s["rollback"], "history"), [[1, "why"]], "the checkpoint: rollback: history"),
+        (lambda s: (s["rollback"]["remedies"], "rate"), -1.0, "rollback: remedies.rate = -1.0"),
+        (lambda s: (s["rollback"]["remedies"], "steps"), 2**62, "rollback: remedies.steps ="),
         (lambda s: (snapshots(s)[0], 2), ONES(1), "the chains kept at step 0 is float32 (1,)"),
     ],
 )

@@ -26,7 +26,7 @@ import torch
 from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
-from ebmkit.errors import UserError
+from ebmkit.errors import Interrupted, UserError
 from ebmkit.models.saving import digest
 from ebmkit.sampling.base import Chains, Info, Sampler, State
 from ebmkit.storage import held, make_folder, write_atomically
@@ -163,17 +163,6 @@ def batch_name(number: int) -> str:
     return f"batch-{number:05}"
 
 
-class Interrupted(Exception):
-    """The job saved its state and stopped; the same job on the same folder resumes.
-
-    ``done`` steps of ``total`` are done.
-    """
-
-    def __init__(self, done: int, total: int) -> None:
-        super().__init__(f"interrupted after step {done} of {total}")
-        self.done, self.total = done, total
-
-
 class Record:
     """Record of a batch of chains of up to ``length`` steps, and frames of the first ``shown``.
 
@@ -260,7 +249,7 @@ def run_chains(
         The chains, and the seconds spent on them.
 
     Raises:
-        Interrupted: if ``stop`` returned True; ``done`` and ``total`` are those of this batch.
+        Interrupted: if ``stop`` returned True; its steps are those of this batch.
         UserError: if the state is damaged or cannot be written, or a chain starts at NaN or Inf.
     """
     saved = folder.load(STATE) if folder else None

@@ -40,7 +40,7 @@ from torch import Tensor
 from ebmkit.compile import device_of
 from ebmkit.compute import environment
 from ebmkit.energy import EnergyModel, ScoreModel, classifies
-from ebmkit.errors import UserError
+from ebmkit.errors import Interrupted, UserError
 from ebmkit.plots import DPI, GRAY, new_figure, save_figure
 from ebmkit.randomness import keyed_generator
 from ebmkit.sampling.base import Sampler, State, clean_level
@@ -56,7 +56,6 @@ from ebmkit.sampling.jobs.chains import (
     SAVE_SECONDS,
     STATE,
     Hook,
-    Interrupted,
     JobFolder,
     Record,
     batch_name,
@@ -135,7 +134,7 @@ class SamplingJob:
                 try:
                     self._run_batch(number, progress, stop)
                 except Interrupted as stopped:
-                    done = number * self.length + stopped.done
+                    done = number * self.length + stopped.step
                     raise Interrupted(done, self.total) from None
             progress((number + 1) * self.length, self.total)
 

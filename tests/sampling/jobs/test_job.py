@@ -13,6 +13,7 @@ from PIL import Image
 import ebmkit
 from ebmkit import UserError
 from ebmkit.data import load_dataset
+from ebmkit.errors import Interrupted
 from ebmkit.sampling.base import Chain, Info, PositionSampler, next_state
 from ebmkit.sampling.diagnostics import chain_diagnostics
 from ebmkit.sampling.entry import (
@@ -22,7 +23,7 @@ from ebmkit.sampling.entry import (
     SamplerEntry,
     default_sampler,
 )
-from ebmkit.sampling.jobs.chains import MAX_FRAMES, Interrupted, JobFolder, Record
+from ebmkit.sampling.jobs.chains import MAX_FRAMES, JobFolder, Record
 from ebmkit.sampling.jobs.job import SamplingJob, write_results
 from ebmkit.sampling.jobs.settings import SamplingSettings, default_folder, make_settings
 from ebmkit.sampling.jobs.sources import Sources

@@ -10,11 +10,11 @@ from PIL import Image
 
 from ebmkit import UserError
 from ebmkit.data import write_image
+from ebmkit.errors import Interrupted
 from ebmkit.metrics import psnr
 from ebmkit.sampling.ascent import StochasticAscentConfig
 from ebmkit.sampling.inverse import TASKS, TaskOptions, center_hole, find_task
 from ebmkit.sampling.jobs import restore as restore_module
-from ebmkit.sampling.jobs.chains import Interrupted
 from ebmkit.sampling.jobs.restore import RestoreJob, read_mask, restore
 
 QUICK = StochasticAscentConfig(steps=60, beta=0.3, first_sigma=0.9, last_sigma=0.01)

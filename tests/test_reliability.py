@@ -20,5 +20,8 @@ def test_constraints_pin_the_pytorch_version_of_the_golden_runs():
 
 
 def test_constraints_and_results_name_no_host():
-    for path in [ROOT / "constraints.txt", *(ROOT / "benchmarks/results").glob("promises-*.json")]:
+    for path in [
+        ROOT / "constraints.txt",
+        *(ROOT / "benchmarks/results").glob("reliability-*.json"),
+    ]:
         assert "://" not in path.read_text(), path

@@ -22,7 +22,7 @@ from ebmkit.terminal import CleanConsole, clean, escape_markup, one_line, progre
 
 pytestmark = pytest.mark.usefixtures("count_memory_once", "few_resamples")
 
-HOSTILE_NAMES = ("\x1b]0;owned\x07cat", "dog\n\x1b[2Jdone", "$\\frac{bird$", "[red]\u202egnp")
+UNSAFE_NAMES = ("\x1b]0;owned\x07cat", "dog\n\x1b[2Jdone", "$\\frac{bird$", "[red]\u202egnp")
 
 
 def write_images(folder, count, seed):
@@ -40,12 +40,12 @@ def command(*arguments, cwd):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A folder with a run trained on classes with hostile names, and the result of the command."""
+    """A folder with a run trained on classes with unsafe names, and the result of the command."""
     home = tmp_path_factory.mktemp("names")
     for part in ("train", "test"):
-        for number, name in enumerate(HOSTILE_NAMES):
+        for number, name in enumerate(UNSAFE_NAMES):
             write_images(home / "set" / part / name, 8, number)
-        (home / "set" / part / HOSTILE_NAMES[0] / "bad\x1b[2J\n.png").write_bytes(b"no picture")
+        (home / "set" / part / UNSAFE_NAMES[0] / "bad\x1b[2J\n.png").write_bytes(b"no image")
     small = ["--backbone", "gradresnet10", "--set", "model.backbone.width=8"]
     small += ["--steps", "2", "--device", "cpu"]
     data = ["--dataset", "folder", "--data-dir", "set", "--set", "dataset.unreadable=skip"]
@@ -76,7 +76,7 @@ def test_train_and_evaluate_escape_names_in_their_output(trained):
 def test_classify_escapes_names_in_its_output(trained):
     home, _ = trained
     image = home / "x\x1b]0;owned\x07\ny.png"
-    (home / "set" / "test" / HOSTILE_NAMES[1] / "0.png").rename(image)
+    (home / "set" / "test" / UNSAFE_NAMES[1] / "0.png").rename(image)
     result = command("classify", "run", image.name, "--top", 4, cwd=home)
     assert result.returncode == 0, result.stderr
     assert is_printable(result.stdout + result.stderr)
@@ -98,7 +98,7 @@ def test_errors_escape_names(trained):
 
 @pytest.mark.parametrize("shown", [str, Text, lambda name: Text.assemble((name, "red"))])
 def test_console_prints_no_control_characters(shown):
-    for name in HOSTILE_NAMES:
+    for name in UNSAFE_NAMES:
         out = io.StringIO()
         console = CleanConsole(file=out, force_terminal=True, color_system=None, width=200)
         table = Table(title=shown(name))
@@ -110,7 +110,7 @@ def test_console_prints_no_control_characters(shown):
 
 
 def test_progress_bar_accepts_any_name():
-    for name in (*HOSTILE_NAMES, "[/]", "[/bold]"):
+    for name in (*UNSAFE_NAMES, "[/]", "[/bold]"):
         out = io.StringIO()
         console = CleanConsole(file=out, force_terminal=True, color_system=None, width=200)
         with Progress(console=console) as bar:

@@ -36,7 +36,7 @@ def home(tmp_path_factory):
         sigma_range=(0.0, 0.4),
         classifies=True,
     )
-    for name, has_nan in (("whole", False), ("spoilt", True)):
+    for name, has_nan in (("intact", False), ("with-nan", True)):
         torch.manual_seed(0)
         model = config.build()
         with torch.no_grad():
@@ -49,14 +49,14 @@ def home(tmp_path_factory):
 
 
 def test_load_warns_of_nan_weights_by_name(home):
-    with pytest.warns(UserWarning, match=r"not finite \(backbone\.stem\.weight\): training diverg"):
-        ebmkit.load(home / "spoilt")
+    with pytest.warns(UserWarning, match=r"NaN or Inf \(backbone\.stem\.weight\): training diverg"):
+        ebmkit.load(home / "with-nan")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        ebmkit.load(home / "whole")
+        ebmkit.load(home / "intact")
 
 
-@pytest.mark.filterwarnings("default:.*holds weights that are not finite")
+@pytest.mark.filterwarnings("default:.*holds weights that are NaN or Inf")
 @pytest.mark.parametrize(
     "command",
     [("classify", "a.png"), ("denoise", "a.png", "--out", "new"),
@@ -64,14 +64,16 @@ def test_load_warns_of_nan_weights_by_name(home):
 )  # fmt: skip
 def test_commands_refuse_nan_outputs(home, command):
     name, *rest = command
-    result = ebmkit_command(name, "spoilt", *rest, "--device", "cpu", cwd=home)
+    result = ebmkit_command(name, "with-nan", *rest, "--device", "cpu", cwd=home)
     assert result.returncode == 2
-    assert "warning: 'spoilt/model.safetensors' holds weights that are not finite" in result.stderr
+    assert (
+        "warning: 'with-nan/model.safetensors' holds weights that are NaN or Inf" in result.stderr
+    )
     last = result.stderr.splitlines()[-1]
-    assert "the model in 'spoilt' gives NaN or Inf for 'a.png'" in last
+    assert "the model in 'with-nan' gives NaN or Inf for 'a.png'" in last
     assert "nan" not in result.stdout
     assert not (home / "new" / "a.png").exists()
-    assert ebmkit_command(name, "whole", *rest, "--device", "cpu", cwd=home).returncode == 0
+    assert ebmkit_command(name, "intact", *rest, "--device", "cpu", cwd=home).returncode == 0
     (home / "new" / "a.png").unlink(missing_ok=True)
 
 
