@@ -30,7 +30,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from ebmkit.energy import EnergyModel, LabelLogProbability, Noise, ScoreModel, upcast_energies
+from ebmkit.energy import DensityModel, Noise, ScoreModel
 from ebmkit.errors import UserError
 from ebmkit.noise import check_trained
 
@@ -259,8 +259,8 @@ def density_of(model: ScoreModel, c: Labels = None) -> DensityFunction:
     Raises:
         UserError: if the model has no density.
     """
-    energy_model = _energy_model(model, c)
-    return lambda x, sigma=None: energy_model.density_and_score(x, sigma, c)
+    density_model = _density_model(model, c)
+    return lambda x, sigma=None: density_model.density_and_score(x, sigma, c)
 
 
 def label_density_of(model: ScoreModel, c: Tensor | int) -> DensityFunction:
@@ -269,14 +269,8 @@ def label_density_of(model: ScoreModel, c: Tensor | int) -> DensityFunction:
     Raises:
         UserError: if the model has no density.
     """
-    energy_model = _energy_model(model, c)
-
-    def density(x: Tensor, sigma: Noise | None = None) -> tuple[Tensor, Tensor]:
-        target = LabelLogProbability(energy_model.check_labels(c, x))
-        energies, (gradient,) = energy_model.value_and_grads(x, sigma, target)
-        return target(upcast_energies(energies)), gradient
-
-    return density
+    density_model = _density_model(model, c)
+    return lambda x, sigma=None: density_model.label_density_and_score(x, c, sigma)
 
 
 def denoiser_of(model: ScoreModel, c: Labels = None) -> DenoiserFunction:
@@ -326,8 +320,8 @@ def lowest_level(model: ScoreModel, asked: float | None = None) -> float:
     return min(max(LOWEST, limits[0]), limits[1]) if limits else LOWEST
 
 
-def _energy_model(model: ScoreModel, c: Labels) -> EnergyModel:
-    if not isinstance(model, EnergyModel):
+def _density_model(model: ScoreModel, c: Labels) -> DensityModel:
+    if not isinstance(model, DensityModel):
         raise UserError(
             f"{type(model).__name__} is a plain denoiser and has no log-density: take a sampler "
             "that needs only the score"
