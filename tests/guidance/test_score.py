@@ -218,9 +218,9 @@ def test_backpropagation_through_the_denoiser_in_inference_mode():
     known = guided_denoiser(lambda y, sigma: y * (1 - sigma[:, None]), guidance)
     blind = guided_denoiser(lambda y, sigma=None: y / 2, guidance)
     for denoise, level in ((known, 0.3), (blind, None)):
-        expected = denoise(u, None if level is None else torch.full((4,), level))
+        expected = denoise(u, None if level is None else torch.full_like(u[:, 0], level))
         with torch.inference_mode():
-            found = denoise(u.clone(), None if level is None else torch.full((4,), level))
+            found = denoise(u.clone(), None if level is None else torch.full_like(u[:, 0], level))
         torch.testing.assert_close(found.clone(), expected)
 
 
