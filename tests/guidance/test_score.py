@@ -215,7 +215,7 @@ def test_backpropagation_through_the_denoiser_in_inference_mode():
     with torch.inference_mode():
         found = guided(u.clone(), 300)
     torch.testing.assert_close(found.clone(), guided(u, 300))
-    known = guided_denoiser(lambda y, sigma: y * (1 - sigma[:, None]), guidance)
+    known = guided_denoiser(lambda y, sigma: y * sigma[:, None], guidance)
     blind = guided_denoiser(lambda y, sigma=None: y / 2, guidance)
     for denoise, level in ((known, 0.3), (blind, None)):
         expected = denoise(u, None if level is None else torch.full_like(u[:, 0], level))
