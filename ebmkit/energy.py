@@ -407,7 +407,41 @@ class ScoreModel(nn.Module, ABC):
         return next((type(m).__name__ for m in self.modules() if isinstance(m, KINKED)), None)
 
 
-class EnergyModel(ScoreModel):
+class DensityModel(ScoreModel):
+    """Base class of models whose score belongs to a log-density, for samplers that need both.
+
+    An `EnergyModel`, or one that is guided.
+    """
+
+    @abstractmethod
+    def log_density(
+        self, y: Tensor, sigma: Noise | None = None, c: Tensor | int | None = None
+    ) -> Tensor:
+        """log p(y) or log p(y|c), up to a constant, (B,), in nats."""
+
+    @abstractmethod
+    def density_and_score(
+        self, y: Tensor, sigma: Noise | None = None, c: Tensor | int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """log p(y) or log p(y|c), up to a constant, (B,), in nats, and the score, shape of y."""
+
+    @abstractmethod
+    def label_density_and_score(
+        self, y: Tensor, c: Tensor | int, sigma: Noise | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """log p(c|y), (B,), in nats, and its gradient, shape of y: the differences that ``c`` makes
+        to `density_and_score`, up to a constant."""
+
+    def energy(self, y: Tensor, sigma: Noise | None = None) -> Tensor:
+        """-log p(y) up to a constant, (B,), in nats."""
+        return -self.log_density(y, sigma)
+
+    def label_score(self, y: Tensor, c: Tensor | int, sigma: Noise | None = None) -> Tensor:
+        """grad log p(c|y), "the adversarial gradient" (CDN eq. 9); same shape as y."""
+        return self.label_density_and_score(y, c, sigma)[1]
+
+
+class EnergyModel(DensityModel):
     """A joint model of noisy images and labels; subclasses define `forward`."""
 
     _warned: bool = False
@@ -450,10 +484,6 @@ class EnergyModel(ScoreModel):
         """log p(y) or log p(y|c), up to a constant, (B,), in nats."""
         return LogDensity(self._labels(c, y))(self.energies(y, sigma))
 
-    def energy(self, y: Tensor, sigma: Noise | None = None) -> Tensor:
-        """-log p(y) up to a constant, (B,), in nats."""
-        return -self.log_density(y, sigma)
-
     def logits(self, y: Tensor, sigma: Noise | None = None) -> Tensor:
         """log p(c|y) up to a constant in c, (B, C)."""
         return self.energies(y, sigma).logits
@@ -462,9 +492,12 @@ class EnergyModel(ScoreModel):
         """log p(y, c) up to a constant, (B, C), in nats."""
         return self.energies(y, sigma).log_joint()
 
-    def label_score(self, y: Tensor, c: Tensor | int, sigma: Noise | None = None) -> Tensor:
-        """grad log p(c|y), "the adversarial gradient" (CDN eq. 9); same shape as y."""
-        return self.value_and_grads(y, sigma, LabelLogProbability(self.check_labels(c, y)))[1][0]
+    def label_density_and_score(
+        self, y: Tensor, c: Tensor | int, sigma: Noise | None = None
+    ) -> tuple[Tensor, Tensor]:
+        target = LabelLogProbability(self.check_labels(c, y))
+        energies, (gradient,) = self.value_and_grads(y, sigma, target)
+        return target(upcast_energies(energies)), gradient
 
     def warn_about_layers(self) -> None:
         """Warn once of BatchNorm and kinked activations, which impair a score (CDN table 3)."""
@@ -475,7 +508,8 @@ class EnergyModel(ScoreModel):
         if self.has_batch_norm:
             why = "BatchNorm: in training mode it mixes the images of a batch"
             warnings.warn(rough.format(why, "", "11.9 % and 24.33 dB at 15/255"), stacklevel=4)
-        if kinked := self.kinked_activation:
+        kinked = self.kinked_activation
+        if kinked and kinked != "LeakyReLU":  # of JEM's published networks
             why = f"{kinked}, whose derivative is discontinuous"
             figures = "92.0 % and 29.59 dB at 15/255; GELU is smooth"
             warnings.warn(rough.format(why, " with ReLU", figures), stacklevel=4)

@@ -41,14 +41,14 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 
 from ebmkit.energy import Energies, EnergyModel, Noise, classifies, upcast_energies
-from ebmkit.errors import UserError, validated
+from ebmkit.errors import UserError, unknown_name, validated
 from ebmkit.models.heads import LogitEnergy
 from ebmkit.noise import check_positive, parse_fraction
 from ebmkit.registry import Table
@@ -65,8 +65,7 @@ CLASSIFIER_FREE = "classifier-free"
 
 Labels = Tensor | int
 Means = Sequence[float] | None
-Inner = Literal["classifier", "energy", "dual"]
-_INNER = "inner guide of the ascent: classifier, energy or dual"
+_INNER = "inner guide of the ascent: classifier, energy, dual or a custom guide"
 
 
 def classifier_guide(model: EnergyModel, c: Labels) -> DensityFunction:
@@ -234,7 +233,24 @@ class PGDSettings(DualSettings):
 
     n: int = Field(100, ge=0, description="number of ascent steps; 0 is the inner guide")
     gamma: float = Field(0.01, ge=0, description="l2 length of an ascent step, image units")
-    inner: Inner = Field("energy", description=_INNER)
+    inner: str = Field("energy", description=_INNER)
+
+    @field_validator("inner")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        legal = [
+            other
+            for other, guide in GUIDES.items()
+            if guide.make is not None and not issubclass(guide.settings, PGDSettings)
+        ]
+        if name not in legal:
+            raise unknown_name("inner guide", name, legal)
+        return name
+
+    @property
+    def inner_guide(self) -> Guide:
+        """The entry of ``inner`` in `GUIDES`."""
+        return GUIDES[self.inner]
 
 
 class AccumulatedSettings(PGDSettings):
@@ -245,25 +261,28 @@ class AccumulatedSettings(PGDSettings):
         ge=1,
         description="number of accumulated gradients; 1 is the inner guide (RCG gives no number)",
     )
-    inner: Inner = Field("classifier", description=_INNER)
+    inner: str = Field("classifier", description=_INNER)
 
 
 class Guide(NamedTuple):
     """A named guidance method.
 
     ``make`` maps the guiding model, labels, settings and mean energies ((C,) or None) to the guide;
-    it is None for classifier-free guidance.
+    it is None for classifier-free guidance. With ``needs_means`` it gets the mean energies of each
+    label's training images. As an inner guide it gets default settings, except for lambda.
     """
 
     description: str
     settings: type[GuideSettings]
     make: Callable[[EnergyModel, Labels, Any, Means], DensityFunction] | None
+    needs_means: bool = False
 
 
 def _inner(model: EnergyModel, c: Labels, own: PGDSettings, means: Means) -> DensityFunction:
-    make = GUIDES[own.inner].make
-    assert make is not None
-    return make(model, c, own, means)
+    guide = own.inner_guide
+    assert guide.make is not None
+    shared = {"lambda": own.lambda_} if issubclass(guide.settings, DualSettings) else {}
+    return guide.make(model, c, guide.settings.model_validate(shared), means)
 
 
 GUIDES: dict[str, Guide] = Table(
@@ -283,6 +302,7 @@ GUIDES: dict[str, Guide] = Table(
             "-E(x, c) - lambda |mean E of the label - E(x)| (RCG section 4.8)",
             DualSettings,
             lambda model, c, own, means: dual_guide(model, c, means, own.lambda_),
+            needs_means=True,
         ),
         "pgd": Guide(
             "gradient of an inner guide after n normalised ascent steps (RCG section 4.9)",

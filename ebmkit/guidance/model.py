@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,15 +28,23 @@ from torch import Tensor, nn
 
 from ebmkit.card import ModelCard
 from ebmkit.compile import CompositeModel, device_of
-from ebmkit.energy import Energies, EnergyModel, Noise, ScoreModel, per_image, upcast_energies
+from ebmkit.energy import (
+    DensityModel,
+    Energies,
+    EnergyModel,
+    Noise,
+    ScoreModel,
+    upcast_energies,
+)
 from ebmkit.errors import UserError
 from ebmkit.guidance.guides import CLASSIFIER_FREE, check_guide
 from ebmkit.guidance.score import (
     Guidance,
     GuidanceConfig,
+    active_guidances,
     classifier_free,
+    guidance_term,
     guided_denoiser,
-    guided_density,
     guided_score,
 )
 from ebmkit.models.heads import LogitEnergy
@@ -67,7 +76,7 @@ def guided_model(
     >>> SAMPLERS["ddim"].build(guided, c=3)                              # doctest: +SKIP
     """
     config = config or GuidanceConfig()
-    dense = isinstance(base, EnergyModel) and config.view != "x0_hat"
+    dense = isinstance(base, DensityModel) and config.view != "x0_hat"
     return (GuidedDensityModel if dense else GuidedModel)(base, guide, config, means)
 
 
@@ -165,49 +174,47 @@ class GuidedModel(CompositeModel, ScoreModel):
             raise UserError(f"{error} ({', '.join(names)})") from None
 
 
-class GuidedDensityModel(GuidedModel, EnergyModel):
-    """A `GuidedModel` whose base has a log-density; the logits come from the guide."""
+class GuidedDensityModel(GuidedModel, DensityModel):
+    """A `GuidedModel` with the guided log-density of a base that has one."""
 
-    base: EnergyModel
-
-    def forward(self, y: Tensor, sigma: Noise | None = None) -> Energies:
-        """The base's log-density and the guide's logits of ``y`` (B, C, H, W).
-
-        For the guided log-density of a label see `density_and_score`.
-        """
-        base = self.base(y, sigma)
-        logits = base.logits if self.guide is None else self.guide(y, sigma).logits
-        return upcast_energies(Energies(logits, base.log_density))
+    base: DensityModel
 
     def density_and_score(
         self, y: Tensor, sigma: Noise | None = None, c: Tensor | int | None = None
     ) -> tuple[Tensor, Tensor]:
+        """The guided log-density (B,), up to a constant, and the guided score, shape of y."""
         value, score = self.base.density_and_score(y, sigma)
         if c is None:
             return value, score
-        added, gradient = self._added(y, sigma, c)
+        added, gradient = self.label_density_and_score(y, c, sigma)
         return value + added, score + gradient
 
     def log_density(
         self, y: Tensor, sigma: Noise | None = None, c: Tensor | int | None = None
     ) -> Tensor:
+        """The guided log-density, up to a constant, (B,), in nats; without ``c`` the base's."""
         value = self.base.log_density(y, sigma)
-        return value if c is None else value + self._added(y, sigma, c)[0]
+        return value if c is None else value + self.label_density_and_score(y, c, sigma)[0]
 
-    def label_score(self, y: Tensor, c: Tensor | int, sigma: Noise | None = None) -> Tensor:
-        """The term that guidance to ``c`` adds to the score; shape of y."""
-        return self._added(y, sigma, c)[1]
-
-    def _added(self, y: Tensor, sigma: Noise | None, c: Tensor | int) -> tuple[Tensor, Tensor]:
-        """The terms that guidance to ``c`` adds to log-density (B,) and score."""
+    def label_density_and_score(
+        self, y: Tensor, c: Tensor | int, sigma: Noise | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The terms that guidance to ``c`` adds to log-density, (B,), and score, shape of y."""
         labels = self.check_labels(c, y)
         guidance = self.guidance(labels)
-        if self.guide is not None:
-            zero = y.new_zeros(len(y)), torch.zeros_like(y)
-            return guided_density(lambda y, sigma=None: zero, guidance)(y, sigma)
-        weight = guidance.weight(sigma)
-        value, gradient = label_density_of(self.base, labels)(y, sigma)
-        return weight * value, per_image(weight, y) * gradient
+        if self.guide is None:  # guidance by the classifier of the base is classifier-free
+            guidance = replace(guidance, guide=label_density_of(self.base, labels))
+        active = active_guidances(guidance, sigma)
+        if not active:
+            return y.new_zeros(len(y)), torch.zeros_like(y)
+        return guidance_term(active, y, sigma)
+
+    def unguided_energies(self, y: Tensor, sigma: Noise | None = None) -> Energies:
+        """The base's log-density and the guide's logits of ``y`` (B, C, H, W), without guidance."""
+        labelled = self.base if self.guide is None else self.guide
+        assert isinstance(labelled, EnergyModel)
+        logits = labelled.energies(y, sigma).logits
+        return upcast_energies(Energies(logits, self.base.log_density(y, sigma)))
 
 
 def _with_labels(card: ModelCard | None, labelled: ScoreModel) -> ModelCard | None:

@@ -41,7 +41,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, NamedTuple, Self, TypeVar
 
 import numpy as np
 import torch
@@ -55,16 +55,17 @@ from ebmkit.guidance.guides import (
     CLASSIFIER_FREE,
     GUIDES,
     GuidanceSchedule,
+    PGDSettings,
     check_guide,
     parse_schedule,
 )
+from ebmkit.models.denoisers import implied_sigma
 from ebmkit.noise import Schedule, check_positive, make_schedule
 from ebmkit.registry import find
 from ebmkit.sampling.base import (
     DenoiserFunction,
     DensityFunction,
     ScoreFunction,
-    root_mean_square,
 )
 from ebmkit.sampling.diffusion import NoisePredictor
 
@@ -129,7 +130,9 @@ class GuidanceConfig(BaseModel):
     @property
     def needs_means(self) -> bool:
         """Whether the guide needs the mean energies of each label's training images."""
-        return "dual" in (self.guidance, self.options.get("inner"))
+        entry = GUIDES[self.guidance]
+        own = entry.settings.model_validate(self.options)
+        return entry.needs_means or (isinstance(own, PGDSettings) and own.inner_guide.needs_means)
 
     def build(
         self,
@@ -212,11 +215,16 @@ class Guidance:
         return float(self._weight(at[0], at[1]))
 
     def value_and_gradient(
-        self, y: Tensor, sigma: Noise | None, x0_hat: Tensor, vjp: Callable[[Tensor], Tensor]
+        self,
+        y: Tensor,
+        sigma: Noise | None,
+        x0_hat: Tensor | None = None,
+        product: Callable[[Tensor], Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """h(v(y)) (B,) and its gradient by ``y`` (B, ...), without scale and weight.
 
-        ``vjp`` maps a gradient by the denoised images ``x0_hat`` to a gradient by ``y``.
+        The view ``x0_hat`` needs the denoised images ``x0_hat`` (B, ...), and for ``backpropagate``
+        ``product``, which maps a gradient by ``x0_hat`` to a gradient by ``y``.
         """
         assert self.guide is not None
         if self.view == "noisy":
@@ -227,8 +235,12 @@ class Guidance:
         else:
             shrink = math.sqrt(float(self._abar(torch.tensor(sigma or 0.0, dtype=torch.float64))))
         if self.view == "x0_hat":
+            assert x0_hat is not None
             value, gradient = self.guide(x0_hat, None)
-            return value, vjp(gradient) if self.backpropagate else per_image(shrink, y) * gradient
+            if not self.backpropagate:
+                return value, per_image(shrink, y) * gradient
+            assert product is not None
+            return value, product(gradient)
         low, high = self.diffusion.image_range
         dark = low / (high - low)
         v = per_image(shrink, y) * (y + dark) - dark
@@ -262,58 +274,91 @@ Guidances = Guidance | Sequence[Guidance]
 Active = list[tuple[Guidance, Any]]  # with its weight s w, a float or (B,)
 
 
+class Term(NamedTuple):
+    """What guidance adds to a log-density, (B,), and to the score, (B, ...)."""
+
+    log_density: Tensor
+    score: Tensor
+
+
+def guidance_term(
+    active: Active,
+    y: Tensor,
+    sigma: Noise | None,
+    x0_hat: Tensor | None = None,
+    product: Callable[[Tensor], Tensor] | None = None,
+) -> Term:
+    """Sum of the terms of the guidances of `active_guidances`, which are one or more.
+
+    ``x0_hat`` and ``product`` are as in `Guidance.value_and_gradient`.
+    """
+    values, gradients = [], []
+    for guidance, weight in active:
+        value, gradient = guidance.value_and_gradient(y, sigma, x0_hat, product)
+        values.append(weight * value)
+        gradients.append(per_image(weight, y) * gradient)
+    return Term(sum(values[1:], values[0]), sum(gradients[1:], gradients[0]))
+
+
+def active_guidances(guidance: Guidances, sigma: Noise | None) -> Active:
+    """The guidances with a nonzero weight for any image, and their weights."""
+    weighted = [(g, g.weight(sigma)) for g in _listed(guidance) if g.scale]
+    return [(g, w) for g, w in weighted if (bool(w.any()) if isinstance(w, Tensor) else w)]
+
+
 def guided_score(score: ScoreFunction, guidance: Guidances) -> ScoreFunction:
     """Guided score s(y) + s w grad_y h; without sigma, y is a clean image.
 
-    Here and below ``guidance`` is one `Guidance`, or several, whose terms add up.
+    Here and below ``guidance`` is one `Guidance`, or several, whose terms add up. Where no guidance
+    is active, the result is that of the unguided function, bit for bit.
     """
-    density = guided_density(lambda y, sigma=None: (y.new_zeros(()), score(y, sigma)), guidance)
-    return lambda y, sigma=None: density(y, sigma)[1]
+    return lambda y, sigma=None: _guided(score, y, sigma, active_guidances(guidance, sigma))[0]
 
 
 def guided_density(density: DensityFunction, guidance: Guidances) -> DensityFunction:
-    """Guided log-density log p(y) + s w h(v(y)) and its gradient.
+    """Guided log-density log p(y) + s w h(v(y)), and the guided score.
 
-    The gradient is exact if that of the guide is, except for the view ``x0_hat`` without
-    ``backpropagate``. A Metropolis-adjusted sampler samples this density in any case.
+    The guided score is its gradient if the guide gives the gradient of its value, except for the
+    view ``x0_hat`` without ``backpropagate``. A Metropolis-adjusted sampler samples this density in
+    any case.
     """
 
     def guided(y: Tensor, sigma: Noise | None = None) -> tuple[Tensor, Tensor]:
         values: list[Tensor] = []
 
-        def score(y: Tensor) -> Tensor:
+        def score(y: Tensor, sigma: Noise | None = None) -> Tensor:
             value, gradient = density(y, sigma)
             values.append(value)
             return gradient
 
-        def x0_hat_of(y: Tensor, score: Tensor) -> Tensor:
-            return y if sigma is None else tweedie(y, score, sigma)
-
-        own, added = _evaluate(score, x0_hat_of, _active(guidance, sigma), y, y, sigma)
-        if added is None:
-            return values[-1], own
-        return values[-1].detach() + added[0], own + added[1]
+        found, term = _guided(score, y, sigma, active_guidances(guidance, sigma))
+        return values[-1] if term is None else values[-1].detach() + term.log_density, found
 
     return guided
 
 
 def guided_denoiser(denoiser: DenoiserFunction, guidance: Guidances) -> DenoiserFunction:
-    """Guided denoiser D(y) + sigma^2 s w grad_y h.
+    """Denoiser by Tweedie's formula from the guided score; sigma must be above 0.
 
     Without sigma, for blind denoisers, the level is the root mean square of D(y) - y.
     """
 
     def guided(y: Tensor, sigma: Noise | None = None) -> Tensor:
-        denoise, level = lambda y: denoiser(y, sigma), sigma
-        if level is None:
-            clean = denoiser(y, None)
-            level = root_mean_square(clean - y).clamp_min(torch.finfo(y.dtype).tiny)
-            if not any(g.backpropagate for g in _listed(guidance)):
-                denoise = lambda y: clean  # noqa: E731
-        own, added = _evaluate(
-            denoise, lambda y, clean: clean, _active(guidance, level), y, y, level
-        )
-        return own if added is None else own + per_image(level, y) ** 2 * added[1]
+        clean = denoiser(y, None) if sigma is None else None
+        level = implied_sigma(clean - y) if clean is not None else sigma
+        active = active_guidances(guidance, level)
+        if not active:
+            return denoiser(y, sigma) if clean is None else clean
+        if any(g.backpropagate for g, _ in active):
+            clean = None  # computed again, with a graph
+
+        def score(y: Tensor, level: Noise | None = None) -> Tensor:
+            assert level is not None
+            own = denoiser(y, None if sigma is None else level) if clean is None else clean
+            return (own - y) / per_image(level, y) ** 2
+
+        assert level is not None
+        return tweedie(y, _guided(score, y, level, active)[0], level)
 
     return guided
 
@@ -321,78 +366,51 @@ def guided_denoiser(denoiser: DenoiserFunction, guidance: Guidances) -> Denoiser
 def guided_noise(
     predictor: NoisePredictor, schedule: Schedule, guidance: Guidances
 ) -> NoisePredictor:
-    """Guided noise prediction eps - s g(t) grad_u h of a diffusion network.
+    """Noise prediction -sigma s(y) from the guided score, eps - s g(t) grad_u h.
 
     ``schedule`` is the network's; it replaces ``diffusion`` of each guidance.
     """
     using = [replace(g, diffusion=schedule) for g in _listed(guidance)]
-    low, high = schedule.image_range
 
     def guided(u: Tensor, t: int) -> Tensor:
-        sigma, width = schedule.sigma(t), (high - low) * math.sqrt(schedule.abar(t))
-        noise, added = _evaluate(
-            lambda u: predictor(u, t),
-            lambda u, noise: schedule.to_image_units(u, t) - sigma * noise,
-            [(g, weight) for g in using if (weight := g.weight_at(t))],
-            u,
-            schedule.to_image_units(u, t),
-            sigma,
-            width,
-        )
-        return noise if added is None else noise - sigma * added[1]
+        active = [(g, weight) for g in using if (weight := g.weight_at(t))]
+        if not active:
+            return predictor(u, t)
+        y, sigma = schedule.to_image_units(u, t), schedule.sigma(t)
+
+        def score(y: Tensor, level: Noise | None = None) -> Tensor:
+            return -predictor(schedule.from_image_units(y, t), t) / sigma
+
+        return -sigma * _guided(score, y, sigma, active)[0]
 
     return guided
 
 
+def _guided(
+    score: ScoreFunction, y: Tensor, sigma: Noise | None, active: Active
+) -> tuple[Tensor, Term | None]:
+    """The guided score at ``y``, and the term in it; None if no guidance is ``active``."""
+    if not active:
+        return score(y, sigma), None
+    outputs: list[Tensor] = []
+
+    def x0_hat_of(y: Tensor) -> Tensor:
+        level = sigma.clone() if isinstance(sigma, Tensor) else sigma
+        outputs.append(score(y, level))
+        return y if level is None else tweedie(y, outputs[0], level)
+
+    product: Callable[[Tensor], Tensor] | None = None
+    if any(g.backpropagate for g, _ in active):
+        x0_hat, product = vjp(x0_hat_of, y)
+    else:
+        x0_hat = x0_hat_of(y)
+    own = outputs[0].detach() if product else outputs[0]
+    term = guidance_term(active, y, sigma, x0_hat, product)
+    return own + term.score, term
+
+
 def _listed(guidance: Guidances) -> Sequence[Guidance]:
     return [guidance] if isinstance(guidance, Guidance) else guidance
-
-
-def _active(guidance: Guidances, sigma: Noise | None) -> Active:
-    """The guidances with a nonzero weight for any image, and their weights."""
-    weighted = [(g, g.weight(sigma)) for g in _listed(guidance) if g.scale]
-    return [(g, w) for g, w in weighted if (bool(w.any()) if isinstance(w, Tensor) else w)]
-
-
-def _evaluate(
-    model: Callable[[Tensor], Tensor],
-    x0_hat_of: Callable[[Tensor, Tensor], Tensor],
-    active: Active,
-    x: Tensor,
-    y: Tensor,
-    sigma: Noise | None,
-    width: float = 1.0,
-) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """The model's output at ``x``, and the guidance terms of log-density (B,) and score (B, ...).
-
-    The terms are None if no guidance is active. ``x`` is ``y`` in the model's coordinates, with
-    dx / dy = ``width``; ``x0_hat_of`` maps x and the output to denoised images.
-    """
-    if not active:
-        return model(x), None
-    outputs = []
-
-    def x0_hat_at(x: Tensor) -> Tensor:
-        outputs.append(model(x))
-        return x0_hat_of(x, outputs[0])
-
-    if any(g.backpropagate for g, _ in active):
-        x0_hat, product = vjp(x0_hat_at, x)
-        out = outputs[0].detach()
-    else:
-        x0_hat, product = x0_hat_at(x), None
-        out = outputs[0]
-
-    def by_y(gradient: Tensor) -> Tensor:
-        assert product is not None
-        return width * product(gradient)
-
-    values, gradients = [], []
-    for guidance, weight in active:
-        value, gradient = guidance.value_and_gradient(y, sigma, x0_hat, by_y)
-        values.append(weight * value)
-        gradients.append(per_image(weight, y) * gradient)
-    return out, (sum(values[1:], values[0]), sum(gradients[1:], gradients[0]))
 
 
 # --- classifier-free -----------------------------------------------------------------------------

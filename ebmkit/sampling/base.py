@@ -29,14 +29,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from ebmkit.energy import (
-    EnergyModel,
-    LabelLogProbability,
-    Noise,
-    ScoreModel,
-    per_image,
-    upcast_energies,
-)
+from ebmkit.energy import DensityModel, Noise, ScoreModel, per_image
 from ebmkit.errors import UserError
 from ebmkit.noise import check_trained
 
@@ -153,8 +146,8 @@ class Chains(Generic[S]):
         lost = ~_is_finite(new) & ~self.finished
         stopped = lost | self.finished
         if bool(stopped.any()):
-            before = _per_chain_fields(old)
-            for name, value in _per_chain_fields(new).items():
+            before = _per_image_fields(old)
+            for name, value in _per_image_fields(new).items():
                 back = torch.where(per_image(stopped, value), before[name], value)  # type: ignore[arg-type]
                 new = new._replace(**{name: back})  # type: ignore[attr-defined]
         self.diverged |= dict.fromkeys(torch.nonzero(lost).flatten().tolist(), new.step)
@@ -199,7 +192,7 @@ def unit_length(gradient: Tensor) -> Tensor:
     return gradient / per_image(norm.clamp_min(torch.finfo(norm.dtype).tiny), gradient)
 
 
-def _per_chain_fields(state: Any) -> dict[str, Tensor]:
+def _per_image_fields(state: Any) -> dict[str, Tensor]:
     """Fields of a state that have one row per chain."""
     count = len(state.x)
     fields = state._asdict().items()
@@ -208,7 +201,7 @@ def _per_chain_fields(state: Any) -> dict[str, Tensor]:
 
 def _is_finite(state: State) -> Tensor:
     """Mask (B,) bool of the chains that are finite in every field."""
-    fields = _per_chain_fields(state).values()
+    fields = _per_image_fields(state).values()
     return torch.stack([v.reshape(len(v), -1).isfinite().all(1) for v in fields]).all(0)
 
 
@@ -246,8 +239,8 @@ def density_of(model: ScoreModel, c: Labels = None) -> DensityFunction:
     Raises:
         UserError: if the model has no density.
     """
-    energy_model = _energy_model(model, c)
-    return lambda x, sigma=None: energy_model.density_and_score(x, sigma, c)
+    density_model = _density_model(model, c)
+    return lambda x, sigma=None: density_model.density_and_score(x, sigma, c)
 
 
 def label_density_of(model: ScoreModel, c: Tensor | int) -> DensityFunction:
@@ -256,14 +249,8 @@ def label_density_of(model: ScoreModel, c: Tensor | int) -> DensityFunction:
     Raises:
         UserError: if the model has no density.
     """
-    energy_model = _energy_model(model, c)
-
-    def density(x: Tensor, sigma: Noise | None = None) -> tuple[Tensor, Tensor]:
-        target = LabelLogProbability(energy_model.check_labels(c, x))
-        energies, (gradient,) = energy_model.value_and_grads(x, sigma, target)
-        return target(upcast_energies(energies)), gradient
-
-    return density
+    density_model = _density_model(model, c)
+    return lambda x, sigma=None: density_model.label_density_and_score(x, c, sigma)
 
 
 def denoiser_of(model: ScoreModel, c: Labels = None) -> DenoiserFunction:
@@ -313,8 +300,8 @@ def lowest_level(model: ScoreModel, asked: float | None = None) -> float:
     return min(max(LOWEST, limits[0]), limits[1]) if limits else LOWEST
 
 
-def _energy_model(model: ScoreModel, c: Labels) -> EnergyModel:
-    if not isinstance(model, EnergyModel):
+def _density_model(model: ScoreModel, c: Labels) -> DensityModel:
+    if not isinstance(model, DensityModel):
         raise UserError(
             f"{type(model).__name__} is a plain denoiser and has no log-density: take a sampler "
             "that needs only the score"

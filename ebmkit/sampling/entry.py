@@ -32,7 +32,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from ebmkit.energy import EnergyModel, ScoreModel, classifies
+from ebmkit.energy import DensityModel, EnergyModel, ScoreModel, classifies
 from ebmkit.errors import UserError
 from ebmkit.noise import Sigma, check_trained
 from ebmkit.registry import Table, find
@@ -433,7 +433,7 @@ def missing(model: ScoreModel, needs: Sequence[Need]) -> str | None:
     untrained = "it was not trained to denoise, so it has no noise levels"
     given = "it takes the noise level as an input, and this sampler needs a blind denoiser"
     lacking: dict[Need, str] = {
-        "density": "" if isinstance(model, EnergyModel) else plain,
+        "density": "" if isinstance(model, DensityModel) else plain,
         "labels": "" if takes_labels(model) else "it was trained without labels",
         "levels": untrained if model.card and model.card.sigma_range is None else "",
         "blind": given if model.noise_conditional else "",

@@ -11,8 +11,9 @@ from ebmkit_tests.support.command_line import ebmkit_command
 from ebmkit_tests.support.sampling_runs import save_run
 
 from ebmkit import ModelCard
-from ebmkit.guidance import GUIDANCE_SCHEDULES, GUIDES
+from ebmkit.guidance import GUIDANCE_SCHEDULES, GUIDES, make_guidance
 from ebmkit.models import ModelConfig, load, save_model
+from ebmkit.sampling.base import clean_level
 from ebmkit.sampling.jobs.chains import JobFolder
 from ebmkit.sampling.jobs.job import SamplingJob
 from ebmkit.sampling.jobs.settings import default_folder, make_settings
@@ -114,6 +115,22 @@ def _folder(path, settings):
     folder = JobFolder(path)
     folder.begin(settings)
     return folder
+
+
+def test_energies_of_guided_samples_are_those_of_base_and_guide(runs):
+    base = load(runs / "joint")
+    model, extra = guide_by(base, make_guidance(scale=3.0), runs / "robust")
+    for parameter in model.guide.parameters():  # the runs have the same weights
+        parameter.data.mul_(1.5)
+    settings = make_settings(model, "ddim", count=2, label="3", steps=40, **extra)
+    job = SamplingJob(model, settings, _folder(runs / "energies-of-samples", settings))
+    x = torch.rand(2, 1, 8, 8)
+    with torch.no_grad():
+        found, level = job.energies(x), clean_level(model)
+        expected = base.log_density(x, level)
+        assert torch.equal(found["log_density"], expected)
+        joint = model.guide.energies(x, level).log_posterior() + expected[:, None]
+    assert torch.equal(found["log_joint"], joint)
 
 
 def test_scale_0_gives_the_unguided_samples(runs):

@@ -16,7 +16,9 @@ from ebmkit.guidance import (
     make_guidance,
     pgd_guide,
 )
+from ebmkit.guidance.guides import Guide, GuideSettings
 from ebmkit.models import DirectDenoiser
+from ebmkit.noise import make_schedule
 
 MEANS = (0.3, -0.4)
 
@@ -120,6 +122,35 @@ def test_pgd_of_a_guide_without_gradient_is_zero():
     assert not gradient.any()
 
 
+def test_custom_guide_gets_mean_energies_also_as_an_inner_guide(monkeypatch):
+    seen = []
+
+    def make(model, c, settings, means):
+        seen.append((settings.temperature, means))
+        return energy_guide(model, c)
+
+    class Settings(GuideSettings):
+        temperature: float = 2.0
+
+    custom = Guide("a custom guide", Settings, make, needs_means=True)
+    monkeypatch.setitem(GUIDES, "custom", custom)
+    assert not make_guidance(guidance="energy").needs_means
+    assert not make_guidance(guidance="pgd").needs_means
+    for name, options in (("custom", {}), ("pgd", {"inner": "custom"})):
+        config = make_guidance(guidance=name, options=options)
+        assert config.needs_means
+        config.build(plane(), 1, MEANS, make_schedule())
+    assert seen == [(2.0, MEANS)] * 2
+
+
+def test_lambda_of_an_ascent_is_that_of_its_inner_dual_guide():
+    y = draw(6, 2)
+    options = {"inner": "dual", "n": 0, "lambda": 0.4}
+    found, expected = make_guide("pgd", plane(), 1, **options), dual_guide(plane(), 1, MEANS, 0.4)
+    for a, b in zip(found(y), expected(y), strict=True):
+        assert torch.equal(a, b)
+
+
 # --- errors --------------------------------------------------------------------------------------
 
 
@@ -135,6 +166,9 @@ def test_unsupported_models_labels_and_settings_are_refused():
     for means in ((0.1,), (0.1, float("nan"))):
         with pytest.raises(UserError, match="one finite number for each of 2 labels"):
             dual_guide(plane(), 0, means)
+    for inner in ("pgd", "classifier-free", "energi"):
+        with pytest.raises(UserError, match=f"unknown inner guide '{inner}'"):
+            make_guidance(guidance="pgd", options={"inner": inner})
     with pytest.raises(UserError, match="n = -1"):
         pgd_guide(energy_guide(plane(), 0), -1)
     with pytest.raises(UserError, match="n = 0 is not a number of steps: take 1 or more"):

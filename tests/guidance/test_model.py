@@ -3,11 +3,18 @@
 import pytest
 import torch
 from ebmkit_tests.support.blind import BlindMixture as Blind
-from ebmkit_tests.support.guidance_world import SHAPE, draw, generator, image_mixture, run
+from ebmkit_tests.support.guidance_world import (
+    SHAPE,
+    draw,
+    generator,
+    image_mixture,
+    numerical_gradient,
+    run,
+)
 from torch import nn
 
 from ebmkit import GaussianMixture, ModelCard, ScoreModel, UserError
-from ebmkit.energy import EnergyModel
+from ebmkit.energy import DensityModel, EnergyModel
 from ebmkit.guidance import (
     GUIDES,
     LogitModel,
@@ -135,7 +142,32 @@ def test_guided_log_density_is_that_of_the_base_plus_the_guide():
     torch.testing.assert_close(gradient, base.score(y, 0.2) + 3 * push)
     torch.testing.assert_close(model.score(y, 0.2, c), gradient)
     torch.testing.assert_close(model.log_density(y, 0.2, c), value)
-    torch.testing.assert_close(model.logits(y, 0.2), base.logits(y, 0.2))
+    label, label_score = label_density_of(model, c)(y, 0.2)
+    torch.testing.assert_close(label, value - base.log_density(y, 0.2))
+    torch.testing.assert_close(label_score, gradient - base.score(y, 0.2))
+
+
+@pytest.mark.parametrize(("name", "view"), [("energy", "noisy"), ("dual", "x_t")])
+def test_guided_score_is_the_gradient_of_the_guided_log_density(name, view):
+    base = image_mixture(dtype=torch.float64)
+    guide = image_mixture(Blind if view == "x_t" else GaussianMixture, torch.float64)
+    config = make_guidance(guidance=name, scale=3.0, view=view, schedule="power:k=2")
+    model = guided_model(base, guide, config, (-15.0, -15.0))
+    y, c = torch.rand(3, *SHAPE, dtype=torch.float64), torch.tensor([0, 1, 1])
+    expected = numerical_gradient(lambda y: model.log_density(y, 0.2, c), y)
+    for found in (model.score(y, 0.2, c), density_of(model, c)(y, 0.2)[1]):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_guided_energy_model_is_no_energy_model_and_can_be_guided_again():
+    """Its energies would be those of base and guide, not of the guided density."""
+    model = guided(scale=3.0)
+    assert not isinstance(model, EnergyModel)
+    y, c = torch.rand(3, *SHAPE), torch.tensor([0, 1, 1])
+    twice = density_of(guided_model(model, model.guide, EXACT), c)(y, 0.2)
+    # the second guidance is of the guided model without its label
+    for a, b in zip(twice, density_of(guided(), c)(y, 0.2), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_density_calls_the_guide_once():
@@ -150,10 +182,10 @@ def test_density_calls_the_guide_once():
 
 
 def test_no_density_with_view_x0_hat_or_base_without_density():
-    assert isinstance(guided(), EnergyModel)
-    assert not isinstance(guided(view="x0_hat"), EnergyModel)
+    assert isinstance(guided(), DensityModel)
+    assert not isinstance(guided(view="x0_hat"), DensityModel)
     plain = guided_model(DirectDenoiser(nn.Identity(), 1, True), image_mixture(), EXACT)
-    assert not isinstance(plain, EnergyModel)
+    assert not isinstance(plain, DensityModel)
     assert missing(plain, ("labels",)) is None
     with pytest.raises(UserError, match=r"mala does not support .* has no log-density"):
         SAMPLERS["mala"].build(plain, 1)

@@ -215,6 +215,13 @@ def test_backpropagation_through_the_denoiser_in_inference_mode():
     with torch.inference_mode():
         found = guided(u.clone(), 300)
     torch.testing.assert_close(found.clone(), guided(u, 300))
+    known = guided_denoiser(lambda y, sigma: y * sigma[:, None], guidance)
+    blind = guided_denoiser(lambda y, sigma=None: y / 2, guidance)
+    for denoise, level in ((known, 0.3), (blind, None)):
+        expected = denoise(u, None if level is None else torch.full_like(u[:, 0], level))
+        with torch.inference_mode():
+            found = denoise(u.clone(), None if level is None else torch.full_like(u[:, 0], level))
+        torch.testing.assert_close(found.clone(), expected)
 
 
 # --- disabled guidance ---------------------------------------------------------------------------
@@ -364,6 +371,14 @@ def test_blind_denoiser_is_guided_at_the_noise_level_of_its_residual():
         known = Guidance(classifier_guide(model, c), 2.0, "power:k=2")
         one = guided_denoiser(lambda y, s, i=i: clean[i : i + 1], known)
         torch.testing.assert_close(found[i : i + 1], one(y[i : i + 1], float(level[i])))
+
+
+def test_blind_denoiser_that_changes_nothing_is_not_guided():
+    y = draw(4, 2)
+    for backpropagate in (False, True):
+        guidance = Guidance(energy_guide(plane(), 1), 2.0, "exact", "x0_hat", backpropagate)
+        found = guided_denoiser(lambda y, sigma=None: 1 * y, guidance)(y)
+        torch.testing.assert_close(found, y)
 
 
 def test_score_without_sigma_is_guided_at_full_weight():

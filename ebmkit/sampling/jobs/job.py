@@ -39,8 +39,9 @@ from torch import Tensor
 
 from ebmkit.compile import device_of
 from ebmkit.compute import environment
-from ebmkit.energy import EnergyModel, ScoreModel, classifies
+from ebmkit.energy import DensityModel, EnergyModel, ScoreModel, classifies
 from ebmkit.errors import Interrupted, UserError
+from ebmkit.guidance.model import GuidedDensityModel
 from ebmkit.plots import DPI, GRAY, new_figure, save_figure
 from ebmkit.randomness import keyed_generator
 from ebmkit.sampling.base import Sampler, State, clean_level
@@ -149,14 +150,18 @@ class SamplingJob:
 
     def energies(self, x: Tensor) -> dict[str, Tensor]:
         """``log_density`` (N,) of images on any device, and ``log_joint`` (N, C) if labels were
-        trained; empty for a plain denoiser."""
-        if not isinstance(self.model, EnergyModel):
+        trained, without guidance; empty for a plain denoiser."""
+        model, level, size = self.model, clean_level(self.model), self.settings.batch_size
+        if isinstance(model, GuidedDensityModel):
+            energies, labelled = model.unguided_energies, True
+        elif isinstance(model, EnergyModel):
+            energies, labelled = model.energies, classifies(model)
+        else:
             return {}
-        level, size = clean_level(self.model), self.settings.batch_size
         with torch.no_grad():
-            parts = [self.model.energies(p.to(self.device), level) for p in torch.split(x, size)]
+            parts = [energies(p.to(self.device), level) for p in torch.split(x, size)]
         found = {"log_density": torch.cat([p.log_density.float().cpu() for p in parts])}
-        if classifies(self.model):
+        if labelled:
             found["log_joint"] = torch.cat([p.log_joint().float().cpu() for p in parts])
         return found
 
@@ -222,7 +227,7 @@ class SamplingJob:
         if (
             self.entry is None
             or self.entry.no_stationary_distribution
-            or not isinstance(model, EnergyModel)
+            or not isinstance(model, DensityModel)
         ):
             return None
 

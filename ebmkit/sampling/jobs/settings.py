@@ -13,7 +13,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
 
-from ebmkit.energy import ScoreModel, classifies
+from ebmkit.energy import ScoreModel
 from ebmkit.errors import UserError, unknown_name, validated
 from ebmkit.guidance.score import GuidanceConfig
 from ebmkit.noise import format_sigma
@@ -243,7 +243,7 @@ def cautions(
         terms = parse_objective(card.objective) if card else []
         trains_density = any(term.objective.trains_density for term in terms)
     except UserError:  # an objective that this installation does not know
-        trains_density = not classifies(model)
+        trains_density = not (card and card.classifies)
     if card is not None and card.sigma_range is None and not trains_density:
         found.append(
             f"this model was trained by {card.objective or 'an unknown objective'}, which trains "
