@@ -116,8 +116,18 @@ def random_start(
         generators: one per image (`ebmkit.randomness.image_generators`).
         bounds: as in `projected_gradient_descent`.
     """
+    return moved_start(x, epsilon, _drawn(x, generators, partial(unit_ball, norm)), bounds)
+
+
+def moved_start(
+    x: Tensor, length: float | Tensor, offset: Tensor, bounds: Bounds = (0, 1)
+) -> Tensor:
+    """``x`` (B, ...) plus ``length`` times ``offset``, clipped.
+
+    ``length`` and ``bounds`` are numbers or (B,), image units.
+    """
     low, high = (per_image(bound, x) for bound in bounds)
-    moved = x + per_image(epsilon, x) * _drawn(x, generators, partial(unit_ball, norm))
+    moved = x + per_image(length, x) * offset
     return torch.clamp(moved, low, high)  # type: ignore[arg-type]  # both have the same type
 
 

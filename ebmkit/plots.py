@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from einops import rearrange
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -46,8 +47,7 @@ def look(number: int) -> dict[str, Any]:
 
 def show_image(axes: Axes, image: Tensor, below: str, above: str) -> None:
     """Show an image (C, H, W); small images without interpolation."""
-    pixels = image.detach().clamp(0, 1).cpu().movedim(0, -1).numpy()
-    pixels = pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels
+    pixels = rearrange(image.detach().clamp(0, 1).cpu(), "c h w -> h w c").numpy()
     way = "nearest" if max(pixels.shape) < 150 else "antialiased"
     axes.imshow(pixels, cmap="gray", vmin=0, vmax=1, interpolation=way)
     axes.set(xticks=[], yticks=[])

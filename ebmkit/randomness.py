@@ -1,4 +1,20 @@
-"""Random numbers as functions of a key, so that resuming needs no generator state."""
+"""Random numbers as functions of a key, so that resuming needs no generator state.
+
+================== ================================ =============================================
+function           key                              draws
+================== ================================ =============================================
+`keyed_generator`  any values: seed, stream, step,  of a step or batch, in training and sampling,
+                   ...; BLAKE2b                     on any device
+`hashed_generator` texts and bytes; SHA-256         of an evaluated image, on the CPU, the same in
+                                                    every batch
+`seeded_generator` a seed alone                     made once: masks, signs, directions, splits
+`bit_hash`         the bits of numbers              inside a loss, which may be compiled
+================== ================================ =============================================
+
+One of BLAKE2b and SHA-256 would do, but exchanging one would change the results of a seed. NumPy's
+generators draw bootstrap samples and Lanczos vectors (a seed alone, `ebmkit.evaluation`) and the
+training sets of the theory (`ebmkit.experiments.theory.fits`, a key with a CRC-32).
+"""
 
 from __future__ import annotations
 
@@ -21,6 +37,11 @@ def keyed_seed(*key: object) -> int:
 def keyed_generator(device: torch.device | str, *key: object) -> torch.Generator:
     """Create a generator on ``device``, seeded by ``key``."""
     return torch.Generator(device).manual_seed(keyed_seed(*key))
+
+
+def seeded_generator(seed: int) -> torch.Generator:
+    """Create a CPU generator with ``seed`` alone, for numbers that are drawn once."""
+    return torch.Generator().manual_seed(seed)
 
 
 def hashed_generator(*key: str | bytes) -> torch.Generator:

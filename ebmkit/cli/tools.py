@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
@@ -208,44 +209,53 @@ def verify(
         console.say(f"all {whole} files of the run are whole")
 
 
-def tables() -> dict[str, dict[str, str]]:
-    """Descriptions by kind and name, from the registries that the program uses."""
-    from ebmkit.data import DATASETS
-    from ebmkit.evaluation import SUITES
-    from ebmkit.guidance import GUIDANCE_SCHEDULES, GUIDES
-    from ebmkit.models import BACKBONES, DENOISERS, HEADS
-    from ebmkit.models.importing import KINDS
-    from ebmkit.objectives import ALIASES, OBJECTIVES
-    from ebmkit.sampling import SAMPLERS
-    from ebmkit.sampling.inverse import TASKS
-    from ebmkit.training import RECIPES
+TABLES: dict[str, tuple[str, str]] = {
+    "backbones": ("models", "BACKBONES"),
+    "denoisers": ("models", "DENOISERS"),
+    "heads": ("models", "HEADS"),
+    "objectives": ("objectives", "OBJECTIVES"),
+    "datasets": ("data", "DATASETS"),
+    "recipes": ("training", "RECIPES"),
+    "suites": ("evaluation", "SUITES"),
+    "samplers": ("sampling", "SAMPLERS"),
+    "tasks": ("sampling.inverse", "TASKS"),
+    "guidance": ("guidance", "GUIDES"),
+}
+"""Module and name of the registry of each kind."""
 
-    entries: dict[str, Mapping[str, Any]] = {
-        "backbones": BACKBONES,
-        "denoisers": DENOISERS,
-        "heads": HEADS,
-        "objectives": OBJECTIVES,
-        "datasets": DATASETS,
-        "recipes": RECIPES,
-        "suites": SUITES,
-        "samplers": SAMPLERS,
-        "tasks": TASKS,
-        "guidance": GUIDES,
-    }
-    found = {kind: {n: e.description for n, e in table.items()} for kind, table in entries.items()}
-    found["backbones"]["timm:NAME"] = "any network of timm, as timm:convnext_atto"
-    found["objectives"] |= {name: f"short for {'+'.join(parts)}" for name, parts in ALIASES.items()}
-    found["guidance"] |= {
-        f"--schedule {s.form}": s.description for s in GUIDANCE_SCHEDULES.values()
-    }
-    found["checkpoints"] = dict(KINDS)
-    return {kind: found[kind] for kind in get_args(Kind)}
+
+def described(kind: Kind) -> dict[str, str]:
+    """Names and descriptions of ``kind``; imports only the registry that has them."""
+    if kind == "checkpoints":
+        from ebmkit.models.importing import KINDS
+
+        return dict(KINDS)
+    module, registry = TABLES[kind]
+    entries: Mapping[str, Any] = getattr(import_module(f"ebmkit.{module}"), registry)
+    found = {name: entry.description for name, entry in entries.items()}
+    if kind == "backbones":
+        found["timm:NAME"] = "any network of timm, as timm:convnext_atto"
+    if kind == "objectives":
+        from ebmkit.objectives import ALIASES
+
+        found |= {name: f"short for {'+'.join(parts)}" for name, parts in ALIASES.items()}
+    if kind == "guidance":
+        from ebmkit.guidance import GUIDANCE_SCHEDULES
+
+        schedules = GUIDANCE_SCHEDULES.values()
+        found |= {f"--schedule {s.form}": s.description for s in schedules}
+    return found
+
+
+def tables() -> dict[str, dict[str, str]]:
+    """`described` of every kind."""
+    return {kind: described(kind) for kind in get_args(Kind)}
 
 
 def list_(kind: Annotated[Kind, Argument(help=", ".join(get_args(Kind)))]) -> None:
     """List the names that options accept: backbones, objectives, samplers, ..."""
     table = Table(kind.removesuffix("s"), "description")
-    for name, description in tables()[kind].items():
+    for name, description in described(kind).items():
         table.add_row(name, description)
     console.print(table)
 

@@ -31,6 +31,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from einops import rearrange
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -144,8 +145,14 @@ def to_pixels(image: Image.Image, channels: int, size: tuple[int, int] | None = 
     image = image.convert("L" if channels == 1 else "RGB")
     if size is not None and image.size != size[::-1]:
         image = ImageOps.fit(image, size[::-1], Image.Resampling.BICUBIC)
-    pixels = torch.from_numpy(np.array(image))
-    return pixels[None] if channels == 1 else pixels.permute(2, 0, 1).contiguous()
+    pixels = torch.from_numpy(np.atleast_3d(np.array(image)))
+    return rearrange(pixels, "h w c -> c h w").contiguous()
+
+
+def to_image(pixels: Tensor) -> Image.Image:
+    """Convert uint8 pixels (1 or 3, H, W) to a Pillow image, gray or RGB."""
+    levels = rearrange(pixels, "c h w -> h w c").numpy()
+    return Image.fromarray(levels.squeeze(-1) if len(pixels) == 1 else levels)
 
 
 def load_folder(request: DatasetRequest, side: int | None = None) -> AnyImages:

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from einops import rearrange
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
@@ -160,7 +161,7 @@ def write_image(image: Tensor, path: Path | str, overwrite: bool = False, bits: 
         raise UserError(f"{str(path)!r} exists: move it away, or choose another name")
     if not bool(image.isfinite().all()):
         raise UserError(f"cannot write {str(path)!r}: the image has NaN or Inf pixels")
-    levels = image.detach().cpu().double().clamp(0, 1).permute(1, 2, 0).numpy()
+    levels = rearrange(image.detach().cpu().double().clamp(0, 1), "c h w -> h w c").numpy()
     levels = levels[:, :, 0] if image.shape[0] == 1 else levels
     deep = bits == 16 and levels.ndim == 2 and kind != "JPEG"
     pixels = np.round(levels * (65535 if deep else 255)).astype(np.uint16 if deep else np.uint8)

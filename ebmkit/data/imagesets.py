@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ebmkit.data.augment import Cut
 from ebmkit.errors import UserError
+from ebmkit.randomness import seeded_generator
 from ebmkit.terminal import progress_bar
 
 T = TypeVar("T")
@@ -446,7 +447,7 @@ def split_rows(split: Split, count: int, what: str) -> Tensor:
 
 def shuffled(count: int) -> Tensor:
     """A fixed random permutation of 0 .. count - 1, (count,) int64."""
-    return torch.randperm(count, generator=torch.Generator().manual_seed(20410))
+    return torch.randperm(count, generator=seeded_generator(20410))
 
 
 def fingerprint(images: Any) -> str:

@@ -47,6 +47,7 @@ from importlib.util import find_spec
 from typing import Literal, get_args
 
 import torch
+from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from ebmkit.attacks import (
@@ -174,13 +175,13 @@ class DefendedClassifier(nn.Module):
         elif self.defence.random:
             assert noise is not None
             draws, sigma = noise.shape[-4], self.defence.sigma
-            y = (x[:, None] + sigma * noise.to(x)).flatten(0, 1)
+            y = rearrange(x[:, None] + sigma * noise.to(x), "b n c h w -> (b n) c h w")
         if self.defence.denoises:
             if self.model.noise_conditional:
                 sigma = self.defence.sigma
             y, sigma = self.model.denoise(y, sigma), None
         log_p = self.model.logits(y, sigma).log_softmax(dim=1)
-        log_p = log_p.reshape(len(x), draws, -1)
+        log_p = rearrange(log_p, "(b n) k -> b n k", n=draws)
         return log_p.logsumexp(dim=1) - math.log(draws)
 
     def purify(self, x: Tensor, noise: Tensor | None) -> Tensor:
@@ -194,9 +195,9 @@ class DefendedClassifier(nn.Module):
         chain = self.defence
         if noise is None:
             noise = x.new_zeros(chain.steps, *x.shape[1:])
-        xi = noise.to(x).reshape(*noise.shape[:-4], -1, chain.steps, *x.shape[1:])
-        xi = xi.expand(len(x), *xi.shape[-5:]).flatten(0, 1)
-        y = x.repeat_interleave(len(xi) // len(x), dim=0)
+        noise = noise.to(x).expand(len(x), *noise.shape[-4:])
+        xi = rearrange(noise, "b (n k) c h w -> (b n) k c h w", k=chain.steps)
+        y = repeat(x, "b c h w -> (b n) c h w", n=len(xi) // len(x))
         for step in range(chain.steps):
             score = self.model.score(y)
             y = langevin_move(y, score, chain.step_size, chain.noise_std, xi[:, step])

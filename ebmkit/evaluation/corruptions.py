@@ -33,12 +33,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from einops import rearrange
 from pydantic import AfterValidator, Field
 from rich.table import Table
 from torch import Tensor
 
 from ebmkit import plots
+from ebmkit.data.folders import to_image, to_pixels
 from ebmkit.energy import EnergyModel, ScoreModel, classifies
 from ebmkit.errors import UserError
 from ebmkit.evaluation import statistics
@@ -131,13 +131,10 @@ def _jpeg(x: Tensor, quality: float, generator: torch.Generator) -> Tensor:
 
     if x.shape[0] not in (1, 3):
         raise UserError(f"JPEG holds 1 or 3 channels, not {x.shape[0]}: leave out corruption jpeg")
-    pixels = rearrange((255 * x).round().byte(), "c h w -> h w c").numpy()
     buffer = io.BytesIO()
-    image = Image.fromarray(pixels.squeeze(-1) if len(x) == 1 else pixels)
-    image.save(buffer, "JPEG", quality=int(quality))
+    to_image((255 * x).round().byte()).save(buffer, "JPEG", quality=int(quality))
     with Image.open(buffer) as image:
-        read = torch.from_numpy(np.array(image))
-    return read.reshape(*x.shape[1:], len(x)).movedim(-1, 0).to(x.dtype) / 255
+        return to_pixels(image, len(x)).to(x.dtype) / 255
 
 
 CORRUPTIONS: dict[str, Corruption] = {

@@ -300,7 +300,7 @@ def _iterative_spectrum(
 ) -> Spectrum:
     from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 
-    rng, size = np.random.default_rng(seed), operator.size
+    rng, size = np.random.default_rng(seed), operator.size  # NumPy's, as ARPACK's vectors are
     last = operator.products + products
 
     def times(v: Vectors) -> Vectors:

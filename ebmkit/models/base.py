@@ -39,6 +39,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol, Self, runtime_checkable
 
 import torch
+from einops import rearrange
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
@@ -196,7 +197,8 @@ def mean_over_windows(h: Tensor, grid: tuple[int, int] = (1, 1)) -> Tensor:
         wide = upcast(h)
         if grid == (1, 1):
             return mean_over_positions(wide)[:, None]
-        return nn.functional.adaptive_avg_pool2d(wide, grid).flatten(2).transpose(1, 2)
+        pooled = nn.functional.adaptive_avg_pool2d(wide, grid)
+        return rearrange(pooled, "b k rows columns -> b (rows columns) k")
 
 
 class MeanPooled(nn.Module):

@@ -34,6 +34,7 @@ import math
 from typing import Literal
 
 import torch
+from einops import rearrange, reduce
 from torch import Tensor, nn
 
 from ebmkit.compute import subsample_before_1x1, upcast, without_autocast
@@ -125,7 +126,7 @@ class JointModel(EnergyModel):
             assert isinstance(self.backbone, WindowedBackbone)
             grid = max(1, round(y.shape[-2] / rows)), max(1, round(y.shape[-1] / columns))
             maps = self._features(y, sigma).maps
-            pooled = self.backbone.pool(maps, grid).flatten(0, 1)  # (B * M, K)
+            pooled = rearrange(self.backbone.pool(maps, grid), "b m k -> (b m) k")
         else:
             return self._sum_of_tiles(y, sigma, self.reference_size)
         return _total(self._energies(pooled), y.shape[0], size)
@@ -160,7 +161,7 @@ class JointModel(EnergyModel):
             level = sigma
             if isinstance(sigma, Tensor) and sigma.ndim:
                 level = sigma.repeat_interleave(len(crops))
-            stacked = torch.stack(crops, dim=1).flatten(0, 1)
+            stacked = rearrange(torch.stack(crops, dim=1), "b m c h w -> (b m) c h w")
             parts = self._energies(self._features(stacked, level).pooled)
             size = len(crops) * h * w / (height * width * copies)
             total = _total(parts, y.shape[0], size)
@@ -213,7 +214,6 @@ def half_overlapping_tiles(length: int, tile: int) -> list[tuple[int, int]]:
 
 def _total(parts: Energies, batch: int, size: float) -> Energies:
     """Energies of images from those of their M parts, (B * M, ...): ``size`` times the mean."""
-    count = parts.log_density.shape[0] // batch
-    logits = parts.logits.reshape(batch, count, parts.logits.shape[1]).mean(1)
-    density = parts.log_density.reshape(batch, count).mean(1)
+    logits = reduce(parts.logits, "(b m) classes -> b classes", "mean", b=batch)
+    density = reduce(parts.log_density, "(b m) -> b", "mean", b=batch)
     return Energies(size * logits, size * density)

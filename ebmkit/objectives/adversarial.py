@@ -52,7 +52,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from ebmkit.attacks import projected_gradient_descent, unit_ball
+from ebmkit.attacks import moved_start, projected_gradient_descent, unit_ball
 from ebmkit.data import Batch
 from ebmkit.energy import Energies, EnergyModel, WeightedLogProbability, per_image
 from ebmkit.errors import UserError
@@ -208,10 +208,10 @@ class TrainingAttack:
         shape = (total, *y.shape[1:])
         if self.on_divergence:
             nudge = torch.randn(shape, generator=generator, device=y.device, dtype=y.dtype)
-            return _clipped(y + TRADES_START_STD * nudge[own], batch), other
-        radius = per_image(config.eps * _scale(batch, config), y)
+            return moved_start(y, TRADES_START_STD, nudge[own], _bounds(batch)), other
+        radius = config.eps * _scale(batch, config)
         offset = unit_ball(config.norm, shape, generator, y.dtype)
-        return _clipped(y + radius * offset[own], batch), other
+        return moved_start(y, radius, offset[own], _bounds(batch)), other
 
     def _pgd(
         self,
@@ -271,11 +271,6 @@ def _bounds(batch: Batch) -> tuple[Tensor, Tensor]:
     noisy = batch.sigma > 0
     zero = torch.zeros_like(batch.sigma, dtype=batch.y.dtype)
     return zero.masked_fill(noisy, -torch.inf), (zero + 1).masked_fill(noisy, torch.inf)
-
-
-def _clipped(start: Tensor, batch: Batch) -> Tensor:
-    low, high = (per_image(bound, start) for bound in _bounds(batch))
-    return torch.clamp(start, low, high)  # type: ignore[arg-type]
 
 
 @contextmanager

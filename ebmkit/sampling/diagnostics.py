@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from ebmkit.errors import UserError
+from ebmkit.randomness import seeded_generator
 from ebmkit.sampling.base import Info, State
 from ebmkit.sampling.entry import SamplerEntry
 
@@ -88,7 +89,7 @@ def random_projections(
     shape: tuple[int, ...], count: int, seed: int = 0
 ) -> Callable[[Tensor], Tensor]:
     """Summary (B, count) of images: projections onto ``count`` random unit directions."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded_generator(seed)
     directions = torch.randn(math.prod(shape), count, generator=generator, dtype=torch.float64)
     directions = directions / directions.norm(dim=0)
     return lambda x: x.flatten(1) @ directions.to(x)

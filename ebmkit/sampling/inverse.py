@@ -39,6 +39,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from ebmkit.errors import UserError
+from ebmkit.randomness import seeded_generator
 from ebmkit.registry import find
 
 Shape = tuple[int, int, int]
@@ -238,7 +239,7 @@ class Compressed(_Selection):
     """
 
     def __init__(self, shape: Shape, share: float, seed: int = 0) -> None:
-        generator = torch.Generator().manual_seed(seed)
+        generator = seeded_generator(seed)
         total = math.prod(_checked_shape(shape, share))
         self._signs = torch.randint(0, 2, (total,), generator=generator) * 2 - 1
         super().__init__(shape, _random_choice(total, share, generator))
@@ -274,7 +275,7 @@ def random_pixels(shape: Shape, share: float, seed: int = 0) -> Pixels:
         UserError: if the share is not legal.
     """
     _, height, width = _checked_shape(shape, share)
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded_generator(seed)
     return Pixels(shape, _random_choice(height * width, share, generator).reshape(height, width))
 
 

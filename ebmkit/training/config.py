@@ -9,6 +9,7 @@ defaults that keep the earlier behaviour.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping
 from functools import partial
 from importlib.resources import files
@@ -16,7 +17,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from ebmkit.compute import ComputeConfig
 from ebmkit.data import StreamConfig
@@ -473,6 +481,24 @@ def difference(old: dict[str, Any], new: dict[str, Any]) -> tuple[str, Any, Any]
         if before.get(key) != after.get(key):
             return key, before.get(key), after.get(key)
     return None
+
+
+def check_same(saved: dict[str, Any], new: BaseModel | dict[str, Any], what: str, ask: str) -> None:
+    """Check that resuming with the settings ``new`` continues what was begun with ``saved``.
+
+    If ``new`` is a pydantic model, it upgrades ``saved`` settings of earlier versions.
+
+    Raises:
+        UserError: "``what``: FIELD was OLD and is now NEW; ``ask``", for the first `difference`.
+    """
+    if isinstance(new, BaseModel):
+        with contextlib.suppress(ValidationError):  # fields that were added later get defaults
+            saved = type(new).model_validate(saved).model_dump(mode="json")
+        new = new.model_dump(mode="json")
+    found = difference(saved, new)
+    if found is not None:
+        key, before, now = found
+        raise UserError(f"{what}: {key} was {before!r} and is now {now!r}; {ask}")
 
 
 def _flat(values: Any, prefix: str = "") -> dict[str, Any]:

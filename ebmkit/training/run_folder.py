@@ -50,7 +50,7 @@ from ebmkit.storage.manifest import (
 from ebmkit.storage.reading import YAML_BYTES, check_links, parse_yaml, read_bytes
 from ebmkit.storage.tensors import read_torch_content
 from ebmkit.storage.verify import repair_run
-from ebmkit.training.config import difference
+from ebmkit.training.config import check_same
 from ebmkit.training.metrics import MetricsLog, as_lines
 
 METRICS = "metrics.jsonl"
@@ -160,16 +160,8 @@ class RunFolder:
         Raises:
             UserError: naming the first field that differs.
         """
-        old = self.config()
-        with contextlib.suppress(ValidationError):  # fields that were added later get defaults
-            old = type(config).model_validate(old).model_dump(mode="json")
-        found = difference(old, config.model_dump(mode="json"))
-        if found is not None:
-            key, old, new = found
-            raise UserError(
-                f"cannot resume {str(self.path)!r} with another configuration: {key} was "
-                f"{old!r} and is now {new!r}; leave it out or start a new run"
-            )
+        what = f"cannot resume {str(self.path)!r} with another configuration"
+        check_same(self.config(), config, what, "leave it out or start a new run")
 
     def log(self, row: dict[str, Any]) -> None:
         """Append ``row`` to ``metrics.jsonl``, or raise a `UserError`."""

@@ -90,6 +90,16 @@ def test_names_in_help_and_choices_match_the_tables():
     assert all(repr(what) in ended.stderr for what in get_args(What))
 
 
+def test_list_imports_only_the_table_asked_for():
+    code = (
+        "import sys; from ebmkit.cli.tools import described; print(*described('samplers'));"
+        "print('evaluation', 'ebmkit.evaluation' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "langevin" in done.stdout, done.stderr
+    assert "evaluation False" in done.stdout
+
+
 def test_help_uses_standard_metavars():
     def shown(command):
         return ebmkit_command(command, "--help", cwd=".").stdout

@@ -326,6 +326,7 @@ def measure(setting: Setting, n: int, sets: int, start: Tensor, seed: int = 0) -
     batch = max(1, BATCH // (n * len(start)))
     errors: tuple[list[Tensor], list[Tensor]] = ([], [])
     for number, first in enumerate(range(0, sets, batch)):
+        # CRC-32, since `hash` of a text differs between processes
         rng = np.random.default_rng([seed, zlib.crc32(setting.name.encode()), n, number])
         count = min(batch, sets - first)
         x, labels = truth.training_sets(rng, (count, n))

@@ -23,7 +23,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 from torch import Tensor
 
 from ebmkit.errors import Interrupted, UserError
@@ -32,7 +32,7 @@ from ebmkit.sampling.base import Chains, Info, Sampler, State
 from ebmkit.storage import held, make_folder, write_atomically
 from ebmkit.storage.reading import read_json
 from ebmkit.storage.tensors import read_tensors
-from ebmkit.training.config import difference
+from ebmkit.training.config import check_same
 
 UNFINISHED, SETTINGS, STATE = "unfinished", "settings.json", "state"
 
@@ -73,16 +73,8 @@ class JobFolder:
             old = None
         if not isinstance(old, dict):
             raise UserError(f"{str(known)!r} is damaged: it does not parse; choose another --out")
-        if isinstance(settings, BaseModel):
-            with contextlib.suppress(ValidationError):  # new fields have defaults
-                old = type(settings).model_validate(old).model_dump(mode="json")
-        found = difference(old, _plain(settings))
-        if found is not None:
-            key, before, now = found
-            raise UserError(
-                f"{str(self.path)!r} holds unfinished {self.results} of other settings: {key} was "
-                f"{before!r} and is now {now!r}; resume with the former, or choose another --out"
-            )
+        what = f"{str(self.path)!r} holds unfinished {self.results} of other settings"
+        check_same(old, settings, what, "resume with the former, or choose another --out")
         return True
 
     def begin(self, settings: BaseModel | dict[str, Any]) -> None:

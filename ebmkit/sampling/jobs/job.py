@@ -447,7 +447,7 @@ def _plot_path(
         level = "" if sigma is None else f"\n{255 * sigma:.3g}/255" if sigma < 10 else "\n> 10"
         below.append(f"{'end' if last else f'step {step}' if step else 'start'}{level}")
     note = "; below: mean noise level" if any(s is not None for s in sigmas) else ""
-    _save_rows(list(frames[chosen, :CHAINS].transpose(0, 1)), path, f"{title}{note}", below=below)
+    _save_rows(frames[chosen, :CHAINS].unbind(dim=1), path, f"{title}{note}", below=below)
 
 
 def _animate_path(frames: Tensor, path: Path) -> None:
