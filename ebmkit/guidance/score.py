@@ -376,12 +376,13 @@ def guided_noise(
         active = [(g, weight) for g in using if (weight := g.weight_at(t))]
         if not active:
             return predictor(u, t)
-        y, sigma = schedule.to_image_units(u, t), schedule.sigma(t)
+        image, sigma = schedule.to_image_units(u, t), schedule.sigma(t)
 
         def score(y: Tensor, level: Noise | None = None) -> Tensor:
-            return -predictor(schedule.from_image_units(y, t), t) / sigma
+            own = u if y is image else schedule.from_image_units(y, t)  # without rounding
+            return -predictor(own, t) / sigma
 
-        return -sigma * _guided(score, y, sigma, active)[0]
+        return -sigma * _guided(score, image, sigma, active)[0]
 
     return guided
 
