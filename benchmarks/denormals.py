@@ -73,7 +73,8 @@ def seconds_per_step(path: Path, steps: int, flushed: bool) -> float:
     trainer = assemble(resolve(run.config()), run)
     trainer.model.train()
     count = WARMUP + steps
-    start = min(trainer.step, trainer.config.steps - count)  # of a finished run, the last batches
+    last = max(0, trainer.config.steps - count)
+    start = min(trainer.step, last)  # of a finished run, the last batches
     batches = trainer.batches(start, start + count)
     times = []
     for _ in range(count):

@@ -43,7 +43,7 @@ from torch import Tensor, nn
 from ebmkit.card import ModelCard
 from ebmkit.compute import upcast
 from ebmkit.errors import UserError
-from ebmkit.noise import Schedule, check_sigma, require_sigma
+from ebmkit.noise import Schedule, check_sigma
 
 Noise = float | Tensor
 """A noise level in image units: a float for the whole batch, or a tensor (B,)."""
@@ -393,7 +393,9 @@ class ScoreModel(nn.Module, ABC):
 
     def _check_blind(self) -> None:
         if self.noise_conditional:
-            require_sigma(None)
+            raise UserError(
+                "this model takes the noise level as an input and cannot estimate it: give sigma"
+            )
 
     @property
     def has_batch_norm(self) -> bool:
@@ -508,9 +510,10 @@ class EnergyModel(DensityModel):
         if self.has_batch_norm:
             why = "BatchNorm: in training mode it mixes the images of a batch"
             warnings.warn(rough.format(why, "", "11.9 % and 24.33 dB at 15/255"), stacklevel=4)
-        kinked = self.kinked_activation
-        if kinked and kinked != "LeakyReLU":  # of JEM's published networks
-            why = f"{kinked}, whose derivative is discontinuous"
+        kinked = [m for m in self.modules() if isinstance(m, KINKED)]
+        kinked = [m for m in kinked if not isinstance(m, nn.LeakyReLU)]  # JEM's published networks
+        if kinked:
+            why = f"{type(kinked[0]).__name__}, whose derivative is discontinuous"
             figures = "92.0 % and 29.59 dB at 15/255; GELU is smooth"
             warnings.warn(rough.format(why, " with ReLU", figures), stacklevel=4)
 

@@ -148,13 +148,18 @@ def load_plugin(named: str | os.PathLike[str]) -> Plugin:
                 f"another plugin called {name!r} is already loaded: rename the file {text!r}"
             )
         return old
-    start = len(_ADDED)
+    start, modules, loaded = len(_ADDED), set(sys.modules), set(_LOADED)
     try:
         module = _import_file(path) if plugin is not None else _import_name(name)
     except BaseException as error:
         while len(_ADDED) > start:
             table, added = _ADDED.pop()
             table.pop(added, None)
+        for nested in _LOADED.keys() - loaded:
+            del _LOADED[nested]
+        for new in sys.modules.keys() - modules:  # to be executed again at the next attempt
+            if new.partition(".")[0] == name.partition(".")[0]:
+                sys.modules.pop(new)
         if isinstance(error, UserError) or not isinstance(error, (Exception, SystemExit)):
             raise
         raise UserError(

@@ -51,7 +51,7 @@ from rich.table import Table
 from torch import Tensor
 
 from ebmkit import plots
-from ebmkit.energy import EnergyModel, ScoreModel, classifies, vjp
+from ebmkit.energy import DensityModel, ScoreModel, classifies, vjp
 from ebmkit.errors import UserError
 from ebmkit.evaluation.suite import (
     EvaluationBatch,
@@ -177,12 +177,12 @@ def jacobian(model: ScoreModel, y: Tensor, sigma: float, chunk: int = 0) -> Jaco
     """The Jacobian of ``model``'s unconditional denoiser at ``y``.
 
     Args:
-        model: a model in evaluation mode. The Jacobian of an `EnergyModel` is symmetric.
+        model: a model in evaluation mode. The Jacobian of a `DensityModel` is symmetric.
         y: one noisy image (C, H, W).
         sigma: noise level given to the denoiser, image units.
         chunk: number of directions per batch; 0: as many as `CHUNK_VALUES` allows.
     """
-    symmetric = isinstance(model, EnergyModel)
+    symmetric = isinstance(model, DensityModel)
     return Jacobian(lambda images: model.denoise(images, sigma), y, symmetric, chunk)
 
 
@@ -399,7 +399,7 @@ class JacobianConfig(SuiteConfig):
 def check(model: ScoreModel, images: Images) -> None:
     """Raise `UserError` if the Jacobian is not symmetric and the images are too large for it."""
     size = images.channels * math.prod(images.image_size)
-    if not isinstance(model, EnergyModel) and size > DENSE:
+    if not isinstance(model, DensityModel) and size > DENSE:
         raise UserError(
             f"a plain denoiser's Jacobian is not symmetric and must be computed in full, for which "
             f"images of {size} values are too large: use images of up to {DENSE} values"
@@ -430,7 +430,7 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
         "sigma": config.sigma,
         "dimensions": columns["x"][0].numel(),
         "method": "dense" if "eigenvalues" in columns else "iterative",
-        "singular": not isinstance(model, EnergyModel),
+        "singular": not isinstance(model, DensityModel),
         "classes": classifies(model),
         "per_image": per_image,
         "paper": PAPER,
@@ -503,7 +503,7 @@ def _warnings(model: ScoreModel, per_image: list[dict[str, Any]]) -> list[str]:
             "is within each residual): increase jacobian.products or jacobian.tolerance"
         )
     worst = max(one["asymmetry"] for one in per_image)
-    if isinstance(model, EnergyModel) and worst > ASYMMETRY:
+    if isinstance(model, DensityModel) and worst > ASYMMETRY:
         found.append(
             f"the relative asymmetry of the Jacobian is {worst:.1e}, more than rounding errors: "
             "the density is not twice differentiable, or its derivative is wrong"

@@ -37,7 +37,7 @@ from rich.table import Table
 from torch import Tensor
 
 from ebmkit import plots
-from ebmkit.energy import EnergyModel, ScoreModel, jvp, vjp
+from ebmkit.energy import DensityModel, ScoreModel, jvp, vjp
 from ebmkit.evaluation import statistics
 from ebmkit.evaluation.statistics import Estimate
 from ebmkit.evaluation.suite import (
@@ -111,7 +111,7 @@ def linearity(model: ScoreModel, y: Tensor, sigma: float) -> Linearity:
         y: noisy images (B, C, H, W).
         sigma: noise level of the images, image units.
     """
-    symmetric = isinstance(model, EnergyModel)
+    symmetric = isinstance(model, DensityModel)
     clean, product = directional(lambda images: model.denoise(images, sigma), y, y, symmetric)
     D, Jy, flat = (t.flatten(1).double() for t in (clean, product, y))
     rest, change = D - Jy, D - flat

@@ -53,7 +53,7 @@ from ebmkit.models import load
 from ebmkit.storage import FolderLocked, held, write_atomically
 from ebmkit.storage.reading import MIB, read_document, read_json, read_text
 from ebmkit.training import RECIPES, RunFolder, TrainConfig, Trainer, resolve
-from ebmkit.training.config import difference
+from ebmkit.training.config import current_names, difference
 from ebmkit.training.cost import format_seconds
 from ebmkit.training.loop import assemble
 from ebmkit.training.setup import Split, images_of
@@ -415,7 +415,7 @@ class ExperimentRuns:
         found = difference(saved.model_dump(mode="json"), config.model_dump(mode="json"))
         if found is not None:
             key, old, new = found
-            if not _has_field(run.config(), key):  # truncated
+            if not _has_field(current_names(run.config()), key):  # truncated
                 return "broken"
             raise UserError(
                 f"{str(folder)!r} holds row {variant.folder!r} of another configuration: {key} was "

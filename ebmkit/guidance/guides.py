@@ -282,7 +282,9 @@ def _inner(model: EnergyModel, c: Labels, own: PGDSettings, means: Means) -> Den
     guide = own.inner_guide
     assert guide.make is not None
     shared = {"lambda": own.lambda_} if issubclass(guide.settings, DualSettings) else {}
-    return guide.make(model, c, guide.settings.model_validate(shared), means)
+    return guide.make(
+        model, c, validated(guide.settings, shared, f"settings of inner guide {own.inner!r}"), means
+    )
 
 
 GUIDES: dict[str, Guide] = Table(

@@ -211,9 +211,12 @@ class GuidedDensityModel(GuidedModel, DensityModel):
 
     def unguided_energies(self, y: Tensor, sigma: Noise | None = None) -> Energies:
         """The base's log-density and the guide's logits of ``y`` (B, C, H, W), without guidance."""
-        labelled = self.base if self.guide is None else self.guide
-        assert isinstance(labelled, EnergyModel)
-        logits = labelled.energies(y, sigma).logits
+        if self.guide is None and isinstance(self.base, GuidedDensityModel):
+            return self.base.unguided_energies(y, sigma)
+        if self.guide is None:
+            assert isinstance(self.base, EnergyModel)
+            return upcast_energies(self.base.energies(y, sigma))
+        logits = self.guide.energies(y, sigma).logits
         return upcast_energies(Energies(logits, self.base.log_density(y, sigma)))
 
 

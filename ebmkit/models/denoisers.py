@@ -148,7 +148,8 @@ class GradientStep(ImpliedLevelModel, EnergyModel):
             UserError: if ``y`` is not a batch of images with C channels, or sigma is missing.
         """
         check_images(y, self.in_channels)
-        sigma = require_sigma(sigma)  # log p = -g / sigma^2
+        if sigma is None:
+            raise UserError("the log-density of this model is -g(y) / sigma^2: give sigma")
         g: Tensor = self.potential(y, sigma)
         variance = sigma.to(g) ** 2 if isinstance(sigma, Tensor) else sigma**2
         return Energies(g.new_zeros(len(y), 0), -g / variance)

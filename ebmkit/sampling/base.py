@@ -246,6 +246,8 @@ def density_of(model: ScoreModel, c: Labels = None) -> DensityFunction:
 def label_density_of(model: ScoreModel, c: Tensor | int) -> DensityFunction:
     """Density function of log p(c|x) for labels ``c``, the target of ascent on a classifier.
 
+    Of a guided model it is the guidance term.
+
     Raises:
         UserError: if the model has no density.
     """

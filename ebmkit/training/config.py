@@ -10,7 +10,7 @@ defaults that keep the earlier behaviour.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
@@ -233,7 +233,7 @@ class TrainConfig(_Config):
     @model_validator(mode="before")
     @classmethod
     def _read_former_names(cls, values: Any) -> Any:
-        return _current_names(values) if isinstance(values, Mapping) else values
+        return current_names(values) if isinstance(values, Mapping) else values
 
     def objective_settings(self) -> dict[str, ObjectiveConfig | None]:
         """Settings of each objective by its name; None for an objective without settings."""
@@ -312,7 +312,7 @@ def resolve(*layers: Mapping[str, Any], recipe: str | None = None) -> TrainConfi
     Raises:
         UserError: on an unknown name, an unknown field or an illegal value.
     """
-    layers = tuple(_move_terms(_current_names(layer)) for layer in layers)
+    layers = tuple(_move_terms(current_names(layer)) for layer in layers)
     for layer in layers:
         check_plugins(layer.get("plugins", ()), "this run")
     base = find("recipe", RECIPES, recipe).config if recipe else {}
@@ -323,7 +323,7 @@ def resolve(*layers: Mapping[str, Any], recipe: str | None = None) -> TrainConfi
     if named:  # drop the recipe's preset, and fields that the new network does not have
         base = {**base, "backbone": named[-1], "model": _fitting_network(base, str(named[-1]))}
     start = _expand(base)
-    expanded = [start, *(_expand(layer) for layer in layers)]
+    expanded = _last_head([start, *(_expand(layer) for layer in layers)])
     start, *expanded = (
         _drop_unused(own, merge(*expanded[i:]), whole=i == 1 or own.keys() >= RUN_FIELDS)
         for i, own in enumerate(expanded, 1)
@@ -403,7 +403,18 @@ def _implied(raw: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]
     )
 
 
-def _current_names(layer: Mapping[str, Any]) -> Mapping[str, Any]:
+def _last_head(layers: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """``layers`` without settings of a head that a later layer replaces."""
+    last = max((i for i, layer in enumerate(layers) if "head" in layer), default=0)
+    return [
+        {**own, "model": {k: v for k, v in own["model"].items() if k != "head"}}
+        if i < last and isinstance(own.get("model"), Mapping)
+        else own
+        for i, own in enumerate(layers)
+    ]
+
+
+def current_names(layer: Mapping[str, Any]) -> Mapping[str, Any]:
     """``layer`` with ``rollback.max_rollbacks``, ``watch.breaches`` until December 2026."""
     own = layer.get("watch")
     if not isinstance(own, Mapping):

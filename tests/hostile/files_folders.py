@@ -187,7 +187,12 @@ CASES = [
     Case("link to a link outside", "folder", folder_with(link_to_a_link), "link out of the folder"),
     Case("class folder outside", "folder", folder_with(class_folder_is_a_link), "out of the fol"),
     Case("training folder outside", "folder", folder_with(training_link), "out of the folder"),
-    Case("class folder links to its parent", "folder", folder_with(link_to_the_parent), "lie"),
+    Case(
+        "class folder links to its parent",
+        "folder",
+        folder_with(link_to_the_parent),
+        "link to a folder that contains it",
+    ),
     Case("circular links", "folder", folder_with(circular_links), "cannot be opened"),
     Case("links inside the folder", "folder", folder_with(links_inside), None),
     Case("broken link", "folder", folder_with(broken_link), "there is no file"),
