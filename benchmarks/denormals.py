@@ -48,8 +48,8 @@ def main() -> None:
                 copy = shutil.copytree(options.run, Path(folder) / "run")
                 command = [sys.executable, __file__, str(copy), "--time", name]
                 command += ["--steps", str(options.steps)]
-                told = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            times.append(float(told.stdout.split()[-1]))
+                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            times.append(float(done.stdout.split()[-1]))
             print(f"{name}: {times[-1]:.3f} s a step", flush=True)
     found = {
         "recipe": options.recipe,

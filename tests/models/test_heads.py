@@ -9,6 +9,7 @@ from ebmkit import ModelCard, UserError, create_model
 from ebmkit.errors import validated
 from ebmkit.models import HEADS, HeadConfig, HeadEntry, LinearQuadraticHead, ModelConfig
 from ebmkit.models.heads import LogitEnergy, energy_source
+from ebmkit.training import resolve
 
 SMALL = {"backbone": {"kind": "gradresnet", "width": 8}, "num_classes": 3}
 
@@ -58,6 +59,13 @@ def test_settings_of_a_head_are_those_of_its_class():
         validated(ModelConfig, {"head": {"kind": "logit", "scale": 2}}, "model")
     with pytest.raises(UserError, match=r"head\.scale = 0 is not legal"):
         validated(ModelConfig, {"head": {"kind": "scaled", "scale": 0}}, "model")
+
+
+@pytest.mark.usefixtures("scaled")
+def test_replaced_head_leaves_no_settings():
+    first = {"head": "scaled", "model": {"head": {"scale": 2.0}}}
+    assert resolve(first).model.head.scale == 2
+    assert resolve(first, {"head": "logit"}).model.head.kind == "logit"
 
 
 @pytest.mark.parametrize(
