@@ -171,6 +171,7 @@ def reproduce(
     device: str = "auto",
     precision: str | None = None,
     seed: int = 0,
+    show: bool = False,
 ) -> None:
     """Reproduce a table or figure of the papers: write Markdown, JSON and plots to --out.
 
@@ -179,17 +180,18 @@ def reproduce(
 
     Args:
         target: table1, table2, table3, fig1, fig3, fig4, guidance, claims, or all
-        scale: smoke: digits, seconds per row; cpu: CIFAR-10, minutes per row; full: the paper's
-            scale
+        scale: smoke: digits, seconds per row; cpu: CIFAR-10, our short recipe, minutes per row;
+            cpu-cdn: the paper's recipe cut short; full: the published recipes
         more: further rows for --only
         only: run only these rows
         out: folder for rows and reports [default: runs/reproduce-SCALE]
         data_dir: folder of CIFAR-10 [default: data]
         imagenet_dir: folder of ImageNet, for table2 at scale full
-        precision: precision of training: auto, fp32, tf32, bf16 [default: set by the scale]
+        precision: precision of training: auto, fp32, tf32, bf16 [default: set by the recipe]
+        show: print the recipe of each row and what differs from it; train nothing
     """
     from ebmkit.compute import limited_threads, pick_device
-    from ebmkit.experiments import EXPERIMENTS, SCALES, ExperimentRuns, experiments_of
+    from ebmkit.experiments import EXPERIMENTS, SCALES, ExperimentRuns, describe, experiments_of
     from ebmkit.experiments import reproduce as run_experiment
     from ebmkit.registry import find
     from ebmkit.storage import make_folder
@@ -204,6 +206,10 @@ def reproduce(
         out or Path("runs") / f"reproduce-{scale}", find("scale", SCALES, scale), data_dir, device,
         seed, precision, _fit_row, console.say, console.is_terminal, imagenet_dir,
     )  # fmt: skip
+    if show:
+        for name in chosen:
+            console.say(describe(name, runs))
+        return
     if target == "all":
         if scale == "full" and imagenet_dir is None:
             console.say("table2 is skipped: it needs ImageNet, --imagenet-dir")

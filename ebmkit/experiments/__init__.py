@@ -22,6 +22,7 @@ __all__ = [
     "Protocol",
     "Report",
     "Variant",
+    "describe",
     "experiments_of",
     "reproduce",
     "write",
@@ -49,6 +50,22 @@ def reproduce(name: str, runs: ExperimentRuns, only: Sequence[str] = ()) -> list
         UserError: if a variant does not exist, or data or memory do not suffice.
     """
     return write(name, EXPERIMENTS[name].run(runs, only), runs.out)
+
+
+def describe(name: str, runs: ExperimentRuns) -> str:
+    """Markdown: the recipe of each row of experiment ``name``, and the fields that differ from it.
+
+    Each difference is "the recipe's value -> the row's". Rows that share a run are left out.
+
+    Raises:
+        UserError: if a configuration cannot be resolved.
+    """
+    lines = [f"## {name}, scale {runs.scale.name}: {EXPERIMENTS[name].title}", ""]
+    for variant in runs.distinct([v for v in EXPERIMENTS[name].variants if v.run is None]):
+        lines.append(f"- **{variant.name}**, {variant.label}: `{runs.scale.recipe_of(variant)}`")
+        for key, (theirs, ours) in runs.differences(variant).items():
+            lines.append(f"    - `{key}`: {theirs} -> {ours}")
+    return "\n".join(lines) + "\n"
 
 
 def experiments_of(name: str, only: Sequence[str]) -> list[str]:

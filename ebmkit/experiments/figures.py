@@ -37,12 +37,12 @@ ATTACKED = (*(TABLES["table1"].variant(name) for name in ("resnet18", "gradresne
 
 def run_fig1(runs: ExperimentRuns, only: Sequence[str]) -> Report:
     """Figure 1; a document of the same scale and seed is not computed again."""
-    expected = {"scale": runs.scale.name, "seed": runs.seed}
+    expected = {"scale": runs.scale.size, "seed": runs.seed}
     document = read_document(runs.out / "fig1.json")
     made = document.get("made")
     if not isinstance(made, dict) or not expected.items() <= made.items():
         begun, own = time.perf_counter(), environment()
-        document = figure1(runs.scale.name, runs.seed)
+        document = figure1(runs.scale.size, runs.seed)
         hours = (time.perf_counter() - begun) / 3600
         names = ("git_commit", "torch", "threads", "cores", "platform")
         document["made"] = expected | {"hours": hours} | {name: own[name] for name in names}
@@ -136,7 +136,7 @@ def run_fig4(runs: ExperimentRuns, only: Sequence[str]) -> Report:
     def protocol(variant: Variant) -> Protocol:
         """The joint network is also evaluated with denoising as a defence."""
         own = dict(options["robustness"])
-        if variant.task == "joint" and variant is not JEM:
+        if variant.task == "joint":
             own |= {"defences": ["direct", "noise", "denoise"]}
         return Protocol("fig4", ("robustness",), options={**options, "robustness": own})
 

@@ -148,7 +148,7 @@ def run_guidance(
         UserError: if data or memory do not suffice for a network. Later failures are listed
             in ``runs.stopped`` and in the report.
     """
-    amount = amount or AMOUNTS[runs.scale.name]
+    amount = amount or AMOUNTS[runs.scale.size]
     every = [v for v in NETWORKS if not amount.networks or v.name in amount.networks]
     results = run_grid(runs, every, only, lambda network: None)
     study = _Study(runs, amount, [one.variant for one in results if one.status == "done"])

@@ -103,6 +103,7 @@ def circumstances(
         columns = {
             "data": [data for f in facts for data in f["data"]],
             "hardware": [f["gpu"] or f"CPU, {f['threads']} of {f['cores']} cores" for f in facts],
+            "recipe (differences by row: --show)": [f["recipe"] for f in facts],
             "steps": [f"{f['steps']:,}" for f in facts],
             "parameters": [f"{f['parameters']:,} ({v.name})" for v, f in owned],
             "initial learning rate": [f"{f['lr']:g} ({v.task})" for v, f in owned],
@@ -118,7 +119,7 @@ def circumstances(
         }
         notes += [f"{name}: {', '.join(dict.fromkeys(values))}" for name, values in columns.items()]
         notes.append("hours are wall clock, validation and checkpoints included")
-    if runs.scale.name == "smoke":
+    if runs.scale.size == "smoke":
         notes.append("little is learnt in so few steps: this scale shows that every row runs")
     return {
         "about": runs.scale.description,

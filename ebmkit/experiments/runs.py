@@ -1,4 +1,4 @@
-"""Run folders of experiment variants: training, resume and evaluation, at three scales.
+"""Run folders of experiment variants: training, resume and evaluation, at several scales.
 
 A variant has the fields in which its configuration differs from that of its scale, and the paper's
 values. Variants with the same configuration share a run: "joint" of table 1 is the first row of
@@ -8,15 +8,14 @@ table 3, and is trained once.
 scale     data                           network            training of a variant
 ========= ============================== ================== =============================
 smoke     scikit-learn's digits, 8x8     width 8            60 steps: seconds
-cpu       CIFAR-10                       width 16           1,000 steps: minutes on 2 cores
-full      CIFAR-10 (table 2: ImageNet)   width 64           the paper's recipe, on a GPU
+cpu       CIFAR-10                       width 16           1,000 steps of our short recipe
+cpu-cdn   CIFAR-10                       width 16           1,000 steps, the paper's settings
+full      CIFAR-10 (table 2: ImageNet)   width 64           the published recipes, on a GPU
 ========= ============================== ================== =============================
 
-Variants of a table differ only in the fields that each names, with one exception: below ``full``,
-variants that only denoise use a third of the learning rate and clipped gradients. At the rate of
-the others, which is high so that minutes suffice, they fell back to the identity after some hundred
-steps and stayed there. Table 2 follows the ImageNet recipe at every scale, with growing crops and
-shrinking batches; below ``full`` on small images.
+The configuration of a variant is one complete recipe (``ebmkit list recipes``) and the fields that
+differ from it, which the scale, the kind of variant and the variant itself list; nothing else is
+inherited. ``ebmkit reproduce TARGET --scale SCALE --show`` prints both for every row.
 
 ::
 
@@ -42,7 +41,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from ebmkit.compute import pick_device
@@ -52,8 +50,8 @@ from ebmkit.evaluation import SIGMAS, SUITES, evaluate, parse_options
 from ebmkit.models import load
 from ebmkit.storage import FolderLocked, held, write_atomically
 from ebmkit.storage.reading import MIB, read_document, read_json, read_text
-from ebmkit.training import RECIPES, RunFolder, TrainConfig, Trainer, resolve
-from ebmkit.training.config import current_names, difference
+from ebmkit.training import RunFolder, TrainConfig, Trainer, resolve
+from ebmkit.training.config import current_names, difference, differences, flat, merge
 from ebmkit.training.cost import format_seconds
 from ebmkit.training.loop import assemble
 from ebmkit.training.setup import Split, images_of
@@ -74,24 +72,24 @@ class ExperimentScale:
 
     name: str
     description: str
+    size: str  # key of budgets that are no training settings: smoke, cpu or full
     recipe: Mapping[str, str]  # by family of variants (cifar10, imagenet, guidance)
-    layer: Mapping[str, Mapping[str, Any]]  # by family, fields over the recipe
+    layer: Mapping[str, Mapping[str, Any]]  # by family, fields that differ from its recipe
     images: Mapping[str, int] = field(default_factory=dict)  # by suite, max. test images
-    by_task: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # by task, over these
+    by_task: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # by task, further ones
+    recipe_of_task: Mapping[str, str] = field(default_factory=dict)  # by task, over the family's
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # of suites, for figures
     threads: int | None = None  # maximum number of CPU threads; None: all
 
-    def resolve(self, family: str, task: str, *layers: Mapping[str, Any]) -> TrainConfig:
-        """The complete configuration of a variant, with ``layers`` on top."""
-        own = (self.layer[family], self.by_task.get(task, {}))
-        return resolve(*own, *layers, recipe=self.recipe[family])
+    def recipe_of(self, variant: Variant) -> str:
+        """Name of the recipe of ``variant``."""
+        return self.recipe_of_task.get(variant.task, self.recipe[variant.family])
 
-
-def _cpu_precision() -> str:
-    """bf16 if the processor has it in hardware (about half the time), else fp32."""
-    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    checks = [getattr(torch.cpu, name, None) for name in names]
-    return "bf16" if any(check() for check in checks if check is not None) else "fp32"
+    def differences(self, variant: Variant) -> dict[str, Any]:
+        """The fields of ``variant`` that differ from its recipe (nested as in `TrainConfig`)."""
+        shared = self.recipe_of(variant) == self.recipe[variant.family]
+        scale = (self.layer[variant.family] if shared else {}, self.by_task.get(variant.task, {}))
+        return merge(*scale, variant.layer, variant.at.get(self.name, {}))
 
 
 def read_data(name: str) -> Any:
@@ -100,23 +98,9 @@ def read_data(name: str) -> Any:
     return yaml.safe_load(text)
 
 
-def over_recipe(layer: Mapping[str, Any]) -> dict[str, Any]:
-    """``layer`` over the configuration of the recipe in its entry ``recipe``, if any."""
-    own = dict(layer)
-    recipe = own.pop("recipe", None)
-    return {**(RECIPES[recipe].config if recipe else {}), **own}
-
-
-def _scale(name: str, fields: dict[str, Any]) -> ExperimentScale:
-    by_task = {task: over_recipe(layer) for task, layer in fields.pop("by_task").items()}
-    if name == "cpu":
-        for family in ("cifar10", "imagenet"):
-            fields["layer"][family]["compute"] = {"precision": _cpu_precision()}
-    return ExperimentScale(name=name, by_task=by_task, **fields)
-
-
 SCALES: dict[str, ExperimentScale] = {
-    n: _scale(n, fields) for n, fields in read_data("scales.yaml").items()
+    name: ExperimentScale(name, **fields)
+    for name, fields in read_data("scales.yaml")["scales"].items()
 }
 
 
@@ -128,11 +112,11 @@ class Variant:
         name: name for ``--only``, and of the run's folder if ``run`` is None.
         label: description in reports.
         task: classification, denoising or joint; or another key of `ExperimentScale.by_task`.
-        layer: configuration over the scale's (nested fields of `TrainConfig`).
+        layer: fields that differ from the recipe (nested fields of `TrainConfig`).
         paper: the paper's values, by `ebmkit.experiments.tables.METRICS`; may be empty.
         run: variant whose run this one uses; None: its own run.
         reads: denoiser of the suite ``denoise`` whose PSNR is reported.
-        at_full: configuration over ``layer`` at scale ``full``, whose recipe differs.
+        at: further fields that differ from the recipe, by scale.
         family: group of the scale's settings for training: cifar10, imagenet or guidance.
     """
 
@@ -143,7 +127,7 @@ class Variant:
     paper: Mapping[str, float] = field(default_factory=dict)
     run: Variant | None = None
     reads: str = "unconditional"
-    at_full: Mapping[str, Any] = field(default_factory=dict)
+    at: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     family: str = "cifar10"
 
     @property
@@ -233,9 +217,37 @@ class ExperimentRuns:
             given["dataset"] = {"data_dir": data_dir.absolute()}
         if self.precision is not None:
             given["compute"] = {"precision": self.precision}
-        return self.scale.resolve(variant.family, variant.task, variant.layer,
-                                  variant.at_full if self.scale.name == "full" else {},
-                                  given)  # fmt: skip
+        recipe = self.scale.recipe_of(variant)
+        return resolve(self.scale.differences(variant), given, recipe=recipe)
+
+    def differences(self, variant: Variant) -> dict[str, tuple[Any, Any]]:
+        """Fields in which ``variant`` differs from its recipe: name -> (the recipe's, its own).
+
+        Settings that follow from the name of a backbone or head are left out, and so are fields
+        that change no result (`ebmkit.training.config.FREE_TO_CHANGE`) and the seed.
+        """
+        recipe = resolve(recipe=self.scale.recipe_of(variant))
+        found = differences(*(c.model_dump(mode="json") for c in (recipe, self.config(variant))))
+        listed = flat(self.scale.differences(variant)).keys()
+        implied = [f"model.{part}." for part in ("backbone", "head") if part in listed]
+        return {
+            key: pair
+            for key, pair in found.items()
+            if key != "seed" and (key in listed or not key.startswith(tuple(implied)))
+        }
+
+    def distinct(self, variants: Sequence[Variant]) -> list[Variant]:
+        """``variants`` without those whose configuration an earlier one has at this scale."""
+        found: list[Variant] = []
+        seen: list[TrainConfig] = []
+        for variant in variants:
+            if variant.run is None:
+                config = self.config(variant)
+                if config in seen:
+                    continue
+                seen.append(config)
+            found.append(variant)
+        return found
 
     def command(self, target: str) -> str:
         """The command line of ``target``, with placeholders for folders."""
@@ -247,7 +259,7 @@ class ExperimentRuns:
         return " ".join(words)
 
     def _needs_imagenet(self, variant: Variant) -> bool:
-        return variant.family == "imagenet" and self.scale.name == "full"
+        return variant.family == "imagenet" and self.scale.size == "full"
 
     def try_run(self, variant: Variant, protocol: Protocol | None) -> None:
         """`measure`, or without a protocol `train`; the reason of a failure goes to `stopped`."""
@@ -290,15 +302,15 @@ class ExperimentRuns:
             if self._state(variant, config) == "finished":
                 continue
             trainer = assemble(config)
-            if self.scale.name == "smoke":
+            if self.scale.size == "smoke":
                 continue
             try:
                 trainer.budget.check()
             except UserError as error:
-                smaller = "" if self.scale.name == "cpu" else "; or a smaller --scale"
+                smaller = "" if self.scale.size == "cpu" else "; or a smaller --scale"
                 where = f"row {variant.name}, scale {self.scale.name}"
                 raise UserError(f"{where}: {error}{smaller}") from None
-            if self.scale.name == "full" and trainer.device.type == "cpu":
+            if self.scale.size == "full" and trainer.device.type == "cpu":
                 seconds = trainer.budget.cost(config.steps).least_seconds
                 self.log(f"{variant.name}: at least {format_seconds(seconds)} on this CPU")
 
@@ -376,6 +388,8 @@ class ExperimentRuns:
         own = read_json(run.path / "environment.json")
         names = ("git_commit", "torch", "gpu", "threads", "cores", "platform")
         return {
+            "recipe": self.scale.recipe_of(variant),
+            "differences": self.differences(variant),
             "seconds": state.get("seconds"),
             "steps": state["step"],
             "parameters": sum(p.numel() for p in load(run.path).parameters()),

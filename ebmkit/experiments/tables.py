@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ebmkit.errors import UserError
 from ebmkit.evaluation import SIGMAS
 from ebmkit.evaluation.suite import number
 from ebmkit.experiments.report import (
@@ -35,13 +36,7 @@ from ebmkit.experiments.report import (
     table_lines,
     text_of,
 )
-from ebmkit.experiments.runs import (
-    ExperimentRuns,
-    Protocol,
-    Variant,
-    over_recipe,
-    read_data,
-)
+from ebmkit.experiments.runs import ExperimentRuns, Protocol, Variant, read_data
 from ebmkit.noise import in_255ths
 from ebmkit.plots import BLUE, GRAY, ORANGE, annotate, look, new_figure, save_figure
 from ebmkit.registry import find
@@ -64,6 +59,7 @@ SUITES_OF = {
     "classification": ("classify",),
     "denoising": ("denoise",),
     "joint": ("classify", "denoise"),
+    "jem": ("classify", "denoise"),
 }
 """Evaluation suites of a variant, by its task."""
 
@@ -100,7 +96,6 @@ ROWS: dict[str, Variant] = {}
 """The variants of all tables, by name."""
 for _name, _row in _DATA["rows"].items():
     _row["run"] = ROWS.get(_row.get("run"))
-    _row["at_full"] = over_recipe(_row.get("at_full", {}))
     _figures = zip(("accuracy", *PSNR, "hours"), _row.pop("paper", []), strict=False)
     _row["paper"] = {metric: value for metric, value in _figures if value is not None}
     ROWS[_name] = Variant(_name, **_row)
@@ -136,15 +131,20 @@ def run_table(
 
     Raises:
         Interrupted: if training is interrupted; the same call resumes it.
-        UserError: if a variant does not exist, or data or memory do not suffice. Later
-            failures are listed in ``runs.stopped`` and in the report.
+        UserError: if a variant does not exist or equals another one at this scale, or data or
+            memory do not suffice. Later failures are listed in ``runs.stopped`` and in the report.
     """
+    variants = runs.distinct(table.variants)
     for name in only:
-        table.variant(name)
+        if table.variant(name) not in variants:
+            raise UserError(
+                f"row {name!r} of {table.name} has the configuration of another row at scale "
+                f"{runs.scale.name}: --show lists the rows and what differs"
+            )
     folder = "table" if tuple(sigmas) == SIGMAS else "claims"
     results = run_grid(
         runs,
-        table.variants,
+        variants,
         only,
         lambda v: Protocol(folder, SUITES_OF[v.task], tuple(sigmas), runs.scale.images),
     )
@@ -190,9 +190,11 @@ def table_document(
         {
             "name": one.variant.name,
             "label": one.variant.label,
-            "task": one.variant.task,
+            "task": "joint" if one.variant.task == "jem" else one.variant.task,
             "status": one.status,
             "knows_sigma": one.facts.get("knows_sigma"),
+            "recipe": one.facts.get("recipe"),
+            "differences": one.facts.get("differences"),
             "ours": figures_of(one),
             "paper": dict(one.variant.paper),
             "facts": one.facts,

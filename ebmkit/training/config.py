@@ -481,17 +481,21 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def difference(old: dict[str, Any], new: dict[str, Any]) -> tuple[str, Any, Any] | None:
-    """First field that makes two configurations different runs: its name, old and new value.
+    """First of the `differences`: name, old and new value.
 
     Fields named ``kind`` or ``schedule`` come first, since other fields follow from them.
     """
+    found = differences(old, new)
+    follows = {key: key.rpartition(".")[2] not in ("kind", "schedule") for key in found}
+    first = min(found, key=lambda key: (follows[key], key), default=None)
+    return None if first is None else (first, *found[first])
 
-    before, after = _flat(old), _flat(new)
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Fields that make two configurations different runs: name -> (old value, new value)."""
+    before, after = flat(old), flat(new)
     keys = sorted((before.keys() | after.keys()) - FREE_TO_CHANGE)
-    for key in sorted(keys, key=lambda key: key.rpartition(".")[2] not in ("kind", "schedule")):
-        if before.get(key) != after.get(key):
-            return key, before.get(key), after.get(key)
-    return None
+    return {k: (before.get(k), after.get(k)) for k in keys if before.get(k) != after.get(k)}
 
 
 def check_same(saved: dict[str, Any], new: BaseModel | dict[str, Any], what: str, ask: str) -> None:
@@ -512,8 +516,9 @@ def check_same(saved: dict[str, Any], new: BaseModel | dict[str, Any], what: str
         raise UserError(f"{what}: {key} was {before!r} and is now {now!r}; {ask}")
 
 
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+def flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested ``values`` as one mapping; keys are names with dots, such as optimizer.lr."""
     if not isinstance(values, dict):
         return {prefix.removesuffix("."): values}
-    nested = (_flat(value, f"{prefix}{key}.") for key, value in values.items())
+    nested = (flat(value, f"{prefix}{key}.") for key, value in values.items())
     return {key: value for part in nested for key, value in part.items()}

@@ -1,19 +1,19 @@
 """The experiment ``guidance``: methods, networks, stored images and report."""
 
 import json
+from pathlib import Path
 
 import h5py
 import pytest
 import torch
 
 from ebmkit.card import ModelCard
-from ebmkit.experiments import EXPERIMENTS, SCALES
+from ebmkit.experiments import EXPERIMENTS, SCALES, ExperimentRuns
 from ebmkit.experiments.guidance import AMOUNTS, METHODS, NETWORKS, GuidanceMethod, ImageDrawer
 from ebmkit.experiments.guidance_report import guidance_text
 from ebmkit.experiments.runs import exclusive
 from ebmkit.guidance import make_guidance
 from ebmkit.models import create_denoiser, create_model
-from ebmkit.training import RECIPES, resolve
 
 NAMES = {row.name for row in NETWORKS}
 
@@ -31,27 +31,12 @@ def test_every_method_has_valid_settings_and_known_networks():
 
 @pytest.mark.parametrize("scale", SCALES)
 def test_every_network_has_a_configuration_at_every_scale(scale):
-    own = SCALES[scale]
+    runs = ExperimentRuns(Path("out"), SCALES[scale])
     for row in NETWORKS:
-        config = own.resolve(row.family, row.task, row.layer)
+        config = runs.config(row)
         assert config.objective == row.layer["objective"], row.name
         if row.name.startswith("robust-0") or row.name == "robust-1":
             assert config.terms.adv.eps == float(row.name.removeprefix("robust-"))
-
-
-def test_at_full_scale_networks_have_the_published_recipes():
-    own = SCALES["full"]
-    by_name = {row.name: row for row in NETWORKS}
-
-    def of(name):
-        row = by_name[name]
-        return own.resolve(row.family, row.task, row.layer)
-
-    robust = resolve(recipe="cifar10-robust")
-    assert of("robust-0.5").backbone == robust.backbone == "resnet50"
-    assert of("robust-0.5").steps == of("plain").steps == robust.steps
-    assert of("diffusion").steps == RECIPES["cifar10-ddpm"].config["steps"]
-    assert of("jem").steps == RECIPES["jem"].config["steps"]
 
 
 def test_rows_with_dots_in_their_names_have_separate_locks(tmp_path):

@@ -28,6 +28,7 @@ pytestmark = pytest.mark.usefixtures("count_memory_once")
 TINY = ExperimentScale(
     "tiny",
     "four steps",
+    "smoke",
     {"cifar10": "digits", "imagenet": "digits"},
     {
         "cifar10": {

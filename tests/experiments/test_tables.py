@@ -1,6 +1,5 @@
 """Tables: published values, configurations of their rows, and orderings in the report."""
 
-import copy
 from pathlib import Path
 
 import pytest
@@ -8,9 +7,17 @@ import pytest
 from ebmkit import UserError
 from ebmkit.experiments import EXPERIMENTS, SCALES, TABLES, ExperimentRuns, experiments_of
 from ebmkit.experiments.report import VariantResult
-from ebmkit.experiments.tables import CLAIMS, GRID, JOINT, table_document, table_text
+from ebmkit.experiments.tables import (
+    CLAIMS,
+    GRID,
+    JOINT,
+    ROWS,
+    run_table,
+    table_document,
+    table_text,
+)
 from ebmkit.models import ModelConfig
-from ebmkit.training.config import difference
+from ebmkit.training.config import differences, flat
 
 ALL = [*TABLES.values(), CLAIMS]
 
@@ -41,39 +48,86 @@ def test_rows_have_the_published_values():
     assert found == PAPER
 
 
+RESNET = {"backbone": "resnet18", "head": "logit", "model.head.bias": True, "objective": "ce"}
+DENOISING = {"objective": "dsm-mean"}
+IMAGENET_RESNET = RESNET | {"backbone": "resnet18-imagenet"}
+BIASES = {"model.backbone.bias": True, "model.head.bias": True}
+EQUAL_NOISE = {
+    "streams.classify.noise.min": pytest.approx(1 / 255),
+    "streams.classify.noise.max": pytest.approx(100 / 255),
+}
+AT_FULL = {  # row of a table -> what differs from the paper's recipe of its data set
+    "resnet18": RESNET,
+    "gradresnet-ce": {"objective": "ce"},
+    "dncnn": DENOISING | {"backbone": "dncnn20"},
+    "drunet": DENOISING | {"backbone": "drunet-blind"},
+    "drunet-map": DENOISING | {"backbone": "drunet"},
+    "gradresnet-dsm": DENOISING,
+    "gs-drunet": DENOISING | {"backbone": "gs-drunet"},
+    "gradncnn": DENOISING | {"backbone": "gradncnn", "model.backbone.width": 128},
+    "jem": {},
+    "joint": {},
+    "joint-sum": {"objective": "ce+dsm-sum"},
+    "joint-balanced": {"objective": "ce+dsm"},
+    "joint-shortcut-norm": {"model.backbone.shortcut_norm": True},
+    "imagenet-resnet18": IMAGENET_RESNET,
+    "imagenet-joint": {},
+    "relu": {"model.backbone.activation": "relu"},
+    "batch": {"model.backbone.norm": "batch"},
+    "bias": BIASES,
+    "no-side": {"model.backbone.side_connections": False},
+    "ce-cdsm": {"objective": "ce+cdsm-mean"},
+    "ce-dsm-cdsm": {"objective": "ce+dsm-mean+cdsm-mean"},
+    "no-mix": {"streams.classify.augmentation.mix": "none"},
+    "equal-noise": EQUAL_NOISE,
+    "norm-everywhere": {"model.backbone.norm_everywhere": True},
+    "scale-norm": {"model.backbone.norm": "scale"},
+}
+
+
+def test_rows_at_full_scale_are_the_published_recipes_with_the_named_differences():
+    runs = ExperimentRuns(Path("out"), SCALES["full"])
+    found = {}
+    for table in ALL:
+        for row in runs.distinct([row for row in table.variants if row.run is None]):
+            recipe = {"jem": "jem"}.get(row.name, f"cdn-{row.family}")
+            assert runs.scale.recipe_of(row) == recipe, row.name
+            found[row.name] = {key: own for key, (_, own) in runs.differences(row).items()}
+    assert found == AT_FULL
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("target", [name for name, one in EXPERIMENTS.items() if one.variants])
+def test_rows_differ_from_their_recipe_in_nothing_that_they_do_not_list(target, scale):
+    """`class_conditional` follows from the class dropout of ddpm."""
+    runs = ExperimentRuns(Path("out"), SCALES[scale])
+    for row in EXPERIMENTS[target].variants:
+        if row.run is None:
+            listed = flat(runs.scale.differences(row)).keys() | {"model.backbone.class_conditional"}
+            assert runs.differences(row).keys() <= listed, row.name
+
+
 @pytest.mark.parametrize("scale", SCALES)
 def test_ablations_differ_from_joint_only_in_the_named_settings(scale):
     runs = ExperimentRuns(Path("out"), SCALES[scale])
     base = runs.config(JOINT).model_dump(mode="json")
-    expected = {
-        "relu": {"model.backbone.activation"},
-        "batch": {"model.backbone.norm"},
-        "bias": {"model.backbone.bias", "model.head.bias"},
-        "no-side": {"model.backbone.side_connections"},
-        "scale-norm": {"model.backbone.norm"},
-        "ce-cdsm": {"objective"},
-        "mix": {"streams.classify.augmentation.mix"},
-        "norm-everywhere": {"model.backbone.norm_everywhere"},
-        "joint-mean": {"objective"},
-    }
-    for table in ALL:
-        for row in table.variants:
-            if row.name in expected:
-                own = runs.config(row).model_dump(mode="json")
-                assert _differing(base, own) == expected[row.name], row.name
+    for name in ("relu", "batch", "bias", "no-side", "scale-norm", "norm-everywhere", "ce-cdsm"):
+        own = runs.config(ROWS[name]).model_dump(mode="json")
+        assert differences(base, own).keys() == AT_FULL[name].keys(), name
 
 
-def _differing(old: dict, new: dict) -> set[str]:
-    old, new, found = copy.deepcopy(old), copy.deepcopy(new), set()
-    while (first := difference(old, new)) is not None:
-        key = first[0]
-        found.add(key)
-        for tree in (old, new):
-            *path, last = key.split(".")
-            for part in path:
-                tree = tree[part]
-            tree.pop(last, None)
-    return found
+def test_rows_that_equal_an_earlier_row_are_left_out():
+    for scale, absent in [
+        ("full", {"joint-mean", "joint-no-shortcut-norm"}),
+        ("cpu", {"joint-balanced", "joint-shortcut-norm"}),
+    ]:
+        runs = ExperimentRuns(Path("out"), SCALES[scale])
+        rows = TABLES["table1"].variants
+        assert {row.name for row in rows} - {row.name for row in runs.distinct(rows)} == absent
+    with pytest.raises(
+        UserError, match="'joint-balanced' of table1 has the configuration of anoth"
+    ):
+        run_table(TABLES["table1"], runs, ["joint-balanced"])
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -85,32 +139,9 @@ def test_rows_share_a_run_folder_if_and_only_if_configurations_are_equal(scale):
         if row.run is None:
             dump = str(runs.config(row).model_dump(mode="json"))
             assert configs.setdefault((row.family, row.folder), dump) == dump, row.name
-    assert len(set(configs.values())) == len(configs)
-
-
-def test_denoising_rows_have_a_lower_learning_rate_below_full_scale():
-    table = TABLES["table1"]
-    for scale, rates in [("cpu", (1e-3, 3e-3)), ("full", (3e-4, 3e-4))]:
-        runs = ExperimentRuns(Path("out"), SCALES[scale])
-        found = [runs.config(table.variant(n)).optimizer for n in ("dncnn", "joint")]
-        assert tuple(o.lr for o in found) == rates
-        assert (found[0].clip_norm is None) == (scale == "full")
-
-
-def test_row_mix_inverts_the_mixing_of_the_recipe():
-    for scale, mix in [("smoke", "both"), ("cpu", "both"), ("full", "none")]:
-        runs = ExperimentRuns(Path("out"), SCALES[scale])
-        config = runs.config(CLAIMS.variant("mix"))
-        assert config.streams.classify.augmentation.mix == mix
-        assert runs.config(JOINT).streams.classify.augmentation.mix != mix
-
-
-def test_full_scale_has_the_recipe_of_the_paper():
-    full = ExperimentRuns(Path("out"), SCALES["full"])
-    config = full.config(JOINT)
-    assert (config.steps, config.optimizer.lr, config.model.backbone.width) == (78_000, 3e-4, 64)
-    imagenet = full.config(TABLES["table2"].variant("imagenet-joint"))
-    assert (imagenet.dataset.name, imagenet.steps) == ("imagenet", 1_000_912)
+    rows = [row for table in ALL for row in runs.distinct(table.variants)]
+    folders = {(row.family, row.folder) for row in (*rows, *GRID)}
+    assert len({configs[own] for own in folders}) == len(folders)
 
 
 @pytest.mark.parametrize(("name", "parameters"), [("dncnn", 669_376), ("gradncnn", 911_003)])

@@ -160,25 +160,6 @@ def test_short_recipes_stay_within_their_flop_budget():
     assert joint_flops("cifar10-cpu") <= 2.6e15
 
 
-def test_cdn_cifar10_recipe_matches_the_paper():
-    # CDN appendix A
-    config = resolve(recipe="cdn-cifar10")
-    classify, denoise = config.streams.classify, config.streams.denoise
-    assert config.model.backbone.width == 64
-    assert config.steps == 78_000
-    assert (config.optimizer.lr, config.optimizer.weight_decay) == (3e-4, 0.05)
-    assert config.optimizer.schedule == "cosine"
-    assert config.optimizer.warmup_steps == 0
-    assert config.optimizer.decay_norms
-    assert (classify.batch_size, denoise.batch_size) == (128, 64)
-    augmentation = classify.augmentation
-    assert (augmentation.flip, augmentation.crop_padding, augmentation.mix) == (True, 4, "both")
-    assert classify.noise.range == pytest.approx((0, 20 / 255))
-    assert denoise.noise.range == pytest.approx((1 / 255, 100 / 255))
-    assert denoise.augmentation.flip
-    assert denoise.augmentation.mix == "none"
-
-
 def test_backbone_sets_its_own_depth_and_width():
     """They replace those of the recipe and of earlier layers."""
     sizes = {"wideresnet28-10": (28, 160), "wideresnet10-jem": (10, 32)}

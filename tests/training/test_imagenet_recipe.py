@@ -20,14 +20,24 @@ from ebmkit.models.base import Features
 from ebmkit.models.heads import LinearQuadraticHead
 from ebmkit.objectives import TrainingLoss
 from ebmkit.training import Interrupted, RunFolder, Trainer, parse_assignments, resolve
+from ebmkit.training.config import differences
 from ebmkit.training.cost import Budget, Stopwatch, step_flops, step_memory
 from ebmkit.training.loop import assemble
 from ebmkit.training.metrics import Validation
 from ebmkit.training.setup import images_of
 from ebmkit.training.step import TrainingStep
 
-SHARED_FIELDS = {  # CDN appendix A: fields that both recipes share
-    "objective": "ce+dsm",
+SHARED_FIELDS = {  # CDN section 3, appendix A: fields that both recipes share
+    "objective": "ce+dsm-mean",  # equation 13, "mean-squared"
+    "backbone": "gradresnet18",
+    "head": "linear-quadratic",
+    "model.head.bias": False,
+    "model.backbone.norm": "group",
+    "model.backbone.norm_everywhere": False,
+    "model.backbone.shortcut_norm": False,  # "a single group-normalization layer"
+    "validation_images": 0,  # all training images
+    "compute.precision": "fp32",
+    "optimizer.kind": "adamw",
     "optimizer.betas": (0.9, 0.999),
     "optimizer.schedule": "cosine",
     "optimizer.warmup_steps": 0,
@@ -70,7 +80,7 @@ RECIPE_FIELDS = {
         "streams.denoise.noise.max": 100 / 255,
         "streams.denoise.phases": (),
     },
-    "imagenet": {
+    "cdn-imagenet": {
         "dataset.name": "imagenet",
         "dataset.image_size": 224,
         "backbone": "gradresnet18-imagenet",
@@ -100,17 +110,83 @@ EPOCHS = [(0, 64, 128), (150, 40, 160), (260, 32, 192), (340, 16, 224)]
 def test_recipe_matches_the_paper(name):
     config = resolve(recipe=name)
     for path, value in {**SHARED_FIELDS, **RECIPE_FIELDS[name]}.items():
-        found = config
-        for part in path.split("."):
-            found = getattr(found, part)
+        found = functools.reduce(getattr, path.split("."), config)
         assert found == (pytest.approx(value) if isinstance(value, float) else value), path
-    if name == "imagenet":
-        assert resolve({"dataset": {"name": name}}) == config  # the default recipe of the data set
+
+
+def test_the_two_readings_of_the_loss_differ_in_nothing_else():
+    own, other = (resolve(recipe=name) for name in ("cdn-cifar10", "cdn-cifar10-sum"))
+    assert own == other.model_copy(update={"objective": "ce+dsm-mean"})
+    assert other.objective == "ce+dsm-sum"
+
+
+def test_our_recipe_of_imagenet_is_the_default_and_names_its_differences():
+    own, paper = resolve({"dataset": {"name": "imagenet"}}), resolve(recipe="cdn-imagenet")
+    assert own == resolve(recipe="imagenet")
+    found = differences(paper.model_dump(mode="json"), own.model_dump(mode="json"))
+    assert {key: value for key, (_, value) in found.items()} == {
+        "objective": "ce+dsm",
+        "model.backbone.shortcut_norm": True,
+        "validation_images": 1000,
+    }
+
+
+JEM = {  # arXiv 1912.03263 and its released code, in units of images in [0, 1]
+    "backbone": "wideresnet28-10-jem",
+    "model.backbone.norm": "none",
+    "head": "logit",
+    "objective": "jem",
+    "optimizer.kind": "adamw",
+    "optimizer.lr": 1e-4,
+    "optimizer.weight_decay": 0.0,
+    "optimizer.warmup_steps": 1000,
+    "optimizer.milestones": (160 / 200, 180 / 200),
+    "optimizer.milestone_factor": 0.3,
+    "streams.classify.batch_size": 64,
+    "streams.classify.noise.max": 0.03 / 2,
+    "streams.classify.augmentation.mix": "none",
+    "streams.generate.batch_size": 64,
+    "negatives.steps": 20,
+    "negatives.step_size": 1 / 4,
+    "negatives.noise": 0.01 / 2,
+    "negatives.buffer_size": 10_000,
+    "negatives.restart": 0.05,
+    "negatives.start": "uniform",
+    "steps": 200 * 50_000 // 64,
+}
+ROBUST = {  # the package `robustness` (its defaults for CIFAR-10), RCG section 4.2
+    "backbone": "resnet50",
+    "head": "logit",
+    "objective": "adv",
+    "terms.adv.norm": "l2",
+    "terms.adv.eps": 0.5,
+    "terms.adv.steps": 7,
+    "terms.adv.random_start": False,
+    "optimizer.kind": "sgd",
+    "optimizer.lr": 0.1,
+    "optimizer.momentum": 0.9,
+    "optimizer.weight_decay": 5e-4,
+    "optimizer.milestones": (50 / 150, 100 / 150),
+    "optimizer.milestone_factor": 0.1,
+    "streams.classify.batch_size": 128,
+    "streams.classify.noise.kind": "none",
+    "streams.classify.augmentation.mix": "none",
+    "streams.classify.augmentation.crop_padding": 4,
+    "streams.classify.augmentation.flip": True,
+}
+
+
+@pytest.mark.parametrize(("name", "published"), [("jem", JEM), ("cifar10-robust", ROBUST)])
+def test_recipes_of_others_have_the_published_values(name, published):
+    config = resolve(recipe=name)
+    for path, value in published.items():
+        found = functools.reduce(getattr, path.split("."), config)
+        assert found == (pytest.approx(value) if isinstance(value, float) else value), path
 
 
 def test_steps_match_the_epochs_of_the_paper():
     assert resolve(recipe="cdn-cifar10").steps == pytest.approx(200 * 50_000 / 128, rel=0.002)
-    assert resolve(recipe="imagenet").steps == round(400 * 1_281_167 / 512)
+    assert resolve(recipe="cdn-imagenet").steps == round(400 * 1_281_167 / 512)
 
 
 def test_imagenet_phases_begin_at_the_epochs_of_the_paper():
