@@ -336,7 +336,7 @@ def table_text(report: Mapping[str, Any]) -> str:
         for row in report["rows"]
     ]
     seeds = max((len(row["seeds"]) for row in report["rows"]), default=0)
-    ours = "ours" if seeds < 2 else f"ours, mean ± standard deviation over {seeds} seeds,"
+    ours = "ours" if seeds < 2 else f"ours, mean ± standard deviation over {seeds} seeds"
     lines = [
         f"Scale `{report['scale']}`: {report['about']}. Each cell: {ours} (the paper's).",
         "",

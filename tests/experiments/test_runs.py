@@ -270,6 +270,7 @@ def states(runs):
     }
 
 
+@pytest.mark.slow
 def test_every_seed_has_a_folder_and_all_rows_run_with_the_first_seed_first(runs, log):
     runs.seeds = (0, 3)
     other = replace(ROW, name="other", layer={"objective": "ce"})
@@ -303,6 +304,7 @@ def test_folder_of_an_earlier_version_belongs_to_its_seed(finished_runs, log):
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.slow
 def test_values_by_image_are_added_to_results_of_earlier_versions(finished_runs, log):
     """Shown as they are, and measured again by a command that compares rows."""
     needed = replace(PROTOCOL, image_values=("classify", "denoise"))
@@ -324,6 +326,7 @@ def test_values_by_image_are_added_to_results_of_earlier_versions(finished_runs,
     assert log[2:] == ["joint: measuring classify"]
 
 
+@pytest.mark.slow
 def test_rows_that_stop_with_one_seed_are_reported_with_the_others(finished_runs):
     def stop(trainer, name):
         raise UserError("too hot")
