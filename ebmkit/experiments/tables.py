@@ -195,12 +195,12 @@ def figures_of(result: VariantResult) -> dict[str, dict[str, Any]]:
 def figures_by_seed(result: VariantResult) -> dict[int, dict[str, dict[str, Any]]]:
     """The figures of each finished seed, with intervals over images."""
     return {
-        seed: _figures(result.variant, documents, result.facts_by_seed.get(seed, {}))
+        seed: _figures_of_run(result.variant, documents, result.facts_by_seed.get(seed, {}))
         for seed, documents in result.by_seed.items()
     }
 
 
-def _figures(
+def _figures_of_run(
     variant: Variant, documents: Mapping[str, dict[str, Any]], facts: Mapping[str, Any]
 ) -> dict[str, dict[str, Any]]:
     figures: dict[str, dict[str, Any]] = {}
@@ -264,9 +264,10 @@ def _ordering(
         return None
     a, b = results[better], results[worse]
     found = difference(a, b, metric)
+    if found is None:
+        return None
     paper = a.variant.paper[metric] - b.variant.paper[metric]
-    named = {"better": better, "worse": worse, "metric": metric, "paper": paper}
-    return found and {**named, **found}
+    return {"better": better, "worse": worse, "metric": metric, "paper": paper, **found}
 
 
 def _differences(base: Variant, results: Sequence[VariantResult]) -> list[dict[str, Any]]:
