@@ -60,7 +60,7 @@ def train(
 ) -> None:
     """Train a model, then evaluate it on the test images.
 
-    Without options: GradResNet18 on scikit-learn's digits with ce+dsm, about 80 seconds on two
+    Without options: GradResNet18 on scikit-learn's digits with ce+dsm, about a minute on two
     cores. Later settings override earlier ones: recipe < --config < named options < --set. With
     `torchrun -m ebmkit train ...` all processes train one model.
 
