@@ -353,10 +353,10 @@ class _Study:
         self._classifier: Extractor | None = None
         self.folder = runs.out / "guidance"
         self.test = runs.images(EVALUATION_CLASSIFIER, "test").spread(amount.real)
-        train, classes = runs.images(EVALUATION_CLASSIFIER, "train"), self.test.num_classes
-        self.others = train.spread(2 * classes * amount.per_class)
+        self.train, classes = runs.images(EVALUATION_CLASSIFIER, "train"), self.test.num_classes
+        self.others = self.train.spread(2 * classes * amount.per_class)
         self.drawing = ImageDrawer(
-            self.folder, self._model, self._digest, classes, amount.per_class, runs.seed, train
+            self.folder, self._model, self._digest, classes, amount.per_class, runs.seed, self.train
         )
         energies = [v.name for v in (*reversed(ROBUST), PLAIN) if v in self.trained]
         self.energy = next(iter(energies), None)  # E(x) of the most robust classifier
@@ -429,7 +429,7 @@ class _Study:
 
     def classes(self) -> dict[str, Any]:
         """Energies of training images by class under each classifier (RCG figure 4.12)."""
-        train, found = self.drawing.train, {}
+        train, found = self.train, {}
         images = (
             train if self.amount.class_images is None else train.spread(self.amount.class_images)
         )
