@@ -135,6 +135,7 @@ JEM = {  # arXiv 1912.03263 and its released code, in units of images in [0, 1]
     "backbone": "wideresnet28-10-jem",
     "model.backbone.norm": "none",
     "head": "logit",
+    "model.head.bias": True,
     "objective": "jem",
     "optimizer.kind": "adamw",
     "optimizer.lr": 1e-4,
@@ -156,7 +157,9 @@ JEM = {  # arXiv 1912.03263 and its released code, in units of images in [0, 1]
 }
 ROBUST = {  # the package `robustness` (its defaults for CIFAR-10), RCG section 4.2
     "backbone": "resnet50",
+    "model.backbone.width": 64,
     "head": "logit",
+    "model.head.bias": True,
     "objective": "adv",
     "terms.adv.norm": "l2",
     "terms.adv.eps": 0.5,
