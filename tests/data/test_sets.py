@@ -2,6 +2,7 @@
 
 import os
 import pickle
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -63,6 +64,74 @@ def test_patches_of_different_splits_share_no_pixel(size):
         assert (final == photographs[1][bottom : bottom + size, last : last + size]).all()
 
 
+def cifar_as_hdf5(place):
+    write_h5(place / "cifar10-train.h5", 150)
+    write_h5(place / "cifar10-test.h5", 20, seed=1)
+    return place
+
+
+def one_hdf5_file(place, groups=("",)):
+    for number, group in enumerate(groups):
+        write_h5(place / "set.h5", 60, seed=number, group=group)
+    return place / "set.h5"
+
+
+def folder_with_parts(place):
+    for seed, part in enumerate(("train", "test")):
+        image_folder(place / part, count=30, seed=seed)
+    return place
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("digits", None),
+        ("patches", None),
+        ("cifar10", cifar_as_hdf5),
+        ("hdf5", one_hdf5_file),
+        ("hdf5", lambda place: one_hdf5_file(place, ("train", "test"))),
+        ("folder", image_folder),
+        ("folder", folder_with_parts),
+        ("imagenet", folder_with_parts),
+    ],
+)
+@pytest.mark.parametrize("limit", [2**30, 100])
+def test_training_set_without_held_out_images_has_all(tmp_path, monkeypatch, name, make, limit):
+    """Also of streamed sets. Patches that overlap both regions are in neither."""
+    monkeypatch.setattr(imagesets, "MEMORY_LIMIT", limit)
+    data_dir, options = make and make(tmp_path), {"image_size": 8} if name == "imagenet" else {}
+    train, validation, test = (labelled(part) for part in load_all(name, data_dir, **options))
+    both = load_dataset(name, data_dir, hold_out=False, **options)
+    found = labelled(both)
+    assert len(validation) > 0
+    assert both.split == "train"
+    assert isinstance(both, StreamedSet) or make is None or limit > 100
+    assert found >= train + validation if name == "patches" else found == train + validation
+    assert labelled(load_dataset(name, data_dir, "test", hold_out=False, **options)) == test
+    with pytest.raises(UserError, match=f"no images of data set '{name}' are held out"):
+        load_dataset(name, data_dir, "validation", hold_out=False, **options)
+
+
+def labelled(images):
+    """How often each image, with its label, is in a set."""
+    labels = [None] * len(images) if images.labels is None else images.labels.tolist()
+    return Counter(zip(keys(images), labels, strict=True))
+
+
+def test_patches_without_held_out_images_share_no_pixel_with_the_test_patches():
+    from sklearn.datasets import load_sample_images
+
+    last = load_dataset("patches", hold_out=False).images[-1].permute(1, 2, 0).numpy()
+    assert (last == load_sample_images().images[1][392:424, 480:512]).all()
+
+
+def test_one_training_image_suffices_without_held_out_images(tmp_path):
+    image_folder(tmp_path / "train", count=1, classes=("ant",))
+    with pytest.raises(UserError, match="has 1 training images: at least 2 are needed"):
+        load_dataset("folder", tmp_path)
+    assert len(load_dataset("folder", tmp_path, hold_out=False)) == 1
+
+
 def test_cifar_is_read_from_hdf5(tmp_path):
     train = write_h5(tmp_path / "cifar10-train.h5", 150)
     test = write_h5(tmp_path / "cifar10-test.h5", 20, seed=1)
@@ -84,6 +153,7 @@ def test_cifar_is_read_from_the_torchvision_folder(tmp_path, monkeypatch, name, 
     parts = load_all(name, base if inside else tmp_path, download=False)
     total = 40 * (5 if name == "cifar10" else 1)
     assert len(parts[0]) + len(parts[1]) == total
+    assert len(load_dataset(name, tmp_path, download=False, hold_out=False)) == total
     file = "test_batch" if name == "cifar10" else "test"
     assert torch.equal(parts[2].images.flatten(1), torch.from_numpy(written[file]["data"]))
     assert parts[2].labels.tolist() == list(written[file].values())[1]
