@@ -108,6 +108,9 @@ class DataConfig(_Config):
     links: Literal["inside", "follow"] = "inside"
     """symbolic links in a folder: inside (only to files in the folder) or follow (to anywhere)"""
     limit: int | None = Field(None, ge=1, description="maximum number of training images")
+    subset: Literal["first", "balanced"] = "first"
+    """images that limit keeps: first (the same for every seed), or balanced (equally many of each
+    class, drawn by the run's seed)"""
 
 
 class FaultsConfig(_Config):
