@@ -179,7 +179,7 @@ def reproduce(
     one.
 
     Args:
-        target: table1, table2, table3, fig1, fig3, fig4, guidance, claims, or all
+        target: table1, table2, table3, fig1, fig3, fig4, guidance, claims, efficiency, or all
         scale: smoke: digits, seconds per row; cpu: CIFAR-10, our short recipe, minutes per row;
             cpu-cdn: the paper's recipe cut short; full: the published recipes
         more: further rows for --only

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ebmkit.data.augment import Cut
 from ebmkit.errors import UserError
-from ebmkit.randomness import seeded_generator
+from ebmkit.randomness import keyed_generator, seeded_generator
 from ebmkit.terminal import progress_bar
 
 T = TypeVar("T")
@@ -143,6 +143,20 @@ class _ImageSetBase(ABC):
     def spread(self, n: int) -> Self:
         """At most ``n`` images, evenly spaced through the set, which may be sorted by class."""
         return self if len(self) <= n else self.select(torch.arange(n) * len(self) // n)
+
+    def sample(self, n: int, seed: int) -> Self:
+        """At most ``n`` random images, drawn by ``seed``, with numbers per class that differ by at
+        most one while every class has images left. Those of a smaller n are the first of a larger.
+        """
+        order = torch.randperm(len(self), generator=keyed_generator("cpu", seed, "sample"))
+        if self.labels is not None:  # the first of every class, then the second of every class, ...
+            labels = self.labels.cpu()[order]
+            counts = labels.bincount()
+            ranks = torch.cat([torch.arange(int(count)) for count in counts])
+            place = torch.empty_like(order)
+            place[labels.argsort(stable=True)] = ranks
+            order = order[place.argsort(stable=True)]
+        return self.select(order[:n])
 
     def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Yield batches of ``size`` in order: images (B, C, H, W) in [0, 1], labels (B,) or None.

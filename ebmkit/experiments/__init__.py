@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ebmkit.errors import UserError
+from ebmkit.experiments.efficiency import EFFICIENCY_EXPERIMENT
 from ebmkit.experiments.figures import FIGURE_EXPERIMENTS
 from ebmkit.experiments.guidance import GUIDANCE_EXPERIMENT
 from ebmkit.experiments.report import Experiment, Report, write
@@ -33,6 +34,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     **FIGURE_EXPERIMENTS,
     "guidance": GUIDANCE_EXPERIMENT,
     "claims": CLAIMS_EXPERIMENT,
+    "efficiency": EFFICIENCY_EXPERIMENT,
 }
 """All experiments, by their name on the command line."""
 

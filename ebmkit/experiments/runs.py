@@ -59,7 +59,9 @@ from ebmkit.training.setup import Split, images_of
 REPORTED = {
     "classify": ("accuracy", "accuracy_interval"),
     "denoise": ("denoisers", "knows_sigma"),
+    "calibration": ("ece",),
     "robustness": ("curves", "epsilons", "options"),
+    "robustness-grid": ("columns", "epsilons"),
     "linearity": ("levels",),
     "jacobian": ("per_image", "paper"),
 }
@@ -118,6 +120,7 @@ class Variant:
         reads: denoiser of the suite ``denoise`` whose PSNR is reported.
         at: further fields that differ from the recipe, by scale.
         family: group of the scale's settings for training: cifar10, imagenet or guidance.
+        only_at: sizes of the scales that have this row (`ExperimentScale.size`); empty: all.
     """
 
     name: str
@@ -129,6 +132,7 @@ class Variant:
     reads: str = "unconditional"
     at: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     family: str = "cifar10"
+    only_at: tuple[str, ...] = ()
 
     @property
     def folder(self) -> str:
@@ -237,10 +241,12 @@ class ExperimentRuns:
         }
 
     def distinct(self, variants: Sequence[Variant]) -> list[Variant]:
-        """``variants`` without those whose configuration an earlier one has at this scale."""
+        """The ``variants`` of this scale, without those whose configuration an earlier one has."""
         found: list[Variant] = []
         seen: list[TrainConfig] = []
         for variant in variants:
+            if variant.only_at and self.scale.size not in variant.only_at:
+                continue
             if variant.run is None:
                 config = self.config(variant)
                 if config in seen:

@@ -113,6 +113,9 @@ class DataConfig(_Config):
     limit: int | None = Field(None, ge=1, description="maximum number of training images")
     hold_out: bool = True
     """hold out some training images for validation; default: false if validation_images is 0"""
+    subset: Literal["first", "balanced"] = "first"
+    """images that limit keeps: first (the same for every seed), or balanced (equally many of each
+    class, drawn by the run's seed)"""
 
 
 class FaultsConfig(_Config):

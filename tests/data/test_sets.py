@@ -447,3 +447,34 @@ def test_registered_data_set_is_loaded_by_name(monkeypatch, tmp_path):
     assert load_dataset("zeros", tmp_path).name == "zeros"
     with pytest.raises(UserError, match="8x8, not 9"):
         load_dataset("zeros", tmp_path, image_size=9)
+
+
+@pytest.mark.parametrize("make", [lambda s: s, as_streamed])
+def test_sample_is_balanced_nested_and_drawn_by_the_seed(make):
+    """With 3 images of class 0, the other classes fill up larger samples."""
+    images = torch.arange(43, dtype=torch.uint8).reshape(43, 1, 1, 1).expand(43, 3, 6, 6)
+    labels = torch.tensor([0] * 3 + [1] * 20 + [2] * 20)
+    whole = make(ImageSet(images.contiguous(), labels, ("a", "b", "c")))
+
+    def numbers(n, seed=0):
+        part = whole.sample(n, seed)
+        x, c = next(part.batches(100))
+        found = (255 * x[:, 0, 0, 0]).round().long()
+        assert torch.equal(labels[found], c)
+        return found.tolist()
+
+    for n, expected in [(6, [2, 2, 2]), (7, [2, 2, 3]), (21, [3, 9, 9]), (43, [3, 20, 20])]:
+        counts = labels[numbers(n)].bincount(minlength=3)
+        assert sorted(counts.tolist()) == expected
+        assert len(set(numbers(n))) == n
+    assert numbers(21)[:6] == numbers(6)
+    assert numbers(21) == numbers(21)
+    assert set(numbers(6)) != set(numbers(6, seed=1))
+    assert len(whole.sample(99, 0)) == 43
+
+
+def test_sample_without_labels_is_random():
+    unlabelled = ImageSet(torch.arange(40, dtype=torch.uint8).reshape(40, 1, 1, 1))
+    found = unlabelled.sample(10, 3).images.flatten().tolist()
+    assert len(set(found)) == 10
+    assert found != sorted(found)

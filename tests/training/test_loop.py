@@ -352,6 +352,21 @@ def test_resume_with_another_configuration_is_refused_by_field(tmp_path):
     run.check_config(resolve(SMALL, {"dataset": {"data_dir": "moved", "workers": 2}}))
 
 
+@pytest.mark.parametrize(("subset", "counts"), [("first", None), ("balanced", [5] * 10)])
+def test_limit_takes_the_first_images_or_a_balanced_subset_of_the_seed(tmp_path, subset, counts):
+    def images(seed):
+        limited = {"dataset": {"limit": 50, "subset": subset}, "seed": seed}
+        config = resolve(SMALL, limited, recipe="digits-adamw")
+        return assemble(config).train
+
+    first, again, other = images(0), images(0), images(1)
+    assert len(first) == 50
+    assert torch.equal(first.images, again.images)
+    assert torch.equal(first.images, other.images) == (subset == "first")
+    if counts is not None:
+        assert first.labels.bincount().tolist() == counts
+
+
 def test_damaged_checkpoint_is_reported(tmp_path):
     trainer = start(tmp_path, "run", {"steps": 3})
     trainer.fit()
