@@ -124,7 +124,7 @@ def main() -> None:
         options.out,
         scale(options.setting, under),
         options.data_dir,
-        seed=options.seed,
+        seeds=(options.seed,),
         log=lambda text: print(text, flush=True),
     )
     try:

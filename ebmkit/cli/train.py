@@ -170,7 +170,8 @@ def reproduce(
     imagenet_dir: Path | None = None,
     device: str = "auto",
     precision: str | None = None,
-    seed: int = 0,
+    seed: int | None = None,
+    seeds: str | None = None,
     show: bool = False,
 ) -> None:
     """Reproduce a table or figure of the papers: write Markdown, JSON and plots to --out.
@@ -188,23 +189,30 @@ def reproduce(
         data_dir: folder of CIFAR-10 [default: data]
         imagenet_dir: folder of ImageNet, for table2 at scale full
         precision: precision of training: auto, fp32, tf32, bf16 [default: set by the recipe]
+        seeds: random seeds, as 0-4 or 0,2,5-7: a run per row and seed [default: --seed, or 0]
         show: print the recipe of each row and what differs from it; train nothing
     """
     from ebmkit.compute import limited_threads, pick_device
     from ebmkit.experiments import EXPERIMENTS, SCALES, ExperimentRuns, describe, experiments_of
     from ebmkit.experiments import reproduce as run_experiment
+    from ebmkit.experiments.seeds import parse_seeds
     from ebmkit.registry import find
     from ebmkit.storage import make_folder
     from ebmkit.training.loop import Stop
 
     if more and not only:
         raise UserError(f"unexpected {more[0]!r}: name rows after --only, as in --only {more[0]}")
+    if seed is not None and seeds is not None:
+        raise UserError(
+            f"--seed {seed} and --seeds {seeds!r} exclude each other: give --seeds alone"
+        )
     names = [*(only or []), *(more or [])]
     chosen = experiments_of(target, names)
     pick_device(device)
     runs = ExperimentRuns(
         out or Path("runs") / f"reproduce-{scale}", find("scale", SCALES, scale), data_dir, device,
-        seed, precision, _fit_row, console.say, console.is_terminal, imagenet_dir,
+        (seed or 0,) if seeds is None else parse_seeds(seeds), precision, _fit_row, console.say,
+        console.is_terminal, imagenet_dir,
     )  # fmt: skip
     if show:
         for name in chosen:

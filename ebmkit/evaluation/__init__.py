@@ -7,6 +7,7 @@ from ebmkit.evaluation.runner import (
     evaluation_folder,
     parse_options,
     parse_suites,
+    read_image_values,
     tables,
 )
 from ebmkit.evaluation.statistics import Estimate
@@ -25,5 +26,6 @@ __all__ = [
     "evaluation_folder",
     "parse_options",
     "parse_suites",
+    "read_image_values",
     "tables",
 ]

@@ -31,6 +31,7 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
     names, classes = context.images.class_names, context.model.num_classes
     clean = context.predictions(0.0)
     levels = [(sigma, context.predictions(sigma)) for sigma in context.noise_levels]
+    context.image_values |= {f"right/{in_255ths(s)}": noisy["right"] for s, noisy in levels}
     accuracy, nll = statistics.accuracy(clean["right"]), statistics.mean(clean["nll"])
     confusion = None
     if classes <= MAX_CONFUSION:

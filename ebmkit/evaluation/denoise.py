@@ -160,6 +160,7 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
                     f"{LABELS[name]} at {key}/255: PSNR is NaN or Inf on {bad} images (restored "
                     "exactly, or the model diverged), so the mean is undefined"
                 )
+            context.image_values[f"{name}/{key}"] = own
             gain = own - columns["noisy", "psnr"]
             entry = denoisers.setdefault(name, {"about": LABELS[name]})
             for quantity, values in (("psnr", own), ("gain", gain), ("ssim", likeness)):

@@ -521,6 +521,7 @@ def plot_comparison(
     path: Path,
     paper: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]] | None = None,
     defence: str = "direct",
+    bands: str = "95 %",
 ) -> None:
     """Plot several models, as in CDN figure 4: one panel per norm, one line per model.
 
@@ -530,6 +531,7 @@ def plot_comparison(
         paper: published points (strength in image units, accuracy 0..1) by model and norm
             (``linf``, ``l2``), drawn as thin lines.
         defence: name of the plotted defence.
+        bands: what the bands show, for the title.
     """
     run = {
         name: document
@@ -553,7 +555,7 @@ def plot_comparison(
                 curves.append(Curve(f"{name}, paper", plots.look(i), x, y.tolist()))
     chances = {document["chance"] for document in run.values()}
     shown = "" if defence == "direct" else f", defence {defence}"
-    title = f"Accuracy under PGD attacks{shown}, bands 95 %"
+    title = f"Accuracy under PGD attacks{shown}, bands {bands}"
     plot_curves(panels, chances.pop() if len(chances) == 1 else None, title, path)
 
 

@@ -29,6 +29,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from pydantic import BaseModel
 from rich.progress import (
@@ -40,6 +41,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from torch import Tensor
 
 from ebmkit.compile import device_of, make_inference, tf32_restored, unwrapped
 from ebmkit.compute import environment
@@ -64,7 +66,8 @@ from ebmkit.evaluation.suite import NOISE_LEVELS, SIGMAS, EvaluationContext, Ima
 from ebmkit.registry import Table as Registry
 from ebmkit.registry import find
 from ebmkit.storage import make_folder, remove_file, write_atomically
-from ebmkit.storage.reading import read_document
+from ebmkit.storage.reading import read_bytes, read_document
+from ebmkit.storage.tensors import LARGEST_FILE, parse_tensors
 
 SUITES: dict[str, Suite] = Registry(
     "suite",
@@ -197,6 +200,7 @@ def evaluate(
     compile: str = "auto",
     options: Mapping[str, Mapping[str, Any]] | None = None,
     plots: bool = True,
+    image_values: bool = False,
     progress: bool = False,
     world: DistributedContext | None = None,
     data_dir: Path | None = None,
@@ -220,6 +224,8 @@ def evaluate(
             existing wrapper of the model is ignored.
         options: settings by suite, as in ``{"robustness": {"steps": 10}}``.
         plots: write plots.
+        image_values: write the values by image behind the means of the suites ``classify`` and
+            ``denoise``, for `read_image_values`.
         progress: show a progress bar.
         world: the processes that share the work; each must call this function.
         data_dir: folder of data sets, for suites that load further ones.
@@ -281,6 +287,7 @@ def evaluate(
             context.left = suite.passes(context) * len(used)
             context.advance = partial(bar.advance, bar.add_task(name, total=context.left))
             begun = time.perf_counter()
+            context.image_values = {}
             measured = suite.run(context)
             how: dict[str, Any] = {
                 "precision": inference.precision,
@@ -295,9 +302,44 @@ def evaluate(
             path = out_dir / f"{name}.json"
             if world.first:
                 document["pictures"] = _plot(suite, context, document, path) if plots else []
+                values = context.image_values if image_values else {}
+                document |= _write_image_values(values, path)
                 write_atomically(path, json.dumps(document, indent=2, allow_nan=False).encode())
             results[name] = Result(name, document, path)
     return results
+
+
+def _write_image_values(values: Mapping[str, Tensor], path: Path) -> dict[str, str]:
+    """Replace the values beside the document ``path``; return its field that has their digest.
+
+    The digest shows whether both files are of the same evaluation.
+    """
+    file = path.with_suffix(".safetensors")
+    if not values:
+        if "image_values" in read_document(path):
+            remove_file(file)
+        return {}
+    content = safetensors.torch.save({name: own.contiguous() for name, own in values.items()})
+    write_atomically(file, content)
+    return {"image_values": hashlib.sha256(content).hexdigest()}
+
+
+def read_image_values(document: Mapping[str, Any], folder: Path) -> dict[str, Tensor]:
+    """Read the values by image behind the means of ``document``, whose file is in ``folder``.
+
+    Returns:
+        Columns (N,) in image order: ``right/SIGMA`` of the suite ``classify`` (bool), and
+        ``DENOISER/SIGMA`` of ``denoise`` (PSNR, dB), sigma in 255ths. Empty if they were not
+        written, or are damaged or of another evaluation.
+    """
+    path = folder / f"{document['suite']}.safetensors"
+    try:
+        content = read_bytes(path, LARGEST_FILE)
+        if hashlib.sha256(content).hexdigest() == document.get("image_values"):
+            return parse_tensors(content, path)[0]
+    except UserError:
+        pass
+    return {}
 
 
 def tables(results: dict[str, Result]) -> list[Table]:

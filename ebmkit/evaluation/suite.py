@@ -146,6 +146,8 @@ class EvaluationContext:
         left: number of images left to measure, over all passes of a suite.
         inference: precision and compilation of the model, which may be a wrapper.
         measured: tensors for plots that are not in the document.
+        image_values: values by image (N,) behind the means of the document, by name; `evaluate`
+            writes them on request.
     """
 
     model: ScoreModel
@@ -161,6 +163,7 @@ class EvaluationContext:
     left: int = 0
     inference: Inference = field(default_factory=Inference)
     measured: dict[str, Tensor] = field(default_factory=dict)
+    image_values: dict[str, Tensor] = field(default_factory=dict)
     _predictions: dict[float, dict[str, Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

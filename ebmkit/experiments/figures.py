@@ -20,6 +20,7 @@ from ebmkit.experiments.report import (
     Experiment,
     Report,
     circumstances,
+    mean_and_deviation,
     percent,
     run_grid,
     table_lines,
@@ -72,7 +73,8 @@ def run_fig3(runs: ExperimentRuns, only: Sequence[str]) -> Report:
     options = runs.scale.options
     runs.check([JOINT])
     linearity = Protocol("fig3", ("linearity",), options=options)
-    done = [r for r in run_grid(runs, GRID, only, lambda v: linearity) if r.status == "done"]
+    results = run_grid(runs, GRID, only, lambda v: linearity)
+    done = [one for one in results if runs.seed in one.by_seed]
     spectra = runs.measure(JOINT, Protocol("fig3", ("jacobian",), options=options))
     cells = []
     for one in done:
@@ -82,7 +84,7 @@ def run_fig3(runs: ExperimentRuns, only: Sequence[str]) -> Report:
             | {key: config[key] for key in ("norm", "activation", "bias")}
             | {key: one.documents["linearity"][key] for key in ("levels", "theory")}
         )
-    about = circumstances(runs, "fig3", done)
+    about = circumstances(runs, "fig3", done, first_seed_shown=True)
     report = {"jacobian": spectra["jacobian"], "cells": cells, **about}
     own = runs.folder(JOINT) / "evaluation" / "fig3"
     sources = {"fig3.png": own / "jacobian.png", "fig3-spectrum.png": own / "spectrum.png"}
@@ -142,10 +144,15 @@ def run_fig4(runs: ExperimentRuns, only: Sequence[str]) -> Report:
 
     results = [r for r in run_grid(runs, ATTACKED, only, protocol) if r.status == "done"]
     documents = {
-        f"{one.variant.label} ({one.variant.task})": one.documents["robustness"] for one in results
+        f"{one.variant.label} ({one.variant.task})": _over_seeds(
+            [found["robustness"] for found in one.by_seed.values()]
+        )
+        for one in results
     }
-    about = circumstances(runs, "fig4", results)
-    plots = {"fig4.png": partial(plot_comparison, documents)}
+    about = circumstances(runs, "fig4", results, first_seed_shown=True)
+    several = any("seeds" in document for document in documents.values())
+    bands = "standard deviation over seeds" if several else "95 %"
+    plots = {"fig4.png": partial(plot_comparison, documents, bands=bands)}
     name = "evaluation/fig4/robustness-map.png"
     maps = {f"fig4-map-{r.variant.name}.png": runs.folder(r.variant) / name for r in results}
     maps = {name: path for name, path in maps.items() if path.exists()}
@@ -153,12 +160,31 @@ def run_fig4(runs: ExperimentRuns, only: Sequence[str]) -> Report:
     return Report({"documents": documents, **about}, text, plots, maps)
 
 
+def _over_seeds(documents: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The first of ``documents``, of several seeds with curves of `mean_and_deviation`."""
+    if len(documents) < 2:
+        return documents[0]
+    curves = {
+        norm: {
+            name: [
+                mean_and_deviation([d["curves"][norm][name][k]["value"] for d in documents])
+                for k in range(len(curve))
+            ]
+            for name, curve in named.items()
+        }
+        for norm, named in documents[0]["curves"].items()
+    }
+    return {**documents[0], "curves": curves, "seeds": len(documents)}
+
+
 def _fig4_text(documents: Mapping[str, dict[str, Any]], notes: Sequence[str]) -> str:
     lines: list[str] = []
     for name, document in documents.items():
+        seeds = document.get("seeds")
+        spread = f"± standard deviation over {seeds} seeds" if seeds else "(95 % interval)"
         lines += [
             f"{name}, the first {document['images']} of {document['of']:,} {document['split']} "
-            "images, accuracy in % (95 % interval):",
+            f"images, accuracy in % {spread}:",
             "",
         ]
         for norm, curves in document["curves"].items():

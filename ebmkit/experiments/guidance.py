@@ -180,7 +180,8 @@ def run_guidance(
     amount = amount or AMOUNTS[runs.scale.size]
     every = [v for v in NETWORKS if not amount.networks or v.name in amount.networks]
     results = run_grid(runs, every, only, lambda network: None)
-    study = _Study(runs, amount, [one.variant for one in results if one.status == "done"])
+    results = [one for one in results if runs.seed in one.by_seed]  # the seed of all images
+    study = _Study(runs, amount, [one.variant for one in results])
     networks, classifiers = study.networks(results)
     report: dict[str, Any] = {
         "networks": networks,
@@ -192,7 +193,7 @@ def run_guidance(
         "amount": {
             n: getattr(amount, n) for n in ("per_class", "steps", "strength", "real", "options")
         },
-        **circumstances(runs, "guidance", classifiers),
+        **circumstances(runs, "guidance", classifiers, first_seed_shown=True),
     }
     done = [method for method in report["ways"] if "stopped" not in method]
     shown = [(method["name"], method["about"], study.shown[method["name"]]) for method in done]
@@ -366,16 +367,27 @@ class _Study:
     ) -> tuple[list[dict[str, Any]], list[VariantResult]]:
         """Descriptions of all networks, and results of the classifiers."""
         documents, classifiers = [], []
-        for one in (result for result in results if result.status == "done"):
-            found: dict[str, Any] = {}
+        for one in results:
+            found: dict[int, dict[str, Any]] = {}
             facts = {k: v for k, v in one.facts.items() if k not in ("data", "measured_by")}
             if isinstance(self._model(one.variant.name), EnergyModel):
-                found = self.runs.measure(one.variant, CLASSIFY)["classify"]
-                own = facts | measured_facts([found])
-                classifiers.append(VariantResult(one.variant, {"classify": found}, own))
-            named = {"name": one.variant.name, "label": one.variant.label}
-            accuracy, interval = found.get("accuracy"), found.get("accuracy_interval")
-            documents.append({**named, "accuracy": accuracy, "interval": interval, "facts": facts})
+                for seed in one.by_seed:
+                    found[seed] = self.runs.at(seed).measure(one.variant, CLASSIFY)["classify"]
+                each = {s: one.facts_by_seed[s] | measured_facts([d]) for s, d in found.items()}
+                classifiers.append(
+                    VariantResult(one.variant, facts_by_seed=each, missing=one.missing)
+                )
+            shown = found.get(self.runs.seed, {})
+            documents.append(
+                {
+                    "name": one.variant.name,
+                    "label": one.variant.label,
+                    "accuracy": shown.get("accuracy"),
+                    "interval": shown.get("accuracy_interval"),
+                    "by_seed": {str(seed): own["accuracy"] for seed, own in found.items()},
+                    "facts": facts,
+                }
+            )
         return documents, classifiers
 
     def suite(

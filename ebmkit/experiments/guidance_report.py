@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ebmkit.evaluation.robustness_grid import column_names
 from ebmkit.evaluation.suite import number
-from ebmkit.experiments.report import mark, percent, table_lines, text_of
+from ebmkit.experiments.report import mark, mean_and_deviation, percent, table_lines, text_of
 from ebmkit.experiments.runs import read_data
 from ebmkit.guidance.guides import CLASSIFIER_FREE
 from ebmkit.plots import (
@@ -44,7 +44,10 @@ def guidance_text(report: Mapping[str, Any]) -> str:
     networks = []
     for one in report["networks"]:
         facts, cell = one["facts"], "-"
-        if one["accuracy"] is not None:
+        accuracies = list(one.get("by_seed", {}).values())  # earlier reports: one seed
+        if len(accuracies) > 1:
+            cell = percent(mean_and_deviation(accuracies), "{:.1f}")
+        elif one["accuracy"] is not None:
             low, high = one["interval"]
             cell = percent({"value": one["accuracy"], "low": low, "high": high}, "{:.1f}")
         counts = [f"{facts[key]:,}" for key in ("parameters", "steps")]

@@ -11,8 +11,12 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from torch import Tensor
+
+from ebmkit.evaluation.suite import number
 from ebmkit.experiments.runs import ExperimentRuns, Protocol, Variant
 from ebmkit.plots import BLUE
 from ebmkit.storage import write_atomically
@@ -40,12 +44,26 @@ class Experiment(NamedTuple):
 
 @dataclass(frozen=True)
 class VariantResult:
-    """Results of a variant; documents and facts are empty if it is not finished."""
+    """Results of a variant, done if a run of any seed is finished.
+
+    Attributes:
+        documents: of the first finished seed, by suite; empty if there is none.
+        facts: of training and evaluation, of the first finished seed.
+        status: ``done``, or the reason why it is not done.
+        by_seed: documents by suite, of each finished seed.
+        facts_by_seed: facts of each finished seed.
+        image_values: `read_image_values` of the documents, by seed and suite.
+        missing: the requested seeds that are not finished, with the reasons.
+    """
 
     variant: Variant
-    documents: dict[str, dict[str, Any]] = field(default_factory=dict)  # by suite
-    facts: dict[str, Any] = field(default_factory=dict)  # of training and evaluation
-    status: str = "done"  # or the reason why it is not done
+    documents: dict[str, dict[str, Any]] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+    status: str = "done"
+    by_seed: Mapping[int, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    facts_by_seed: Mapping[int, dict[str, Any]] = field(default_factory=dict)
+    image_values: Mapping[int, Mapping[str, Mapping[str, Tensor]]] = field(default_factory=dict)
+    missing: Mapping[int, str] = field(default_factory=dict)
 
 
 def run_grid(
@@ -56,7 +74,8 @@ def run_grid(
 ) -> list[VariantResult]:
     """Train and evaluate the variants named in ``only`` (empty: all); return results of every one.
 
-    ``protocol`` returns the evaluation protocol of a variant; None: it is only trained.
+    Each has a run for every seed; all variants run with the first seed before any runs with the
+    next. ``protocol`` returns the evaluation protocol of a variant; None: it is only trained.
 
     Raises:
         Interrupted: if training is interrupted; the same call resumes it.
@@ -66,18 +85,30 @@ def run_grid(
     chosen = [v.run or v for v in variants if not only or v.name in only]
     owners = {own.folder: own for own in chosen}
     runs.check(list(owners.values()))
-    for own in owners.values():
-        runs.try_run(own, protocol(own))
+    for one in runs.each_seed():
+        for own in owners.values():
+            one.try_run(own, protocol(own))
     return [_result(runs, variant, protocol(variant.run or variant)) for variant in variants]
 
 
 def _result(runs: ExperimentRuns, variant: Variant, protocol: Protocol | None) -> VariantResult:
     own = variant.run or variant
-    documents = runs.measured(own, protocol)
-    if documents is None:
-        reason = runs.stop_reason(own)
-        return VariantResult(variant, status=f"stopped: {reason}" if reason else "not run yet")
-    return VariantResult(variant, documents, runs.facts(own) | measured_facts(documents.values()))
+    by_seed, facts, values, missing = {}, {}, {}, {}
+    for one in runs.each_seed():
+        documents = one.measured(own, protocol)
+        if documents is None:
+            reason = one.stop_reason(own)
+            missing[one.seed] = f"stopped: {reason}" if reason else "not run yet"
+            continue
+        by_seed[one.seed] = documents
+        facts[one.seed] = one.facts(own) | measured_facts(documents.values())
+        values[one.seed] = one.image_values(own, protocol, documents) if protocol else {}
+    if not by_seed:
+        reasons = [text for text in missing.values() if text != "not run yet"]
+        return VariantResult(variant, status=(reasons or ["not run yet"])[0], missing=missing)
+    first = next(iter(by_seed))
+    each = {"facts_by_seed": facts, "image_values": values, "missing": missing}
+    return VariantResult(variant, by_seed[first], facts[first], by_seed=by_seed, **each)
 
 
 def measured_facts(documents: Iterable[dict[str, Any]]) -> dict[str, Any]:
@@ -91,12 +122,16 @@ def measured_facts(documents: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
 
 def circumstances(
-    runs: ExperimentRuns, target: str, results: Sequence[VariantResult]
+    runs: ExperimentRuns,
+    target: str,
+    results: Sequence[VariantResult],
+    first_seed_shown: bool = False,
 ) -> dict[str, Any]:
     """Notes below a table or figure: command, data, hardware, versions, commits."""
     ran = [one for one in results if one.status == "done"]
-    facts = [one.facts for one in ran]
-    owned = [(one.variant, one.facts) for one in ran if one.variant.run is None]
+    every = [(r.variant, f) for r in ran for f in (list(r.facts_by_seed.values()) or [r.facts])]
+    facts = [own for _, own in every]
+    owned = [(variant, own) for variant, own in every if variant.run is None]
     command = runs.command(target)
     notes = [f"command: `{command}`"]
     if ran:
@@ -112,13 +147,21 @@ def circumstances(
                 for v, f in owned
             ],
             "precision of training": [f["precision"] for f in facts],
-            "seed, one run per row": [str(f["seed"]) for f in facts],
+            "seeds, one run per row and seed": [str(f["seed"]) for f in facts],
             "PyTorch": [f["torch"] for f in facts],
             "commit of training": [str(f["git_commit"]) for f in facts],
             "commit of measuring": [str(commit) for f in facts for commit in f["measured_by"]],
         }
         notes += [f"{name}: {', '.join(dict.fromkeys(values))}" for name, values in columns.items()]
         notes.append("hours are wall clock, validation and checkpoints included")
+    if len(runs.seeds) > 1 and first_seed_shown:
+        notes.append(f"numbers without ± and plots of single networks: seed {runs.seed}")
+    notes += [
+        f"{one.variant.name}, seed {seed}: {reason}"
+        for one in ran
+        for seed, reason in one.missing.items()
+        if one.variant.run is None
+    ]
     if runs.scale.size == "smoke":
         notes.append("little is learnt in so few steps: this scale shows that every row runs")
     return {
@@ -126,6 +169,7 @@ def circumstances(
         "dataset": next((f["data"][0].split(",")[0] for f in facts), ""),
         "notes": notes,
         "command": command,
+        "seeds": list(runs.seeds),
     }
 
 
@@ -141,7 +185,9 @@ def table_lines(names: Sequence[str], rows: Iterable[Iterable[object]], left: in
 
 
 def percent(estimate: Mapping[str, float], form: str = "{:.0f}") -> str:
-    """An estimate with its interval, in percent."""
+    """An estimate with its interval, or a mean with its standard deviation, in percent."""
+    if "sd" in estimate:
+        return f"{form.format(100 * estimate['value'])} ± {form.format(100 * estimate['sd'])}"
     value, low, high = (form.format(100 * estimate[key]) for key in ("value", "low", "high"))
     return f"{value} ({low} to {high})"
 
@@ -149,6 +195,26 @@ def percent(estimate: Mapping[str, float], form: str = "{:.0f}") -> str:
 def text_of(title: str, lines: Iterable[str], notes: Iterable[str]) -> str:
     """Markdown: ``lines`` under a heading, and ``notes`` as a list below."""
     return "\n".join([f"## {title}", "", *lines, "", *(f"- {note}" for note in notes)]) + "\n"
+
+
+def mean_and_deviation(values: Sequence[float]) -> dict[str, float]:
+    """Mean ``value`` of ``values`` over seeds, sample standard deviation ``sd``, and ``seeds``.
+
+    ``low`` and ``high`` are one standard deviation below and above the mean.
+    """
+    value, sd = mean(values), stdev(values)
+    return {"value": value, "sd": sd, "low": value - sd, "high": value + sd, "seeds": len(values)}
+
+
+def spread(estimate: Mapping[str, Any] | None, form: str) -> str:
+    """Format an estimate, with its standard deviation if it is a mean over seeds.
+
+    >>> spread({"value": 84.71, "sd": 0.26, "seeds": 3}, "{:.1f}")
+    '84.7 ± 0.3'
+    """
+    deviation = None if estimate is None else estimate.get("sd")
+    own = number(estimate, form)
+    return own if deviation is None else f"{own} ± {form.format(deviation)}"
 
 
 def mark(

@@ -21,6 +21,7 @@ inherited. ``ebmkit reproduce TARGET --scale SCALE --show`` prints both for ever
 
     OUT/rows/joint/                      a run folder like any other: ebmkit evaluate OUT/rows/joint
     OUT/rows/joint/evaluation/table/     input of the tables: classify.json, denoise.json
+    OUT/rows/joint-seed-1/               the same row with seed 1
     OUT/table1.md  table1.json  table1.png
 
 A variant is finished if its checkpoint and its model are of the last step, a suite if its JSON file
@@ -37,16 +38,18 @@ import importlib.resources
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
+from torch import Tensor
 
 from ebmkit.compute import pick_device
 from ebmkit.data import AnyImages
 from ebmkit.errors import UserError
-from ebmkit.evaluation import SIGMAS, SUITES, evaluate, parse_options
+from ebmkit.evaluation import SIGMAS, SUITES, evaluate, parse_options, read_image_values
+from ebmkit.experiments.seeds import format_seeds
 from ebmkit.models import load
 from ebmkit.storage import FolderLocked, held, write_atomically
 from ebmkit.storage.reading import MIB, read_document, read_json, read_text
@@ -151,6 +154,7 @@ class Protocol:
     sigmas: tuple[float, ...] = SIGMAS  # levels of the suite ``denoise``, image units
     images: Mapping[str, int] = field(default_factory=dict)  # by suite, max. test images
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # by suite
+    image_values: tuple[str, ...] = ()  # suites whose values by image are needed
 
     def load_document(self, folder: Path, suite: str, of: int) -> dict[str, Any] | None:
         """The document of ``suite`` on ``of`` images, if complete and with these settings."""
@@ -183,7 +187,10 @@ def exclusive(folder: Path) -> Iterator[None]:
 
 @dataclass
 class ExperimentRuns:
-    """The runs of all experiments in the folder ``out``, on ``device`` and with ``seed``.
+    """The runs of all experiments in the folder ``out``, on ``device``, one per row and seed.
+
+    Methods for one run, such as `folder` and `train`, use the first of ``seeds``; `each_seed` has
+    the runs of every seed.
 
     Args:
         scale: scale of the experiments.
@@ -200,7 +207,7 @@ class ExperimentRuns:
     scale: ExperimentScale
     data_dir: Path | None = None
     device: str = "auto"
-    seed: int = 0
+    seeds: tuple[int, ...] = (0,)
     precision: str | None = None
     fit: Callable[[Trainer, str], object] = lambda trainer, name: trainer.fit()
     log: Callable[[str], None] = lambda sentence: None
@@ -209,9 +216,27 @@ class ExperimentRuns:
     stopped: dict[str, str] = field(default_factory=dict)
     _test: dict[tuple[str, int | None], AnyImages] = field(default_factory=dict)
 
+    @property
+    def seed(self) -> int:
+        """The first seed."""
+        return self.seeds[0]
+
+    def at(self, seed: int) -> ExperimentRuns:
+        """The runs of ``seed`` alone; ``stopped`` is shared."""
+        return replace(self, seeds=(seed,))
+
+    def each_seed(self) -> list[ExperimentRuns]:
+        """The runs of each seed, in the order of ``seeds``."""
+        return [self.at(seed) for seed in self.seeds]
+
     def folder(self, variant: Variant) -> Path:
-        """The run folder of ``variant``."""
-        return self.out / "rows" / variant.folder
+        """The run folder of ``variant``: ``rows/NAME`` for seed 0, else ``rows/NAME-seed-SEED``.
+
+        Earlier versions used ``rows/NAME`` for any seed: it belongs to the seed of its run.
+        """
+        folder = self.out / "rows" / variant.folder
+        own = self.seed == _seed_of(folder)
+        return folder if own else folder.with_name(f"{folder.name}-seed-{self.seed}")
 
     def config(self, variant: Variant) -> TrainConfig:
         """The resolved configuration of ``variant``, which must have its own run."""
@@ -261,7 +286,7 @@ class ExperimentRuns:
         words += ["--data-dir DIR"] if self.data_dir is not None else []
         words += ["--imagenet-dir DIR"] if self.imagenet_dir is not None else []
         words += ["--precision", self.precision] if self.precision is not None else []
-        words += ["--seed", str(self.seed)] if self.seed else []
+        words += ["--seeds", format_seeds(self.seeds)] if self.seeds != (0,) else []
         return " ".join(words)
 
     def _needs_imagenet(self, variant: Variant) -> bool:
@@ -277,8 +302,8 @@ class ExperimentRuns:
             else:
                 self.measure(variant, protocol)
         except UserError as error:
-            self.log(f"{variant.name}: stopped: {error}")
-            self.stopped[variant.name] = str(error)
+            self.log(f"{self._named(variant)}: stopped: {error}")
+            self.stopped[self._named(variant)] = str(error)
             if note.parent.is_dir() and not isinstance(error, FolderLocked):
                 write_atomically(note, f"{error}\n".encode())
 
@@ -289,12 +314,15 @@ class ExperimentRuns:
         except UserError:
             return None
 
+    def _named(self, variant: Variant) -> str:
+        return f"{variant.name}, seed {self.seed}" if self.seed else variant.name
+
     def _note(self, variant: Variant) -> Path:
         folder = self.folder(variant)
         return folder.with_name(f"{folder.name}.stopped.txt")
 
     def check(self, variants: Sequence[Variant]) -> None:
-        """Check data, models and memory for all unfinished variants, before training any.
+        """Check data, models and memory for all variants with unfinished runs, before training any.
 
         Raises:
             UserError: if a check fails, or a run folder holds another run.
@@ -305,7 +333,8 @@ class ExperimentRuns:
                     "table2 at full scale needs ImageNet: give its folder with --imagenet-dir"
                 )
             config = self.config(variant)
-            if self._state(variant, config) == "finished":
+            states = [runs._state(variant, runs.config(variant)) for runs in self.each_seed()]
+            if set(states) == {"finished"}:
                 continue
             trainer = assemble(config)
             if self.scale.size == "smoke":
@@ -343,17 +372,22 @@ class ExperimentRuns:
             run = RunFolder.create(folder, config) if state == "new" else RunFolder.open(folder)
             trainer = assemble(config, run)
             if trainer.step < config.steps:
-                self.fit(trainer, variant.name)
+                self.fit(trainer, self._named(variant))
             trainer.save()
         return run
 
     def measure(self, variant: Variant, protocol: Protocol) -> dict[str, dict[str, Any]]:
-        """Train and evaluate ``variant`` if needed; return its documents by suite."""
+        """Train and evaluate ``variant`` if needed; return its documents by suite.
+
+        A suite is also repeated if its values by image are needed and missing.
+        """
         run = self.train(variant)
         found, model = self._documents(variant, protocol), None
-        for suite in (suite for suite, document in found.items() if document is None):
+        values = self.image_values(variant, protocol, found)
+        incomplete = [n for n, d in found.items() if d is None or values.get(n) == {}]
+        for suite in incomplete:
             model = model or load(run.path, device=str(pick_device(self.device)))
-            self.log(f"{variant.name}: measuring {suite}")
+            self.log(f"{self._named(variant)}: measuring {suite}")
             results = evaluate(
                 model,
                 self.images(variant, "test"),
@@ -363,6 +397,7 @@ class ExperimentRuns:
                 sigmas=protocol.sigmas,
                 noise_levels=(0.0,),
                 options={n: o for n, o in protocol.options.items() if n == suite},
+                image_values=suite in protocol.image_values,
                 progress=self.progress,
             )
             found[suite] = results[suite].document
@@ -378,6 +413,14 @@ class ExperimentRuns:
             return None
         found = self._documents(variant, protocol) if protocol else {}
         return None if None in found.values() else found
+
+    def image_values(
+        self, variant: Variant, protocol: Protocol, documents: Mapping[str, Any]
+    ) -> dict[str, dict[str, Tensor]]:
+        """`read_image_values` of ``documents``, for the suites whose values ``protocol`` needs."""
+        folder = self.folder(variant) / "evaluation" / protocol.name
+        chosen = {n: d for n, d in documents.items() if d and n in protocol.image_values}
+        return {suite: read_image_values(found, folder) for suite, found in chosen.items()}
 
     def _documents(self, variant: Variant, protocol: Protocol) -> dict[str, Any]:
         """The complete documents by suite; None for incomplete ones."""
@@ -448,6 +491,14 @@ class ExperimentRuns:
         except UserError:
             return "begun"  # the model can be rewritten from the checkpoint
         return "finished" if card is not None and card.steps == checkpoint["step"] else "begun"
+
+
+def _seed_of(folder: Path) -> int:
+    """The seed of the run in ``folder``; 0 if there is none, or it cannot be read."""
+    try:
+        return int(RunFolder.open(folder).config()["seed"])
+    except (UserError, OSError, LookupError, ValueError, TypeError):
+        return 0
 
 
 def _has_field(values: Any, key: str) -> bool:

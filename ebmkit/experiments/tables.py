@@ -1,9 +1,9 @@
 """The tables of "Classification-denoising networks" (CDN): our values and the paper's.
 
-A cell is "ours (the paper's)"; a dash means that the paper has no value. A variant that was not run
-shows its status. The report also states for each ordering in the paper whether it holds here. An
-ordering is open if the 95 % intervals of the two accuracies overlap, or the PSNRs are within 0.1
-dB: all values are from one seed.
+A cell is "ours (the paper's)"; a dash means that the paper has no value. Over several seeds, ours
+is the mean with the sample standard deviation. A variant that was not run shows its status. The
+report also states for each ordering in the paper whether it holds here, by the paired tests over
+seeds and images of `ebmkit.experiments.comparison`; an ordering that they do not resolve is open.
 
 Table 1 has additional rows. Denoisers differ in their knowledge of the noise level (Tweedie's
 formula needs sigma, a blind DnCNN does not), so there are rows for GradResNet with its own estimate
@@ -23,16 +23,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ebmkit.errors import UserError
 from ebmkit.evaluation import SIGMAS
 from ebmkit.evaluation.suite import number
+from ebmkit.experiments.comparison import compare, p_value, rule
 from ebmkit.experiments.report import (
     Experiment,
     Report,
     VariantResult,
     circumstances,
     mark,
+    mean_and_deviation,
     run_grid,
+    spread,
     table_lines,
     text_of,
 )
@@ -51,9 +57,6 @@ METRICS: dict[str, str] = {
 """Metrics of a variant with their units, in the order of the paper's columns."""
 
 PSNR = ("15", "25", "50")
-
-CLOSE = 0.1
-"""Largest difference of PSNRs, in dB, that is open: one seed cannot distinguish them."""
 
 SUITES_OF = {
     "classification": ("classify",),
@@ -124,10 +127,12 @@ def run_table(
     runs: ExperimentRuns,
     only: Sequence[str] = (),
     sigmas: Sequence[float] = SIGMAS,
+    base: Variant | None = None,
 ) -> Report:
     """Train and evaluate the variants of ``table`` named in ``only`` (empty: all).
 
-    Other variants stay in the report if they are finished.
+    Other variants stay in the report if they are finished. With ``base``, the document has the
+    ``differences`` of every other variant to it.
 
     Raises:
         Interrupted: if training is interrupted; the same call resumes it.
@@ -146,7 +151,13 @@ def run_table(
         runs,
         variants,
         only,
-        lambda v: Protocol(folder, SUITES_OF[v.task], tuple(sigmas), runs.scale.images),
+        lambda v: Protocol(
+            folder,
+            SUITES_OF[v.task],
+            tuple(sigmas),
+            runs.scale.images,
+            image_values=SUITES_OF[v.task],
+        ),
     )
     for one in results:
         if "denoise" in one.documents:
@@ -154,16 +165,45 @@ def run_table(
             one.facts["knows_sigma"] = knows[one.variant.reads]
     about = circumstances(runs, table.name, results)
     document = table_document(table, runs.scale.name, results, about)
+    if base is not None:
+        document["differences"] = _differences(base, results)
     plots = {f"{table.name}.png": partial(compare_with_paper, document)}
     return Report(document, table_text(document), plots)
 
 
-def figures_of(result: VariantResult) -> dict[str, dict[str, float]]:
-    """Metrics of a variant, by `METRICS`, with ``low`` and ``high`` if there is an interval.
+def figures_of(result: VariantResult) -> dict[str, dict[str, Any]]:
+    """Metrics of a variant, by `METRICS`: ``value`` and its spread.
 
-    Accuracy is in percent, PSNR in dB; each only for variants that were trained for it.
+    Of one seed, the spread is the interval over images, ``low`` and ``high``; of several seeds,
+    `mean_and_deviation`. Accuracy is in percent, PSNR in dB; each only for variants that were
+    trained for it. A value is None if it is NaN or Inf for a seed. Hours are a mean over seeds.
     """
-    variant, documents, figures = result.variant, result.documents, {}
+    each = list(figures_by_seed(result).values())
+    if len(each) < 2:
+        return each[0] if each else {}
+    figures: dict[str, dict[str, Any]] = {}
+    for metric in each[0]:
+        values = [one.get(metric, {"value": None})["value"] for one in each]
+        if None in values:
+            figures[metric] = {"value": None}
+            continue
+        found = mean_and_deviation(values)
+        figures[metric] = {"value": found["value"]} if metric == "hours" else found
+    return figures
+
+
+def figures_by_seed(result: VariantResult) -> dict[int, dict[str, dict[str, Any]]]:
+    """The figures of each finished seed, with intervals over images."""
+    return {
+        seed: _figures(result.variant, documents, result.facts_by_seed.get(seed, {}))
+        for seed, documents in result.by_seed.items()
+    }
+
+
+def _figures(
+    variant: Variant, documents: Mapping[str, dict[str, Any]], facts: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    figures: dict[str, dict[str, Any]] = {}
     if "classify" in documents and variant.task != "denoising":
         found = documents["classify"]
         values = (found["accuracy"], *found["accuracy_interval"])
@@ -173,7 +213,7 @@ def figures_of(result: VariantResult) -> dict[str, dict[str, float]]:
     if "denoise" in documents and variant.task != "classification":
         for level, estimate in documents["denoise"]["denoisers"][variant.reads]["psnr"].items():
             figures[level] = {key: estimate[key] for key in ("value", "low", "high")}
-    seconds = result.facts.get("seconds")
+    seconds = facts.get("seconds")
     if seconds is not None and variant.run is None:
         figures["hours"] = {"value": seconds / 3600}
     return figures
@@ -192,6 +232,8 @@ def table_document(
             "label": one.variant.label,
             "task": "joint" if one.variant.task == "jem" else one.variant.task,
             "status": one.status,
+            "seeds": list(one.by_seed),
+            "missing_seeds": {str(seed): reason for seed, reason in one.missing.items()},
             "knows_sigma": one.facts.get("knows_sigma"),
             "recipe": one.facts.get("recipe"),
             "differences": one.facts.get("differences"),
@@ -201,7 +243,7 @@ def table_document(
         }
         for one in results
     ]
-    by_name = {row["name"]: row for row in rows}
+    by_name = {one.variant.name: one for one in results}
     orderings = [] if scale == "smoke" else [_ordering(*o, by_name) for o in table.orderings]
     return {
         "table": table.name,
@@ -215,28 +257,70 @@ def table_document(
 
 
 def _ordering(
-    better: str, worse: str, metric: str, rows: Mapping[str, dict[str, Any]]
+    better: str, worse: str, metric: str, results: Mapping[str, VariantResult]
 ) -> dict[str, Any] | None:
     """Compare an ordering in the paper with our values; None if a value is missing."""
-    pair = [rows[name] for name in (better, worse) if name in rows]
-    figures = [row["ours"].get(metric, {"value": None}) for row in pair]
-    if len(pair) < 2 or any(one["value"] is None for one in figures):
+    if not {better, worse} <= results.keys():
         return None
-    a, b = figures
-    gap = a["value"] - b["value"]
+    a, b = results[better], results[worse]
+    found = difference(a, b, metric)
+    paper = a.variant.paper[metric] - b.variant.paper[metric]
+    named = {"better": better, "worse": worse, "metric": metric, "paper": paper}
+    return found and {**named, **found}
+
+
+def _differences(base: Variant, results: Sequence[VariantResult]) -> list[dict[str, Any]]:
+    """`difference` of every variant to ``base``, in each metric but the hours."""
+    (own,) = (one for one in results if one.variant.name == base.name)
+    found = [
+        {"row": one.variant.name, "metric": metric, **(difference(one, own, metric) or {})}
+        for one in results
+        for metric in figures_of(one)
+        if one is not own and metric != "hours"
+    ]
+    return [one for one in found if "ours" in one]
+
+
+def difference(a: VariantResult, b: VariantResult, metric: str) -> dict[str, Any] | None:
+    """Test the difference of two variants, paired by seed and image; None if a value is missing.
+
+    Returns:
+        ``ours``, the mean difference over the ``seeds`` that both have; the number of ``images``
+        (None: values by image are missing); and the fields of
+        `ebmkit.experiments.comparison.Comparison.document`.
+    """
+    own, other = (
+        {seed: own[metric]["value"] for seed, own in figures_by_seed(one).items() if metric in own}
+        for one in (a, b)
+    )
+    seeds = [seed for seed in own if seed in other]
+    if not seeds or None in [*own.values(), *other.values()]:
+        return None
+    pairs = [(_by_image(a, metric, seed), _by_image(b, metric, seed)) for seed in seeds]
+    counts = {len(values) for pair in pairs for values in pair}
+    paired = len(counts) == 1 and 0 not in counts
+    if paired:
+        gaps = np.stack([first - second for first, second in pairs])
+    else:
+        gaps = np.array([[own[seed] - other[seed]] for seed in seeds])
+    found = compare(gaps)
     return {
-        **{"better": better, "worse": worse, "metric": metric},
-        "paper": pair[0]["paper"][metric] - pair[1]["paper"][metric],
-        "ours": gap,
-        "verdict": "open" if _is_open(a, b, metric) else "holds" if gap > 0 else "reversed",
+        "ours": found.difference,
+        "seeds": seeds,
+        "images": gaps.shape[1] if paired else None,
+        **found.document(),
     }
 
 
-def _is_open(a: Mapping[str, float], b: Mapping[str, float], metric: str) -> bool:
-    """Whether two values are too close to be distinguished by one seed."""
+def _by_image(result: VariantResult, metric: str, seed: int) -> NDArray[np.float64]:
+    """Values by image (N,) behind a figure of `figures_by_seed`; empty if they are missing."""
+    suite, column = "denoise", f"{result.variant.reads}/{metric}"
     if metric == "accuracy":
-        return a["low"] <= b["high"] and b["low"] <= a["high"]
-    return abs(a["value"] - b["value"]) <= CLOSE
+        suite, column = "classify", "right/0"
+    values = result.image_values.get(seed, {}).get(suite, {}).get(column)
+    if values is None:
+        return np.empty(0)
+    return values.double().numpy() * (100 if metric == "accuracy" else 1)
 
 
 def table_text(report: Mapping[str, Any]) -> str:
@@ -245,14 +329,16 @@ def table_text(report: Mapping[str, Any]) -> str:
     rows = [
         [
             row["task"],
-            row["label"] if row["status"] == "done" else f"{row['label']}: {row['status']}",
+            _label(row),
             row["knows_sigma"] or "",
             *(_ours_and_paper(metric, row) for metric in shown),
         ]
         for row in report["rows"]
     ]
+    seeds = max((len(row["seeds"]) for row in report["rows"]), default=0)
+    ours = "ours" if seeds < 2 else f"ours, mean ± standard deviation over {seeds} seeds,"
     lines = [
-        f"Scale `{report['scale']}`: {report['about']}. Each cell: ours (the paper's).",
+        f"Scale `{report['scale']}`: {report['about']}. Each cell: {ours} (the paper's).",
         "",
         *table_lines(["task", "network", "sigma", *(METRICS[m] for m in shown)], rows, left=3),
         "",
@@ -264,20 +350,32 @@ def table_text(report: Mapping[str, Any]) -> str:
             "Orderings of the paper (difference, ours and the paper's):",
             "",
             *table_lines(
-                ["better", "worse", "figure", "ours", "paper", "verdict"],
+                ["better", "worse", "figure", "ours", "paper", "p", "verdict"],
                 (
                     [
                         *(one["better"], one["worse"], METRICS[one["metric"]]),
-                        *(f"{one['ours']:+.2f}", f"{one['paper']:+.2f}", one["verdict"]),
+                        *(f"{one['ours']:+.2f}", f"{one['paper']:+.2f}"),
+                        *(p_value(one), one["verdict"]),
                     ]
                     for one in report["orderings"]
                 ),
                 left=3,
             ),
         ]
-        rule = "*open*: the 95 % intervals of accuracies overlap, or PSNRs are within"
-        lines += ["", f"One seed. {rule} {CLOSE} dB."]
+        lines += ["", rule(report["orderings"])]
     return text_of(report["heading"], lines, report["notes"])
+
+
+def _label(row: Mapping[str, Any]) -> str:
+    if row["status"] != "done":
+        return f"{row['label']}: {row['status']}"
+    return f"{row['label']}{_some_seeds(row)}"
+
+
+def _some_seeds(row: Mapping[str, Any]) -> str:
+    """How many seeds are finished, if not all."""
+    done, missing = len(row["seeds"]), len(row["missing_seeds"])
+    return f", {done} of {done + missing} seeds" if missing else ""
 
 
 def _ours_and_paper(metric: str, row: Mapping[str, Any]) -> str:
@@ -289,12 +387,12 @@ def _ours_and_paper(metric: str, row: Mapping[str, Any]) -> str:
         form = "{:.2f}" if value is None or value >= 0.095 else "{:.4f}"
         return f"{number(value, form)} ({number(paper, '{:g}')})"
     form = "{:.1f}" if metric == "accuracy" else "{:.2f}"
-    return f"{number(value, form)} ({number(paper, form)})"
+    return f"{spread(ours, form)} ({number(paper, form)})"
 
 
 def run_claims(runs: ExperimentRuns, only: Sequence[str]) -> Report:
     """The further claims: a table with differences to the joint model and more noise levels."""
-    report = run_table(CLAIMS, runs, only, CLAIM_SIGMAS)
+    report = run_table(CLAIMS, runs, only, CLAIM_SIGMAS, base=JOINT)
     plots = dict(report.plots)
     plots["claims-beyond.png"] = partial(beyond_training, report.document)
     return Report(report.document, claims_text(report.document), plots)
@@ -304,24 +402,23 @@ def claims_text(report: Mapping[str, Any]) -> str:
     """`table_text`, differences to the joint network, and PSNR at every noise level."""
     rows = {row["name"]: row for row in report["rows"]}
     done = [row for row in rows.values() if row["status"] == "done"]
-    base = rows[JOINT.name]["ours"]
     levels = [in_255ths(s) for s in CLAIM_SIGMAS]
+    found = {(one["row"], one["metric"]): one for one in report["differences"]}
     differences = (
-        [row["label"], *(_difference(row["ours"], base, m) for m in ("accuracy", *PSNR))]
+        [_label(row), *(_difference(found.get((row["name"], m))) for m in ("accuracy", *PSNR))]
         for row in done
-        if base and row["name"] != JOINT.name
+        if row["name"] != JOINT.name
     )
-    values = (
-        [row["label"], *(number(row["ours"][s]["value"], "{:.2f}") for s in levels)] for row in done
-    )
+    values = ([_label(row), *(spread(row["ours"][s], "{:.2f}") for s in levels)] for row in done)
     names = ["variant", "accuracy, %", "PSNR at 15/255", "at 25/255", "at 50/255"]
     lines = [
         table_text(report),
-        "Each variant minus the joint network (*: not open by the rule for orderings, one seed; "
-        "the paper found no difference for ce+cdsm and ce+dsm+cdsm):",
+        "Each variant minus the joint network, with the p value in brackets; *: not open (the "
+        "paper found no difference for ce+cdsm and ce+dsm+cdsm):",
         "",
         *table_lines(names, differences),
         "",
+        *([rule(report["differences"]), ""] if report["differences"] else []),
         "PSNR in dB by noise level, in 255ths; the denoising stream ends at 100:",
         "",
         *table_lines(["network", *levels], values),
@@ -329,18 +426,21 @@ def claims_text(report: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _difference(ours: Mapping[str, Any], base: Mapping[str, Any], metric: str) -> str:
-    a, b = ours[metric], base[metric]
-    if a["value"] is None or b["value"] is None:
-        return "NaN or Inf"
-    return f"{a['value'] - b['value']:+.2f}{'' if _is_open(a, b, metric) else ' *'}"
+def _difference(found: Mapping[str, Any] | None) -> str:
+    if found is None:
+        return "-"
+    mark_of = "" if found["verdict"].startswith("open") else " *"
+    return f"{found['ours']:+.2f} ({p_value(found)}){mark_of}"
 
 
 # --- plots ---------------------------------------------------------------------------------------
 
 
 def compare_with_paper(report: dict[str, Any], path: Path) -> None:
-    """Plot each row of `table_document`: our value (dot, 95 % interval), the paper's (cross)."""
+    """Plot each row of `table_document`: our value (dot) and its spread, the paper's (cross).
+
+    The spread is the standard deviation over seeds, of one seed the 95 % interval over images.
+    """
     rows = report["rows"]
     panels = {
         metric: title
@@ -351,7 +451,7 @@ def compare_with_paper(report: dict[str, Any], path: Path) -> None:
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     names = [
         f"{row['label']} ({row['task']})"
-        + ("" if row["status"] == "done" else ", " + row["status"].partition(":")[0])
+        + (_some_seeds(row) if row["status"] == "done" else ", " + row["status"].partition(":")[0])
         for row in rows
     ]
     for axis, (metric, title) in zip(axes, panels.items(), strict=True):
@@ -365,7 +465,10 @@ def compare_with_paper(report: dict[str, Any], path: Path) -> None:
             axis.spines[side].set_visible(False)
     axes[0].set_yticks(range(len(rows)), names)
     axes[0].set_ylim(len(rows) - 0.5, -0.5)
-    axes[0].plot([], [], "o", color=BLUE, markersize=5, label=f"ours, scale {report['scale']}")
+    several = any("sd" in one for row in rows for one in row["ours"].values())
+    bars = "standard deviation over seeds" if several else "95 % interval over images"
+    ours = f"ours, scale {report['scale']}; line: {bars}"
+    axes[0].plot([], [], "o", color=BLUE, markersize=5, label=ours)
     axes[0].plot([], [], "x", color=ORANGE, markersize=6, label="the paper")
     figure.legend(
         *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8

@@ -36,6 +36,6 @@ def test_figure_1_is_computed_once_and_reports_constants_and_command(runs, monke
     assert {path.name for path in paths} == {"fig1.md", "fig1.json", "fig1.png"}
     assert (runs.out / "fig1.png").stat().st_size > 10_000
     assert calls == [("cpu", 0)]
-    runs.seed = 1
+    runs.seeds = (1,)
     reproduce("fig1", runs)
     assert calls == [("cpu", 0), ("cpu", 1)]

@@ -19,9 +19,11 @@ from ebmkit.experiments import (
     Variant,
     write,
 )
+from ebmkit.experiments.report import run_grid
 from ebmkit.experiments.runs import exclusive
 from ebmkit.experiments.tables import run_table, table_text
 from ebmkit.models.saving import weights_file
+from ebmkit.training import RunFolder
 
 pytestmark = pytest.mark.usefixtures("count_memory_once")
 
@@ -252,10 +254,89 @@ def test_other_noise_levels_are_measured(finished_runs, log):
 def test_run_of_another_configuration_is_refused_and_kept(finished_runs):
     folder = finished_runs.folder(ROW)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    finished_runs.seed = 1
-    with pytest.raises(UserError, match=r"another configuration: seed was 0 and would be 1"):
-        finished_runs.train(ROW)
+    other = replace(ROW, layer={"objective": "ce"})
+    with pytest.raises(
+        UserError, match=r"another configuration: objective was 'ce\+dsm' and would"
+    ):
+        finished_runs.train(other)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def states(runs):
+    return {
+        p.name: RunFolder.open(p).config()["seed"]
+        for p in (runs.out / "rows").iterdir()
+        if p.is_dir()
+    }
+
+
+def test_every_seed_has_a_folder_and_all_rows_run_with_the_first_seed_first(runs, log):
+    runs.seeds = (0, 3)
+    other = replace(ROW, name="other", layer={"objective": "ce"})
+    results = run_grid(runs, [ROW, other], [], lambda variant: None)
+    assert log.trained == [
+        ("joint", 0),
+        ("other", 0),
+        ("joint, seed 3", 0),
+        ("other, seed 3", 0),
+    ]
+    assert states(runs) == {"joint": 0, "joint-seed-3": 3, "other": 0, "other-seed-3": 3}
+    assert [list(one.by_seed) for one in results] == [[0, 3], [0, 3]]
+    weights = [load(one.folder(ROW)).state_dict() for one in runs.each_seed()]
+    assert any(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_folder_of_an_earlier_version_belongs_to_its_seed(finished_runs, log):
+    """Earlier versions trained every seed in rows/NAME."""
+    folder = finished_runs.folder(ROW)
+    early = replace(finished_runs, seeds=(3,))
+    shutil.rmtree(folder)
+    early.train(ROW)
+    early.folder(ROW).rename(folder)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    log.trained.clear()
+    assert early.train(ROW).path == folder
+    assert log.trained == []
+    finished_runs.train(ROW)
+    assert log.trained == [("joint", 0)]
+    assert states(finished_runs) == {"joint": 3, "joint-seed-0": 0}
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_values_by_image_are_added_to_results_of_earlier_versions(finished_runs, log):
+    """Shown as they are, and measured again by a command that compares rows."""
+    needed = replace(PROTOCOL, image_values=("classify", "denoise"))
+    found = finished_runs.measured(ROW, needed)
+    assert finished_runs.image_values(ROW, needed, found) == {"classify": {}, "denoise": {}}
+    again = finished_runs.measure(ROW, needed)
+    assert log == ["joint: measuring classify", "joint: measuring denoise"]
+    values = finished_runs.image_values(ROW, needed, again)
+    right = values["classify"]["right/0"]
+    assert float(right.double().mean()) == found["classify"]["accuracy"]
+    psnr = values["denoise"]["unconditional/25"]
+    assert len(right) == len(psnr) == 20
+    assert float(psnr.double().mean()) == pytest.approx(found["denoise"]["psnr"]["25"])
+    finished_runs.measure(ROW, needed)
+    assert len(log) == 2
+    path = finished_runs.folder(ROW) / "evaluation/table/classify.safetensors"
+    path.write_bytes(flipped_bit(path.read_bytes()))
+    finished_runs.measure(ROW, needed)
+    assert log[2:] == ["joint: measuring classify"]
+
+
+def test_rows_that_stop_with_one_seed_are_reported_with_the_others(finished_runs):
+    def stop(trainer, name):
+        raise UserError("too hot")
+
+    finished_runs.fit, finished_runs.seeds = stop, (0, 1)
+    table = replace(TABLES["table3"], variants=(ROW,), orderings=())
+    finished_runs.measure(ROW, Protocol("table", ("classify", "denoise"), images=TINY.images))
+    write_table(table, finished_runs)
+    assert finished_runs.stopped == {"joint, seed 1": "too hot"}
+    text = (finished_runs.out / "table3.md").read_text()
+    assert "GradResNet, 1 of 2 seeds" in text
+    assert "- joint, seed 1: stopped: too hot" in text
+    assert "`ebmkit reproduce table3 --scale tiny --seeds 0-1`" in text
 
 
 @pytest.mark.slow

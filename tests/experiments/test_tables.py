@@ -1,8 +1,11 @@
 """Tables: published values, configurations of their rows, and orderings in the report."""
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from ebmkit import UserError
 from ebmkit.experiments import EXPERIMENTS, SCALES, TABLES, ExperimentRuns, experiments_of
@@ -12,6 +15,9 @@ from ebmkit.experiments.tables import (
     GRID,
     JOINT,
     ROWS,
+    difference,
+    figures_by_seed,
+    figures_of,
     run_table,
     table_document,
     table_text,
@@ -165,43 +171,99 @@ def test_unknown_names_of_experiments_and_rows_suggest_the_nearest():
     assert experiments_of("all", []) == list(EXPERIMENTS)
 
 
-def _result(name: str, **figures: tuple[float, float, float]) -> VariantResult:
-    values = {
-        key.removeprefix("p"): dict(zip(("value", "low", "high"), numbers, strict=True))
-        for key, numbers in figures.items()
-    }
-    accuracy = values.pop("accuracy")
-    documents = {
-        "classify": {
-            "accuracy": accuracy["value"] / 100,
-            "accuracy_interval": [accuracy["low"] / 100, accuracy["high"] / 100],
-        },
-        "denoise": {"denoisers": {"unconditional": {"psnr": values}}},
-    }
-    return VariantResult(TABLES["table3"].variant(name), documents, {"knows_sigma": "true"})
+def _result(name: str, *seeds: int, images: int = 200, **means: float) -> VariantResult:
+    """Results with values by image around ``means``; each seed adds a tenth of its number."""
+    by_seed, values, rng = {}, {}, np.random.default_rng(0)
+    noise = torch.from_numpy(rng.standard_normal(images))
+    for seed in seeds:
+        columns = {
+            f"unconditional/{m[1:]}": mean + seed / 10 + noise
+            for m, mean in means.items()
+            if m != "accuracy"
+        }
+        right = torch.arange(images) < round(means["accuracy"] * images / 100)
+        values[seed] = {"classify": {"right/0": right}, "denoise": columns}
+        share = float(right.double().mean())
+        psnr = {
+            key.split("/")[1]: {"value": float(own.mean()), "low": 0.0, "high": 99.0}
+            for key, own in columns.items()
+        }
+        by_seed[seed] = {
+            "classify": {"accuracy": share, "accuracy_interval": [share - 0.01, share + 0.01]},
+            "denoise": {"denoisers": {"unconditional": {"psnr": psnr}}},
+        }
+    variant = TABLES["table3"].variant(name)
+    facts = {seed: {"seconds": 3600.0} for seed in seeds}
+    return VariantResult(variant, by_seed=by_seed, facts_by_seed=facts, image_values=values)
+
+
+def _report(*results: VariantResult):
+    about = {"about": "", "dataset": "cifar10", "notes": [], "command": ""}
+    return table_document(TABLES["table3"], "cpu", results, about)
 
 
 def test_orderings_are_reported_as_holds_reversed_or_open():
-    found = [
-        _result("joint", accuracy=(60, 59, 61), p15=(30.0, 29, 31), p25=(27.0, 26, 28)),
-        _result("relu", accuracy=(59.5, 58.5, 60.5), p15=(25.0, 24, 26), p25=(27.01, 26, 28)),
-        _result("no-side", accuracy=(65, 64, 66), p15=(30.5, 29, 31)),
-    ]
-    report = table_document(
-        TABLES["table3"],
-        "cpu",
-        found,
-        {"about": "", "dataset": "cifar10", "notes": [], "command": ""},
+    report = _report(
+        _result("joint", 0, 1, 2, accuracy=60, p15=30.0, p25=27.0),
+        _result("relu", 0, 1, 2, accuracy=60, p15=25.0, p25=27.0),
+        _result("no-side", 0, 1, 2, accuracy=75, p15=30.5),
     )
     verdicts = {(o["worse"], o["metric"]): o["verdict"] for o in report["orderings"]}
     assert verdicts == {
-        ("relu", "accuracy"): "open",  # each within the other's interval
+        ("relu", "accuracy"): "open",
         ("relu", "15"): "holds",
-        ("relu", "25"): "open",  # within 0.1 dB
+        ("relu", "25"): "open",
         ("no-side", "accuracy"): "reversed",
         ("no-side", "15"): "reversed",
     }
     (row,) = [o for o in report["orderings"] if (o["worse"], o["metric"]) == ("relu", "15")]
     assert row["paper"] == pytest.approx(31.90 - 29.59)
     assert row["ours"] == pytest.approx(5.0)
-    assert "| joint | relu | PSNR at 15/255, dB | +5.00 | +2.31 | holds |" in table_text(report)
+    assert (row["seeds"], row["images"]) == ([0, 1, 2], 200)
+    assert "| joint | relu | PSNR at 15/255, dB | +5.00 | +2.31 | < 0.001 | holds |" in table_text(
+        report
+    )
+
+
+def test_differences_are_paired_by_seed_and_image():
+    """PSNRs spread by 1 dB over images and 0.1 over seeds, their differences by nothing."""
+    a = _result("joint", 0, 1, 2, accuracy=60, p15=30.0)
+    b = _result("relu", 2, 1, accuracy=60, p15=29.99)
+    found = difference(a, b, "15")
+    assert found["seeds"] == [1, 2]
+    assert found["ours"] == pytest.approx(0.01)
+    assert found["verdict"] == "holds"
+    assert difference(b, a, "15")["verdict"] == "reversed"
+    assert difference(a, _result("bias", 7, accuracy=60, p15=29.0), "15") is None
+    other_images = _result("relu", 0, 1, 2, images=100, accuracy=60, p15=29.0)
+    found = difference(a, other_images, "15")
+    assert found["images"] is None
+    assert found["p_images"] is None
+    assert found["ours"] == pytest.approx(np.mean(_psnr(a)) - np.mean(_psnr(other_images)))
+
+
+def _psnr(result):
+    return [figures["15"]["value"] for figures in figures_by_seed(result).values()]
+
+
+def test_cells_are_mean_and_sample_deviation_over_seeds():
+    result = _result("joint", 0, 1, 4, accuracy=60, p15=30.0)
+    cell = figures_of(result)["15"]
+    assert cell["seeds"] == 3
+    assert cell["value"] == pytest.approx(np.mean(_psnr(result)))
+    assert cell["sd"] == pytest.approx(np.std([0.0, 0.1, 0.4], ddof=1))
+    text = table_text(_report(replace(result, missing={5: "not run yet"})))
+    assert f"{cell['value']:.2f} ± {cell['sd']:.2f} (31.90)" in text
+    assert "GradResNet, 3 of 4 seeds" in text
+    assert "mean ± standard deviation over 3 seeds" in text
+
+
+def test_one_seed_decides_nothing():
+    report = _report(
+        _result("joint", 0, accuracy=60, p15=30.0), _result("relu", 0, accuracy=60, p15=25.0)
+    )
+    verdicts = {o["metric"]: o["verdict"] for o in report["orderings"]}
+    assert verdicts == {"accuracy": "open", "15": "open (one seed)"}
+    text = table_text(report)
+    assert "the spread over training runs is unknown" in text
+    assert "±" not in text
