@@ -171,14 +171,6 @@ def _budget(runs: ExperimentRuns, variants: Sequence[Variant]) -> str:
     )
 
 
-def by_seed(result: VariantResult) -> Mapping[int, Mapping[str, Any]]:
-    """Documents of ``result`` by seed and suite."""
-    found: Mapping[int, Mapping[str, Any]] | None = getattr(result, "by_seed", None)
-    if found is None:
-        return {result.facts["seed"]: result.documents} if result.documents else {}
-    return found
-
-
 def figures_of(documents: Mapping[str, Any]) -> dict[str, float]:
     """Metrics of one run, by `METRICS`; NaN and Inf are left out."""
     found: dict[str, float | None] = {}
@@ -208,7 +200,7 @@ def efficiency_document(
     """
     rows = []
     for one in results:
-        values = {str(seed): figures_of(found) for seed, found in by_seed(one).items()}
+        values = {str(seed): figures_of(found) for seed, found in one.by_seed.items()}
         limit = one.variant.layer.get("dataset", {}).get("limit", total)
         rows.append(
             {

@@ -164,12 +164,12 @@ def test_a_single_seed_has_neither_deviation_nor_test():
     """The results of one seed, as `run_grid` returns them; PSNR that is NaN is left out."""
     ce, joint, unfinished = rows()[-3:]
     found = [
-        VariantResult(ce, documents(0.8), {"seed": 4}),
-        VariantResult(joint, documents(0.82), {"seed": 4}),
+        VariantResult(ce, by_seed={4: documents(0.8)}),
+        VariantResult(joint, by_seed={4: documents(0.82)}),
         VariantResult(unfinished, status="not run yet"),
     ]
-    found[1].documents["denoise"] = documents(0.8, psnr=1.0)["denoise"]
-    found[1].documents["denoise"]["denoisers"]["unconditional"]["psnr"]["25"]["value"] = None
+    found[1].by_seed[4]["denoise"] = documents(0.8, psnr=1.0)["denoise"]
+    found[1].by_seed[4]["denoise"]["denoisers"]["unconditional"]["psnr"]["25"]["value"] = None
     report = efficiency_document("cpu", found, TOTAL, ABOUT)
     assert list(report["rows"][0]["by_seed"]) == ["4"]
     assert {one["verdict"] for one in report["verdicts"]} == {"one seed"}
