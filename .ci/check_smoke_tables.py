@@ -16,6 +16,7 @@ PICTURES = (
     *(f"{name}.png" for name in ("table1", "table2", "table3", "claims", "claims-beyond")),
     *(f"{name}.png" for name in ("fig1", "fig3", "fig3-spectrum", "fig3-linearity", "fig4")),
     *(f"guidance-{name}.png" for name in ("samples", "ways", "diffusion-path", "robustness-grid")),
+    *(f"rcg-{name}.png" for name in ("table2.1", "table4.2", "fig2.6", "fig2.8", "fig4.10")),
 )
 
 ROBUST_MARGIN, GUIDED_MARGIN = 0.1, 0.3
