@@ -19,6 +19,7 @@ PICTURES = (
         for name in ("efficiency", "fig1", "fig3", "fig3-spectrum", "fig3-linearity", "fig4")
     ),
     *(f"guidance-{name}.png" for name in ("samples", "ways", "diffusion-path", "robustness-grid")),
+    *(f"rcg-{name}.png" for name in ("table2.1", "table4.2", "fig2.6", "fig2.8", "fig4.10")),
 )
 
 ROBUST_MARGIN, GUIDED_MARGIN = 0.1, 0.3

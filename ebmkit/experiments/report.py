@@ -107,8 +107,15 @@ def _result(runs: ExperimentRuns, variant: Variant, protocol: Protocol | None) -
         reasons = [text for text in missing.values() if text != "not run yet"]
         return VariantResult(variant, status=(reasons or ["not run yet"])[0], missing=missing)
     first = next(iter(by_seed))
-    each = {"facts_by_seed": facts, "image_values": values, "missing": missing}
-    return VariantResult(variant, by_seed[first], facts[first], by_seed=by_seed, **each)
+    return VariantResult(
+        variant,
+        by_seed[first],
+        facts[first],
+        by_seed=by_seed,
+        facts_by_seed=facts,
+        image_values=values,
+        missing=missing,
+    )
 
 
 def measured_facts(documents: Iterable[dict[str, Any]]) -> dict[str, Any]:

@@ -200,6 +200,7 @@ class ExperimentRuns:
         log: function called with a sentence about the current work.
         progress: whether evaluations show progress bars.
         imagenet_dir: folder of ImageNet, for table 2 at full scale.
+        inception: file of the Inception weights, for FID; None: those in PyTorch's cache, if any.
         stopped: variants that could not be finished, with the reasons.
     """
 
@@ -213,6 +214,7 @@ class ExperimentRuns:
     log: Callable[[str], None] = lambda sentence: None
     progress: bool = False
     imagenet_dir: Path | None = None
+    inception: Path | None = None
     stopped: dict[str, str] = field(default_factory=dict)
     _test: dict[tuple[str, int | None], AnyImages] = field(default_factory=dict)
 

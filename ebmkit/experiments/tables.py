@@ -195,12 +195,12 @@ def figures_of(result: VariantResult) -> dict[str, dict[str, Any]]:
 def figures_by_seed(result: VariantResult) -> dict[int, dict[str, dict[str, Any]]]:
     """The figures of each finished seed, with intervals over images."""
     return {
-        seed: _figures(result.variant, documents, result.facts_by_seed.get(seed, {}))
+        seed: _figures_of_run(result.variant, documents, result.facts_by_seed.get(seed, {}))
         for seed, documents in result.by_seed.items()
     }
 
 
-def _figures(
+def _figures_of_run(
     variant: Variant, documents: Mapping[str, dict[str, Any]], facts: Mapping[str, Any]
 ) -> dict[str, dict[str, Any]]:
     figures: dict[str, dict[str, Any]] = {}
