@@ -14,8 +14,12 @@ from ebmkit.experiments.tables import CLAIMS, GRID
 
 PICTURES = (
     *(f"{name}.png" for name in ("table1", "table2", "table3", "claims", "claims-beyond")),
-    *(f"{name}.png" for name in ("fig1", "fig3", "fig3-spectrum", "fig3-linearity", "fig4")),
+    *(
+        f"{name}.png"
+        for name in ("efficiency", "fig1", "fig3", "fig3-spectrum", "fig3-linearity", "fig4")
+    ),
     *(f"guidance-{name}.png" for name in ("samples", "ways", "diffusion-path", "robustness-grid")),
+    *(f"rcg-{name}.png" for name in ("table2.1", "table4.2", "fig2.6", "fig2.8", "fig4.10")),
 )
 
 ROBUST_MARGIN, GUIDED_MARGIN = 0.1, 0.3
@@ -39,6 +43,9 @@ def main(folder: Path) -> None:
     assert [cell["name"] for cell in figures["fig3"]["cells"]] == [row.name for row in GRID]
     attacked = [name for name, found in figures["fig4"]["documents"].items() if found]
     assert len(attacked) == len(ATTACKED), attacked
+    efficiency = json.loads((folder / "efficiency.json").read_text())["rows"]
+    assert [row["n"] for row in efficiency] == [50] * 3 + [200] * 3 + [1293] * 3, efficiency
+    assert all(row["status"] == "done" for row in efficiency), efficiency
     check_guidance(json.loads((folder / "guidance.json").read_text()))
     for name in PICTURES:
         assert (folder / name).stat().st_size > 10_000, name

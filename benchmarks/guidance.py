@@ -96,6 +96,8 @@ def amount(name: str, under: str) -> StudySize:
         path_images=None if name == "digits" else 2000,
         networks=(),
         methods=(),
+        class_images=None,
+        options={},
     )
 
 

@@ -417,6 +417,14 @@ def denormals_table() -> str:
     return "\n".join(lines)
 
 
+def guidance_report(dataset: str) -> str:
+    """`docs/results/guidance-DATASET.json` as the report of experiment ``guidance``."""
+    from ebmkit.experiments.guidance_report import guidance_text
+
+    path = Path(__file__).parent / "results" / f"guidance-{dataset}.json"
+    return guidance_text(json.loads(path.read_text()))
+
+
 def circumstances(environment: dict[str, Any]) -> str:
     """Hardware, versions and commit, in a sentence."""
     return (
@@ -444,4 +452,6 @@ MARKERS = {
     "<!-- jem: cifar10 -->": partial(jem_table, "cifar10"),
     "<!-- jem: digits -->": partial(jem_table, "digits"),
     "<!-- mixture -->": mixture_table,
+    "<!-- guidance: cifar10 -->": partial(guidance_report, "cifar10"),
+    "<!-- guidance: digits -->": partial(guidance_report, "digits"),
 }

@@ -95,6 +95,7 @@ def _where(
     return DataConfig(
         unreadable=trained.unreadable,
         links=trained.links if own else "inside",
+        hold_out=trained.hold_out if own else True,
         name=name,
         data_dir=data_dir or (trained.data_dir if own else None),
         image_size=image_size or (trained.image_size if own else None),

@@ -260,7 +260,7 @@ def sample(
         view: input of the guide: noisy, x_t, x0_hat, x0_hat-backpropagate (gradient backpropagated
             through the denoiser) [default: noisy if the guide takes the noise level, else x_t]
         guide_start: share of the noise levels without guidance, from the noisiest down [default: 0]
-        guide_set: setting of the guide: n=50, gamma=0.01, lambda=0.15 or inner=dual; repeatable
+        guide_set: setting of the guide: n=50, gamma=0.005, lambda=0.15 or inner=dual; repeatable
         guide_weights: which weights of the guide: last, or best (lowest validation loss)
         batch_size: number of chains per batch; the samples depend on it
         image_size: height and width of the samples, in pixels [default: the training size]

@@ -60,7 +60,7 @@ def train(
 ) -> None:
     """Train a model, then evaluate it on the test images.
 
-    Without options: GradResNet18 on scikit-learn's digits with ce+dsm, about 80 seconds on two
+    Without options: GradResNet18 on scikit-learn's digits with ce+dsm, about a minute on two
     cores. Later settings override earlier ones: recipe < --config < named options < --set. With
     `torchrun -m ebmkit train ...` all processes train one model.
 
@@ -168,6 +168,7 @@ def reproduce(
     out: Path | None = None,
     data_dir: Path | None = None,
     imagenet_dir: Path | None = None,
+    inception: Path | None = None,
     device: str = "auto",
     precision: str | None = None,
     seed: int | None = None,
@@ -180,7 +181,9 @@ def reproduce(
     one.
 
     Args:
-        target: table1, table2, table3, fig1, fig3, fig4, guidance, claims, or all
+        target: table1, table2, table3, fig1, fig3, fig4, claims, efficiency: of
+            "Classification-denoising networks"; guidance, rcg-table2.1, rcg-table4.2, rcg-fig2.6,
+            rcg-fig2.8, rcg-fig4.10, rcg-fig4.11, rcg-fig4.13, rcg-fig4.17: of the thesis; or all
         scale: smoke: digits, seconds per row; cpu: CIFAR-10, our short recipe, minutes per row;
             cpu-cdn: the paper's recipe cut short; full: the published recipes
         more: further rows for --only
@@ -188,6 +191,8 @@ def reproduce(
         out: folder for rows and reports [default: runs/reproduce-SCALE]
         data_dir: folder of CIFAR-10 [default: data]
         imagenet_dir: folder of ImageNet, for table2 at scale full
+        inception: file of the Inception weights, for FID in rcg-table2.1 and rcg-table4.2
+            [default: those in PyTorch's cache; without them, features of our own classifier]
         precision: precision of training: auto, fp32, tf32, bf16 [default: set by the recipe]
         seeds: random seeds, as 0-4 or 0,2,5-7: a run per row and seed [default: --seed, or 0]
         show: print the recipe of each row and what differs from it; train nothing
@@ -212,7 +217,7 @@ def reproduce(
     runs = ExperimentRuns(
         out or Path("runs") / f"reproduce-{scale}", find("scale", SCALES, scale), data_dir, device,
         (seed or 0,) if seeds is None else parse_seeds(seeds), precision, _fit_row, console.say,
-        console.is_terminal, imagenet_dir,
+        console.is_terminal, imagenet_dir, inception,
     )  # fmt: skip
     if show:
         for name in chosen:

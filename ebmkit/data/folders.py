@@ -170,7 +170,7 @@ def load_folder(request: DatasetRequest, side: int | None = None) -> AnyImages:
     root, split, skip = request.path("a folder of images"), request.split, request.faults.skip
     images = list_folder(request, "test" if split == "test" else "train", side)
     count, what = len(images), f"{root.name}/{split}"
-    rows = shuffled(count) if split == "test" else split_rows(split, count, repr(str(root)))
+    rows = shuffled(count) if split == "test" else split_rows(request, count, repr(str(root)))
     images = images.select(rows)
     if images.crops is not None:
         return replace(images, skip=skip)

@@ -138,7 +138,7 @@ def load_hdf5(request: DatasetRequest) -> AnyImages:
     if not group:
         rows, tenth = shuffled(count), max(1, count // 10)
         rows = rows[:tenth] if split == "test" else rows[tenth:]
-    rows = rows[split_rows(split, len(rows), repr(str(path)))]
+    rows = rows[split_rows(request, len(rows), repr(str(path)))]
     return load_rows(request.name, split, reader, rows)
 
 

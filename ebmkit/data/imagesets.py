@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ebmkit.data.augment import Cut
 from ebmkit.errors import UserError
-from ebmkit.randomness import seeded_generator
+from ebmkit.randomness import keyed_generator, seeded_generator
 from ebmkit.terminal import progress_bar
 
 T = TypeVar("T")
@@ -62,6 +62,7 @@ class DatasetRequest(NamedTuple):
     download: bool = True
     progress: bool = True
     faults: FaultPolicy = FaultPolicy()
+    hold_out: bool = True
 
     def path(self, content: str) -> Path:
         """The folder or file given by ``--data-dir``.
@@ -142,6 +143,20 @@ class _ImageSetBase(ABC):
     def spread(self, n: int) -> Self:
         """At most ``n`` images, evenly spaced through the set, which may be sorted by class."""
         return self if len(self) <= n else self.select(torch.arange(n) * len(self) // n)
+
+    def sample(self, n: int, seed: int) -> Self:
+        """At most ``n`` random images, drawn by ``seed``, with numbers per class that differ by at
+        most one while every class has images left. Those of a smaller n are the first of a larger.
+        """
+        order = torch.randperm(len(self), generator=keyed_generator("cpu", seed, "sample"))
+        if self.labels is not None:  # the first of every class, then the second of every class, ...
+            labels = self.labels.cpu()[order]
+            counts = labels.bincount()
+            ranks = torch.cat([torch.arange(int(count)) for count in counts])
+            place = torch.empty_like(order)
+            place[labels.argsort(stable=True)] = ranks
+            order = order[place.argsort(stable=True)]
+        return self.select(order[:n])
 
     def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Yield batches of ``size`` in order: images (B, C, H, W) in [0, 1], labels (B,) or None.
@@ -424,25 +439,24 @@ def summarize_reasons(reasons: Sequence[str]) -> str:
     return f"{'; '.join(reasons[:SHOWN])}{more}"
 
 
-def split_rows(split: Split, count: int, what: str) -> Tensor:
-    """Row indices of ``split`` among ``count`` test images (split "test") or training images.
+def split_rows(request: DatasetRequest, count: int, what: str) -> Tensor:
+    """Row indices of the requested split among ``count`` test images or training images.
 
-    2 % of the training images, at least 1 and at most 1000, are held out for validation. Both parts
-    are in a fixed shuffled order, so the first images are a random sample even if the set is sorted
-    by class. Test images keep their order.
+    2 % of the training images, at least 1 and at most 1000, are held out for validation, or none if
+    the request says so. Both parts are in a fixed shuffled order, so the first images are a random
+    sample even if the set is sorted by class. Test images keep their order.
 
     Raises:
-        UserError: if ``what`` has fewer than 2 training images.
+        UserError: if ``what`` has too few training images: fewer than 2, or none.
     """
-    if split == "test":
+    if request.split == "test":
         return torch.arange(count)
-    if count < 2:
-        raise UserError(
-            f"{what} has {count} training images: at least 2 are needed, one of them to validate on"
-        )
-    held = min(1000, max(1, round(0.02 * count)))
+    if count < 1 + request.hold_out:
+        needed = "2 are needed, one of them to validate on" if request.hold_out else "1 is needed"
+        raise UserError(f"{what} has {count} training images: at least {needed}")
+    held = min(1000, max(1, round(0.02 * count))) if request.hold_out else 0
     order = shuffled(count)
-    return order[:held] if split == "validation" else order[held:]
+    return order[:held] if request.split == "validation" else order[held:]
 
 
 def shuffled(count: int) -> Tensor:

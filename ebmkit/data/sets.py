@@ -1,8 +1,8 @@
 """The table of data sets, their loaders, and packing to HDF5.
 
 Every set has three splits. "test" is the official test set (or a fixed part if there is none);
-"validation" is held out of the training images by a fixed seed, and "train" is the rest. So test
-images do not influence training.
+"validation" is held out of the training images by a fixed seed, and "train" is the rest, or all of
+them if nothing is held out (``hold_out=False``). So test images do not influence training.
 
 digits: 1,797 scans of handwritten digits, 8x8 gray, values 0..16 scaled to 0..255 (scikit-learn).
 A fixed fifth, stratified by class, is the test set; a tenth of the rest is held out for validation.
@@ -103,6 +103,8 @@ def load_digits(request: DatasetRequest) -> ImageSet:
     request.check_size(8)
     pixels, labels, rows = _digits()
     own = rows[request.split]
+    if not request.hold_out and request.split == "train":
+        own = np.concatenate([rows["validation"], own])
     images = torch.from_numpy(pixels[own])  # a copy
     return ImageSet(images, torch.from_numpy(labels[own]), DIGITS, request.name, request.split)
 
@@ -138,7 +140,10 @@ def load_patches(request: DatasetRequest) -> ImageSet:
         raise UserError(f"patches of {size}x{size} cannot be cut: take a size from 4 to 64")
     stride = max(1, size // 4) if split == "train" else size
     photographs = torch.from_numpy(np.stack(load_sample_images().images))  # (2, 427, 640, 3)
-    windows = photographs[:, :, _COLUMNS[split]].unfold(1, size, stride).unfold(2, size, stride)
+    columns = _COLUMNS[split]
+    if not request.hold_out and split == "train":
+        columns = slice(_COLUMNS["validation"].stop)
+    windows = photographs[:, :, columns].unfold(1, size, stride).unfold(2, size, stride)
     images = rearrange(windows, "n rows columns c h w -> (n rows columns) c h w").contiguous()
     return ImageSet(images, name=request.name, split=split)
 
@@ -162,7 +167,7 @@ def load_cifar(request: DatasetRequest) -> AnyImages:
             raise UserError(
                 f"{str(file)!r} is not {name}: it must hold images (N, 32, 32, 3) and labels (N,)"
             )
-        return load_rows(name, split, reader, split_rows(split, reader.shape[0], what))
+        return load_rows(name, split, reader, split_rows(request, reader.shape[0], what))
     if not there and other.exists():
         raise UserError(
             f"{str(data_dir)!r} has {other.name} but not {file.name}, so no {split} images: put "
@@ -171,7 +176,7 @@ def load_cifar(request: DatasetRequest) -> AnyImages:
     if not there and not request.download:
         raise UserError(_missing(name, data_dir))
     whole = torchvision_cifar(name, data_dir, part == "train", download=not there)
-    rows = split_rows(split, len(whole), what)
+    rows = split_rows(request, len(whole), what)
     assert whole.labels is not None
     return ImageSet(whole.images[rows], whole.labels[rows], facts.class_names, name, split)
 
@@ -302,6 +307,7 @@ def load_dataset(
     download: bool = True,
     progress: bool = True,
     faults: FaultPolicy | None = None,
+    hold_out: bool = True,
 ) -> AnyImages:
     """Load one split of a data set.
 
@@ -313,6 +319,8 @@ def load_dataset(
         download: download CIFAR if it is missing.
         progress: show a progress bar while files are read.
         faults: handling of unreadable images and links in a folder.
+        hold_out: hold images out of "train" for "validation"; if not, "train" has all training
+            images, and there is no "validation".
 
     Raises:
         UserError: if there is no such set or split, or files are missing, incomplete or invalid.
@@ -320,10 +328,18 @@ def load_dataset(
     entry = find("dataset", DATASETS, name)
     if split not in SPLITS:
         raise unknown_name("split", split, SPLITS)
+    if split == "validation" and not hold_out:
+        raise UserError(
+            f"no images of data set {name!r} are held out for validation (hold_out is false): take "
+            "split test or train"
+        )
     if image_size is not None and image_size < 1:
         raise UserError(f"image size {image_size} is not a number of pixels: take 1 or more")
     faults = faults or FaultPolicy()
-    return entry.load(DatasetRequest(name, split, data_dir, image_size, download, progress, faults))
+    request = DatasetRequest(
+        name, split, data_dir, image_size, download, progress, faults, hold_out
+    )
+    return entry.load(request)
 
 
 # --- packing -------------------------------------------------------------------------------------

@@ -199,6 +199,13 @@ def inception(weights: Path | None, device: torch.device) -> Extractor:
     return Extractor("inception", "", names, extract)
 
 
+def cached_inception() -> Path | None:
+    """File of the Inception weights that an earlier use downloaded; None without it or without
+    torch-fidelity."""
+    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(INCEPTION_URL).name
+    return path if find_spec("torch_fidelity") is not None and path.is_file() else None
+
+
 def classifier(run: str, device: torch.device) -> Extractor:
     """Load the classifier in the run folder ``run``.
 

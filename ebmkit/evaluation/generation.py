@@ -251,8 +251,8 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
             "accuracy": accuracy,
         },
         "names": extractor.names,
-        "measures": _measures(samples.columns, real.columns, extractor),
-        "floor": _measures(floor, against, extractor) | {"of": of, "count": len(floor["features"])},
+        "measures": measures(samples.columns, real.columns, extractor),
+        "floor": measures(floor, against, extractor) | {"of": of, "count": len(floor["features"])},
         "saturation": saturation(samples.columns, real.among(known.labels).columns),
         "energy_gap": energy_gap(known, real),
         "labels": labels,
@@ -260,8 +260,8 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
     return document | {"warnings": _warnings(context, extractor, generated, document)}
 
 
-def _measures(samples: Columns, real: Columns, extractor: Extractor) -> dict[str, Any]:
-    """Metrics with intervals, by the extractor's names."""
+def measures(samples: Columns, real: Columns, extractor: Extractor) -> dict[str, Any]:
+    """Metrics of ``features`` and ``logits`` with intervals, by the extractor's names."""
     a, b = samples["features"], real["features"]
     score = statistics.jackknife(inception_score, samples["logits"])
     found = (frechet(a, b), kernel_distance(a, b), score, *precision_recall(a, b))

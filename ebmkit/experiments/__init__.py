@@ -4,11 +4,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ebmkit.errors import UserError
+from ebmkit.experiments.efficiency import EFFICIENCY_EXPERIMENT
 from ebmkit.experiments.figures import FIGURE_EXPERIMENTS
 from ebmkit.experiments.guidance import GUIDANCE_EXPERIMENT
 from ebmkit.experiments.report import Experiment, Report, write
 from ebmkit.experiments.runs import SCALES, ExperimentRuns, ExperimentScale, Protocol, Variant
 from ebmkit.experiments.tables import CLAIMS_EXPERIMENT, TABLE_EXPERIMENTS, TABLES, PaperTable
+from ebmkit.experiments.thesis import THESIS_TABLES
+from ebmkit.experiments.thesis_figures import THESIS_FIGURES
 from ebmkit.registry import find
 
 __all__ = [
@@ -33,6 +36,9 @@ EXPERIMENTS: dict[str, Experiment] = {
     **FIGURE_EXPERIMENTS,
     "guidance": GUIDANCE_EXPERIMENT,
     "claims": CLAIMS_EXPERIMENT,
+    "efficiency": EFFICIENCY_EXPERIMENT,
+    **THESIS_TABLES,
+    **THESIS_FIGURES,
 }
 """All experiments, by their name on the command line."""
 

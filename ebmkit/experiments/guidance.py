@@ -1,7 +1,8 @@
 """Experiment ``guidance``: evaluates the methods of the thesis (RCG) with newly trained networks.
 
 - robust accuracy by training and test radius (RCG table 4.1), by the suite ``robustness-grid``;
-- accuracy and energies along the diffusion (figures 4.5, 4.6, 4.9, 4.12), by ``diffusion-path``;
+- accuracy and energies along the diffusion (figures 4.5, 4.6, 4.9), by ``diffusion-path``;
+- energies of training images by class (figure 4.12), and of generated images (4.15);
 - eta and the number of steps of DDIM (table 2.1), unguided;
 - for each guidance method (not in the thesis): share of images that the evaluation classifier
   assigns to the label, distance to real images and diversity by class, saturation, energy gap.
@@ -16,6 +17,9 @@ architecture, which guides no method.
 The methods have the schedules and eta of the thesis where it states them; guides and their inputs
 are compared in one common setting (``common``). Guidance scales are the thesis's times
 `StudySize.strength`, because other image sizes and briefly trained classifiers need other scales.
+As in the thesis (algorithms 5 and 6) the predicted clean image is not clipped; the thesis's methods
+are drawn a second time with clipping, which suppresses saturation. Final images are clamped to
+[0, 1] for storing.
 
 Chain n of every method has the same starting noise and the same random numbers at each step, keyed
 by (seed, batch, step), so methods differ only in their guidance.
@@ -38,7 +42,7 @@ import io
 import json
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -49,13 +53,19 @@ from einops import rearrange
 from torch import Tensor
 
 from ebmkit.compute import pick_device
+from ebmkit.data import ImageSet
 from ebmkit.data.hdf5 import read_contents
 from ebmkit.energy import EnergyModel, ScoreModel
 from ebmkit.errors import UserError
 from ebmkit.evaluation import evaluate
 from ebmkit.evaluation.features import Extractor, classifier, measure_guided
 from ebmkit.evaluation.suite import Images
-from ebmkit.experiments.guidance_report import compare_methods, guidance_text, samples_of_methods
+from ebmkit.experiments.guidance_report import (
+    compare_methods,
+    energies_by_class,
+    guidance_text,
+    samples_of_methods,
+)
 from ebmkit.experiments.report import (
     Experiment,
     Report,
@@ -72,6 +82,7 @@ from ebmkit.sampling import SAMPLERS, Chains
 from ebmkit.storage import write_atomically
 from ebmkit.storage.hdf5 import open_hdf5, read_attribute
 from ebmkit.storage.reading import read_document, read_json
+from ebmkit.training.config import merge
 
 _DATA = read_data("guidance.yaml")
 _NETWORKS = {
@@ -100,6 +111,8 @@ class GuidanceMethod:
     eta: float = 0.8  # eta of DDIM
     base: str = "diffusion"  # name of the guided network
     group: str = "thesis"  # section of the report
+    figure: str = ""  # figure of RCG with images of these settings
+    clip: bool = False  # whether to clip the predicted clean image; RCG's algorithm 6 does not
     fixed: bool = False  # whether `StudySize.strength` does not apply to the scale
 
     def times(self, strength: float) -> GuidanceMethod:
@@ -108,8 +121,21 @@ class GuidanceMethod:
             return self
         return replace(self, settings={**self.settings, "scale": strength * self.settings["scale"]})
 
+    def with_options(self, options: Mapping[str, Mapping[str, Any]]) -> GuidanceMethod:
+        """The method with other settings of its guide; ``options`` are `StudySize.options`."""
+        own = options.get(self.settings.get("guidance", ""))
+        return self if not own else replace(self, settings=merge(self.settings, {"options": own}))
 
-METHODS = tuple(GuidanceMethod(**fields) for fields in _DATA["methods"])
+
+def _with_clipping(methods: Iterable[GuidanceMethod]) -> Iterator[GuidanceMethod]:
+    """``methods``, those of the thesis each followed by the same method with clipping."""
+    for method in methods:
+        yield method
+        if method.group == "thesis":
+            yield replace(method, name=f"{method.name} clipped", clip=True)
+
+
+METHODS = tuple(_with_clipping(GuidanceMethod(**fields) for fields in _DATA["methods"]))
 
 
 @dataclass(frozen=True)
@@ -125,6 +151,9 @@ class StudySize:
     path: Mapping[str, Any]  # settings of the suite ``diffusion-path``
     grid: Mapping[str, Any]  # settings of the suite ``robustness-grid``
     path_images: int | None = None  # test images of the suite ``diffusion-path``
+    class_images: int | None = None  # maximum number of training images, for energies by class
+    # settings of guides that differ from the methods', by name of the guide
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     networks: Sequence[str] = ()  # names of networks to train; empty: all
     methods: Sequence[str] = ()  # names of methods to draw; empty: all
 
@@ -160,7 +189,10 @@ def run_guidance(
         "path": study.suite("diffusion-path", ON_PATH, dict(amount.path), amount.path_images),
         "ddim": study.ddim(),
         "ways": study.methods(),
-        "amount": {n: getattr(amount, n) for n in ("per_class", "steps", "strength", "real")},
+        "classes": study.classes(),
+        "amount": {
+            n: getattr(amount, n) for n in ("per_class", "steps", "strength", "real", "options")
+        },
         **circumstances(runs, "guidance", classifiers, first_seed_shown=True),
     }
     done = [method for method in report["ways"] if "stopped" not in method]
@@ -169,7 +201,10 @@ def run_guidance(
         "guidance-samples.png": partial(samples_of_methods, shown),
         "guidance-ways.png": partial(compare_methods, done),
     }
-    return Report(report, guidance_text(report), plots if done else {}, study.copies)
+    plots = plots if done else {}
+    if any("energy" in own for own in report["classes"]["networks"].values()):
+        plots["guidance-class-energies.png"] = partial(energies_by_class, report)
+    return Report(report, guidance_text(report), plots, study.copies)
 
 
 # --- drawing -------------------------------------------------------------------------------------
@@ -216,6 +251,7 @@ class ImageDrawer:
             "base": method.base,
             "steps": steps,
             "eta": method.eta,
+            "clip": method.clip,
             "count": len(labels),
             "seed": self.seed,
             "digests": [self.digests(network) for network in networks],
@@ -241,7 +277,7 @@ class ImageDrawer:
         return DrawnImages(pixels, seconds)
 
     def draw(self, method: GuidanceMethod, steps: int) -> Tensor:
-        """Draw images (N, C, H, W) in [0, 1] of `labels` with ``steps`` of DDIM.
+        """Draw images (N, C, H, W) of `labels` with ``steps`` of DDIM; finally clamp to [0, 1].
 
         Raises:
             UserError: if base and guide do not match, or chains become NaN or Inf.
@@ -250,7 +286,7 @@ class ImageDrawer:
         assert card is not None
         assert card.image_size is not None
         entry = SAMPLERS["ddim"]
-        config = entry.config(steps=steps, eta=method.eta)
+        config = entry.config(steps=steps, eta=method.eta, clip=method.clip)
         found = []
         for batch, own in enumerate(torch.split(self.labels, BATCH)):
             key = partial(keyed_generator, "cpu", self.seed, "guidance", batch)
@@ -293,7 +329,7 @@ def _read(path: Path, settings: Mapping[str, Any]) -> DrawnImages | None:
     what = repr(str(path))
     damaged = (UserError, ValueError, TypeError, AttributeError)
     with contextlib.suppress(*damaged), open_hdf5(path) as file:
-        own = json.loads(read_attribute(file, "settings", what))
+        own = {"clip": True} | json.loads(read_attribute(file, "settings", what))
         if own.get("guidance"):
             own["guidance"] = _all_settings(own["guidance"])
         if own == json.loads(json.dumps(settings)):
@@ -318,10 +354,10 @@ class _Study:
         self._classifier: Extractor | None = None
         self.folder = runs.out / "guidance"
         self.test = runs.images(EVALUATION_CLASSIFIER, "test").spread(amount.real)
-        train, classes = runs.images(EVALUATION_CLASSIFIER, "train"), self.test.num_classes
-        self.others = train.spread(2 * classes * amount.per_class)
+        self.train, classes = runs.images(EVALUATION_CLASSIFIER, "train"), self.test.num_classes
+        self.others = self.train.spread(2 * classes * amount.per_class)
         self.drawing = ImageDrawer(
-            self.folder, self._model, self._digest, classes, amount.per_class, runs.seed, train
+            self.folder, self._model, self._digest, classes, amount.per_class, runs.seed, self.train
         )
         energies = [v.name for v in (*reversed(ROBUST), PLAIN) if v in self.trained]
         self.energy = next(iter(energies), None)  # E(x) of the most robust classifier
@@ -387,7 +423,8 @@ class _Study:
         for plot in document["pictures"]:
             if Path(plot).name != plot:
                 raise UserError(f"{str(path)!r} is damaged: it names a plot in another folder")
-            self.copies[f"guidance-{plot}"] = self.folder / plot
+            if plot != "class-energies.png":  # of test images
+                self.copies[f"guidance-{plot}"] = self.folder / plot
         return document
 
     def ddim(self) -> list[dict[str, Any]]:
@@ -402,10 +439,32 @@ class _Study:
                 found.append({"eta": eta, "steps": steps} | self._measured(method, drawn, False))
         return found
 
+    def classes(self) -> dict[str, Any]:
+        """Energies of training images by class under each classifier (RCG figure 4.12)."""
+        train, found = self.train, {}
+        images = (
+            train if self.amount.class_images is None else train.spread(self.amount.class_images)
+        )
+        for network in (network for network in ON_PATH if network in self.trained):
+            key = {"digest": self._digest(network.name), "images": len(images)}
+            path = self.folder / f"class-energies-{network.name}.json"
+            energies = partial(self._class_energies, network.name, images)
+            found[network.name] = _cached(path, key, energies)
+        return {"networks": found, "names": list(train.class_names), "energy": self.energy}
+
+    def _class_energies(self, name: str, images: Images) -> dict[str, Any]:
+        """Fields of `ClassEnergies`, or the reason why there are none."""
+        self.runs.log(f"measuring energies by class: {name}")
+        try:
+            return class_energies(check_guide(self._model(name)), images).model_dump()
+        except UserError as error:
+            return {"stopped": str(error)}
+
     def methods(self) -> list[dict[str, Any]]:
         """Settings and metrics of each method whose networks are trained."""
         found = []
-        for method in (method.times(self.amount.strength) for method in METHODS):
+        for method in METHODS:
+            method = method.times(self.amount.strength).with_options(self.amount.options)
             if self.amount.methods and method.name not in self.amount.methods:
                 continue
             used = {method.base, method.guide or method.base, EVALUATION_CLASSIFIER.name}
@@ -413,7 +472,8 @@ class _Study:
                 continue
             skipped = ("description", "fixed")
             about = {name: value for name, value in asdict(method).items() if name not in skipped}
-            about["about"] = method.description
+            figure = f" (figure {method.figure})" if method.figure else ""
+            about["about"] = method.description + figure
             try:
                 drawn = self._drawn(method, self.amount.steps)
             except UserError as error:
@@ -437,11 +497,13 @@ class _Study:
             "energy": None if self.energy is None else self._digest(self.energy),
             "real": len(self.test),
             "labelled": labelled,
+            "classes": labelled,
         }
         path = self.folder / f"{method.name.replace(' ', '-')}.json"
-        old = read_document(path)
-        if old.get("key") == json.loads(json.dumps(key)):
-            return dict(old["found"])
+        return _cached(path, key, lambda: self._metrics(drawn, labelled))
+
+    def _metrics(self, drawn: DrawnImages, labelled: bool) -> dict[str, Any]:
+        """Metrics of ``drawn``, and with labels the energies by class (RCG figure 4.15)."""
         if self._classifier is None:
             device = pick_device(self.runs.device)
             self._classifier = classifier(str(self.runs.folder(EVALUATION_CLASSIFIER)), device)
@@ -451,7 +513,9 @@ class _Study:
         found = measure_guided(
             drawn.images, labels, self.test, self._classifier, model, others=self.others
         ) | {"seconds": drawn.seconds}
-        write_atomically(path, json.dumps({"key": key, "found": found}, indent=1).encode())
+        if labels is not None and self.energy is not None:
+            images = ImageSet(drawn.images, labels, self.test.class_names, "samples", "test")
+            found["energies_by_class"] = self._class_energies(self.energy, images)
         return found
 
     def _model(self, name: str) -> ScoreModel:
@@ -462,6 +526,17 @@ class _Study:
 
     def _digest(self, name: str) -> str:
         return weights_digest(self.runs.folder(_NETWORKS[name]))
+
+
+def _cached(path: Path, key: Any, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The result stored in ``path`` if it was stored for ``key``, else computed and stored."""
+    old = read_document(path)
+    if old.get("key") == json.loads(json.dumps(key)):
+        return dict(old["found"])
+    found = compute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps({"key": key, "found": found}, indent=1).encode())
+    return found
 
 
 GUIDANCE_EXPERIMENT = Experiment(

@@ -13,14 +13,30 @@ from ebmkit.evaluation.robustness_grid import column_names
 from ebmkit.evaluation.suite import number
 from ebmkit.experiments.report import mark, mean_and_deviation, percent, table_lines, text_of
 from ebmkit.experiments.runs import read_data
-from ebmkit.plots import GRAY, ORANGE, new_figure, save_figure, show_image
+from ebmkit.guidance.guides import CLASSIFIER_FREE
+from ebmkit.plots import (
+    BLUE,
+    GRAY,
+    ORANGE,
+    annotate,
+    class_ticks,
+    new_figure,
+    save_figure,
+    show_image,
+)
 
 _DATA = read_data("guidance.yaml")
 GROUPS: dict[str, str] = _DATA["groups"]
 """Titles of the groups of methods."""
 TABLE_2_1: dict[float, dict[int, float]] = _DATA["table_2_1"]
 """FID of DDIM on CIFAR-10 by eta and steps (RCG table 2.1, of Song et al. 2021)."""
-COLUMNS = ("s", "eta", "recognised", "distance (real)", "diversity", "saturated", "gap", "time")
+COLUMNS = (
+    "s", "eta", "clip", "recognised", "distance (real)", "diversity", "saturated", "gap", "time",
+)  # fmt: skip
+STATED = tuple(method["name"] for method in _DATA["methods"] if "figure" in method)
+"""Methods of which the thesis shows images, in the order of its figures."""
+FIGURE_4_15 = ("sigmoid 500", "dual")
+"""Methods whose energies by class the thesis shows."""
 
 
 def guidance_text(report: Mapping[str, Any]) -> str:
@@ -110,7 +126,9 @@ def _ddim(cells: Sequence[Mapping[str, Any]]) -> list[str]:
 def _methods(amount: Mapping[str, Any], methods: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = [
         f"{amount['per_class']} images of each class, {amount['steps']} steps of DDIM, all methods "
-        "from the same starting noise. *Recognised*: the evaluation classifier predicts the "
+        "from the same starting noise. *Clip*: whether the predicted clean image is clipped to "
+        "[0, 1] at each step, which the thesis does not do (algorithm 6); final images are clamped "
+        "to [0, 1] for storing. *Recognised*: the evaluation classifier predicts the "
         "requested class, % (95 % interval). *Distance*: Frechet distance in its features to real "
         "images of the class, mean over classes; of few images it is biased upwards, and *real* is "
         "that of as many real images. *Diversity*: 1 if images of a class differ as real ones do. "
@@ -119,6 +137,9 @@ def _methods(amount: Mapping[str, Any], methods: Sequence[Mapping[str, Any]]) ->
         "*Time*: seconds per image. Scales s are the thesis's times "
         f"{amount['strength']:g}, where they are not 1.",
     ]
+    for guide, own in amount.get("options", {}).items():
+        values = ", ".join(f"{name} = {value}" for name, value in own.items())
+        lines[0] += f" At this scale {guide} has {values}."
     for group, title in GROUPS.items():
         rows = [_method_cells(method) for method in methods if method["group"] == group]
         if rows:
@@ -130,9 +151,10 @@ def _methods(amount: Mapping[str, Any], methods: Sequence[Mapping[str, Any]]) ->
 def _method_cells(method: Mapping[str, Any]) -> list[str]:
     scale = f"{method['settings']['scale']:g}" if method["settings"] else ""
     about = method["about"].replace("|", "\\|")
-    head = [method["name"], about, scale, f"{method['eta']:g}"]
+    clip = "yes" if method.get("clip", True) else "no"  # older reports: always
+    head = [method["name"], about, scale, f"{method['eta']:g}", clip]
     if "stopped" in method:
-        return [*head, method["stopped"], *[""] * (len(COLUMNS) - 3)]
+        return [*head, method["stopped"], *[""] * (len(COLUMNS) - 4)]
     means, ends = method["means"], method["saturation"]["ends"]
     gap = method["energy_gap"]["energy"] if method["energy_gap"] else None
     return [
@@ -144,6 +166,30 @@ def _method_cells(method: Mapping[str, Any]) -> list[str]:
         number(gap, "{:+.2f}"),
         f"{method['seconds'] / method['count']:.2g}",
     ]
+
+
+def overview(methods: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A Markdown table of rows that are chosen by a rule, not by their results.
+
+    First the settings of which the thesis shows images (`STATED`), in the order of its figures;
+    then no guidance; every guide with E(x, y) in one setting; and classifier-free guidance of the
+    same diffusion model at every scale. ``methods`` is the entry ``ways`` of a report.
+    """
+
+    parts = (
+        [method for name in STATED for method in methods if method["name"] == name],
+        [method for method in methods if method["name"] == "unguided"],
+        [m for m in methods if m["name"] == "energy" or m["group"] == "guides"],
+        [
+            m
+            for m in methods
+            if m["base"] == "diffusion" and m["settings"].get("guidance") == CLASSIFIER_FREE
+        ],
+    )
+    rows = [_method_cells(method) for part in parts for method in part]
+    names = ["method", "description", *COLUMNS]
+    shown = [names.index(name) for name in names if name not in ("eta", "gap", "time")]
+    return table_lines([names[i] for i in shown], ([row[i] for i in shown] for row in rows), left=2)
 
 
 def _value(estimate: Any) -> Any:
@@ -210,3 +256,50 @@ def compare_methods(methods: Sequence[dict[str, Any]], path: Path) -> None:
     axes[0].set_yticks(range(len(methods)), [method["name"] for method in methods], fontsize=7)
     axes[0].invert_yaxis()
     save_figure(figure, path)
+
+
+def energies_by_class(report: Mapping[str, Any], path: Path) -> None:
+    """Plot mean and standard deviation of E(x) by class, as the PNG file ``path``.
+
+    One panel for each method of `FIGURE_4_15`, of its images and of training images under the most
+    robust classifier, with the mean and standard deviation of all its images; then one per
+    classifier, of training images (RCG figure 4.12).
+    """
+    found = report["classes"]
+    known = {name: own for name, own in found["networks"].items() if "stopped" not in own}
+    panels: list[tuple[str, Mapping[str, Any], Mapping[str, Any] | None]] = []
+    for method in report["ways"]:
+        own = method.get("energies_by_class") or {}
+        if method["name"] in FIGURE_4_15 and "energy" in own and found["energy"] in known:
+            title = f"images of {method['name']}, under {found['energy']}"
+            panels.append((title, known[found["energy"]], own))
+    panels += [(name, own, None) for name, own in known.items()]
+    columns, names = min(2, len(panels)), found["names"]
+    rows = -(-len(panels) // columns)
+    width = max(3.4, 1.0 + 0.42 * len(names))
+    figure = new_figure(width * columns, 0.9 + 2.6 * rows, layout="constrained")
+    for place, (title, training, made) in enumerate(panels):
+        axes = figure.add_subplot(rows, columns, place + 1)
+        kinds = [("training images", training, BLUE, "o", -0.12)]
+        kinds += [] if made is None else [("generated images", made, ORANGE, "s", 0.12)]
+        for label, own, colour, marker, aside in kinds:
+            x = [i + aside for i in range(len(own["energy"]))]
+            look: dict[str, Any] = {"fmt": marker, "color": colour, "ms": 4, "elinewidth": 0.9}
+            axes.errorbar(x, own["energy"], own["energy_std"], label=label, capsize=2, **look)
+        if made is not None:
+            mean, std = _pooled(made)
+            axes.axhline(mean, color=ORANGE, ls="--", lw=1, label="generated, all classes")
+            axes.axhspan(mean - std, mean + std, color=ORANGE, alpha=0.1, lw=0)
+        class_ticks(axes, names, size=7)
+        annotate(axes, title, y="" if place % columns else "E(x) (nats)")
+        axes.grid(axis="y", alpha=0.25, lw=0.5)
+    save_figure(figure, path, "E(x) by class, mean and standard deviation over images", legend=3)
+
+
+def _pooled(energies: Mapping[str, Any]) -> tuple[float, float]:
+    """Mean and standard deviation of E(x) over the images of all classes."""
+    count = sum(energies["images"])
+    rows = list(zip(energies["images"], energies["energy"], energies["energy_std"], strict=True))
+    mean = sum(n * value for n, value, _ in rows) / count
+    square = sum(n * (std**2 + value**2) for n, value, std in rows) / count
+    return mean, max(0.0, square - mean**2) ** 0.5

@@ -108,7 +108,13 @@ def _result(runs: ExperimentRuns, variant: Variant, protocol: Protocol | None) -
         return VariantResult(variant, status=(reasons or ["not run yet"])[0], missing=missing)
     first = next(iter(by_seed))
     return VariantResult(
-        variant, by_seed[first], facts[first], "done", by_seed, facts, values, missing
+        variant,
+        by_seed[first],
+        facts[first],
+        by_seed=by_seed,
+        facts_by_seed=facts,
+        image_values=values,
+        missing=missing,
     )
 
 

@@ -62,7 +62,9 @@ from ebmkit.training.setup import Split, images_of
 REPORTED = {
     "classify": ("accuracy", "accuracy_interval"),
     "denoise": ("denoisers", "knows_sigma"),
+    "calibration": ("ece",),
     "robustness": ("curves", "epsilons", "options"),
+    "robustness-grid": ("columns", "epsilons"),
     "linearity": ("levels",),
     "jacobian": ("per_image", "paper"),
 }
@@ -121,6 +123,7 @@ class Variant:
         reads: denoiser of the suite ``denoise`` whose PSNR is reported.
         at: further fields that differ from the recipe, by scale.
         family: group of the scale's settings for training: cifar10, imagenet or guidance.
+        only_at: sizes of the scales that have this row (`ExperimentScale.size`); empty: all.
     """
 
     name: str
@@ -132,6 +135,7 @@ class Variant:
     reads: str = "unconditional"
     at: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     family: str = "cifar10"
+    only_at: tuple[str, ...] = ()
 
     @property
     def folder(self) -> str:
@@ -196,6 +200,7 @@ class ExperimentRuns:
         log: function called with a sentence about the current work.
         progress: whether evaluations show progress bars.
         imagenet_dir: folder of ImageNet, for table 2 at full scale.
+        inception: file of the Inception weights, for FID; None: those in PyTorch's cache, if any.
         stopped: variants that could not be finished, with the reasons.
     """
 
@@ -209,6 +214,7 @@ class ExperimentRuns:
     log: Callable[[str], None] = lambda sentence: None
     progress: bool = False
     imagenet_dir: Path | None = None
+    inception: Path | None = None
     stopped: dict[str, str] = field(default_factory=dict)
     _test: dict[tuple[str, int | None], AnyImages] = field(default_factory=dict)
 
@@ -262,10 +268,12 @@ class ExperimentRuns:
         }
 
     def distinct(self, variants: Sequence[Variant]) -> list[Variant]:
-        """``variants`` without those whose configuration an earlier one has at this scale."""
+        """The ``variants`` of this scale, without those whose configuration an earlier one has."""
         found: list[Variant] = []
         seen: list[TrainConfig] = []
         for variant in variants:
+            if variant.only_at and self.scale.size not in variant.only_at:
+                continue
             if variant.run is None:
                 config = self.config(variant)
                 if config in seen:

@@ -22,8 +22,10 @@ steps on an inner guide h,
 
 .. math:: v_0 = v, \qquad v_{i+1} = v_i + \gamma \frac{\nabla h(v_i)}{\|\nabla h(v_i)\|_2} .
 
-RCG does not define those of ``accumulated``. Neither gradient is the gradient of the value: the
-path from v to :math:`v_n` is not differentiated.
+gamma is a length of v, image units. RCG's steps have the length 0.01 in x_t, whose clean images are
+in [-1, 1]: gamma = 0.005 in the view ``x_t``. In the view ``noisy`` the same step of x_t would be
+:math:`0.005 / \sqrt{\bar\alpha_t}` long. RCG does not define the steps of ``accumulated``. Neither
+gradient is the gradient of the value: the path from v to :math:`v_n` is not differentiated.
 
 A schedule g(t) sets the strength of guidance at each timestep (`ebmkit.guidance.score`). If h is
 the exact log-posterior of the noisy image and s = 1, :math:`g = \sqrt{1 - \bar\alpha_t}` gives the
@@ -123,11 +125,19 @@ def dual_guide(
     return _at_clean_level(model, guide)
 
 
-def pgd_guide(inner: DensityFunction, steps: int = 100, step_size: float = 0.01) -> DensityFunction:
+RCG_STEP = 0.005
+"""RCG's step of PGD guidance, gamma = 0.01 in x_t with clean images in [-1, 1], in image units."""
+
+
+def pgd_guide(
+    inner: DensityFunction, steps: int = 100, step_size: float = RCG_STEP
+) -> DensityFunction:
     """``inner`` and its gradient after normalised gradient ascent (RCG section 4.9).
 
     ``steps`` is n, 0 or more; 0 is ``inner`` itself. ``step_size`` is gamma, the l2 length of a
-    step, in image units of the guide's input.
+    step of the guide's input v (B, ...), image units (clean images in [0, 1]). RCG's gamma = 0.01
+    is a length of x_t, whose clean images are in [-1, 1]: half of it, the default, with the view
+    ``x_t`` (module docstring).
 
     Raises:
         UserError: if ``steps`` or ``step_size`` is invalid.
@@ -137,7 +147,7 @@ def pgd_guide(inner: DensityFunction, steps: int = 100, step_size: float = 0.01)
 
 
 def accumulated_guide(
-    inner: DensityFunction, steps: int, step_size: float = 0.01
+    inner: DensityFunction, steps: int, step_size: float = RCG_STEP
 ) -> DensityFunction:
     """Sums of ``inner`` and of its gradient along normalised gradient ascent (RCG section 4.3).
 
@@ -232,7 +242,12 @@ class PGDSettings(DualSettings):
     """Settings of ``pgd``."""
 
     n: int = Field(100, ge=0, description="number of ascent steps; 0 is the inner guide")
-    gamma: float = Field(0.01, ge=0, description="l2 length of an ascent step, image units")
+    gamma: float = Field(
+        RCG_STEP,
+        ge=0,
+        description="l2 length of an ascent step of the guide's input, images in [0, 1]; RCG's "
+        "0.01 in x_t, images in [-1, 1], is 0.005 with the view x_t",
+    )
     inner: str = Field("energy", description=_INNER)
 
     @field_validator("inner")

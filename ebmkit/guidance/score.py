@@ -170,7 +170,7 @@ def make_guidance(**values: Any) -> GuidanceConfig:
         UserError: if a value is invalid.
 
     >>> make_guidance(guidance="pgd", options={"n": 20}).options["gamma"]
-    0.01
+    0.005
     """
     return validated(GuidanceConfig, values, "guidance")
 

@@ -35,7 +35,8 @@ The input of a diffusion model is :math:`u = \sqrt{\bar\alpha}\, y` with
 :math:`\bar\alpha = 1 / (1 + (2\sigma)^2)`. With ``variance_preserving``, :math:`\epsilon` and the
 step size are lengths of u, :math:`1/\sqrt{\bar\alpha}` times as long in image units. Together with
 ``early_stop`` this trains the time-dependent robust classifier of Kawar et al. (2023, arXiv
-2208.08664).
+2208.08664). Their radius 0.5 is a length of :math:`x_t = \sqrt{\bar\alpha}\,(2x - 1) +
+\sqrt{1 - \bar\alpha}\,\epsilon`, which is 2 u up to a constant: eps = 0.25 here.
 
 All random numbers are drawn for the whole batch from a generator keyed by (seed, stream, step); a
 process attacks its share. So they do not depend on the number of processes, and checkpoints need no
@@ -99,7 +100,8 @@ class AdversarialConfig(ObjectiveConfig):
     variance_preserving: bool = Field(
         False,
         description="measure eps and step_size on sqrt(abar) y, abar = 1 / (1 + (2 "
-        "sigma)^2), the input of a diffusion model",
+        "sigma)^2), the input of a diffusion model; lengths of x_t, images in [-1, 1], are twice "
+        "these",
     )
 
     @property

@@ -10,11 +10,11 @@ defaults that keep the earlier behaviour.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import yaml
 from pydantic import (
@@ -82,6 +82,9 @@ FREE_TO_CHANGE = {
 }
 """Fields that may change when a run is resumed: they affect no result, or only its rounding."""
 
+SAVED_FIELDS = RUN_FIELDS | {"draw_from", "device"}
+"""A layer with all of these fields is a run's ``config.yaml``; recipes lack some."""
+
 Schedule = Literal["cosine", "constant", "milestones", "linear", "warmup-stable-decay"]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, BeforeValidator(parse_share)]
@@ -108,6 +111,11 @@ class DataConfig(_Config):
     links: Literal["inside", "follow"] = "inside"
     """symbolic links in a folder: inside (only to files in the folder) or follow (to anywhere)"""
     limit: int | None = Field(None, ge=1, description="maximum number of training images")
+    hold_out: bool = True
+    """hold out some training images for validation; default: false if validation_images is 0"""
+    subset: Literal["first", "balanced"] = "first"
+    """images that limit keeps: first (the same for every seed), or balanced (equally many of each
+    class, drawn by the run's seed)"""
 
 
 class FaultsConfig(_Config):
@@ -225,7 +233,7 @@ class TrainConfig(_Config):
     log_every: int = Field(10, ge=1, description="steps between rows of metrics.jsonl")
     validate_every: int = Field(100, ge=1, description="steps between validations")
     validation_images: int = Field(500, ge=0)
-    """number of held-out images for validation; 0: no validation"""
+    """number of held-out images for validation; 0: no validation, and training on all images"""
     checkpoint_every: int = Field(500, ge=1, description="steps between checkpoints")
     keep_checkpoints: int = Field(2, ge=1, description="number of newest checkpoints to keep")
     plugins: tuple[Plugin, ...] = Field((), description="plugins that the run needs")
@@ -234,6 +242,15 @@ class TrainConfig(_Config):
     @classmethod
     def _read_former_names(cls, values: Any) -> Any:
         return current_names(values) if isinstance(values, Mapping) else values
+
+    @model_validator(mode="after")
+    def _check_held_out(self) -> Self:
+        if self.validation_images and not self.dataset.hold_out:
+            raise ValueError(
+                f"validation_images = {self.validation_images} needs held-out images, and "
+                "dataset.hold_out is false: set it to true, or validation_images=0"
+            )
+        return self
 
     def objective_settings(self) -> dict[str, ObjectiveConfig | None]:
         """Settings of each objective by its name; None for an objective without settings."""
@@ -328,7 +345,7 @@ def resolve(*layers: Mapping[str, Any], recipe: str | None = None) -> TrainConfi
         _drop_unused(own, merge(*expanded[i:]), whole=i == 1 or own.keys() >= RUN_FIELDS)
         for i, own in enumerate(expanded, 1)
     )
-    raw = merge(start, *expanded)
+    raw = merge(*_hold_out([start, *expanded]))
     raw = merge(raw, _implied(raw, merge(*expanded)))
     raw["plugins"] = [plugin.model_dump() for plugin in loaded_plugins()]
     config = validated(TrainConfig, raw, "configuration")
@@ -415,13 +432,27 @@ def _last_head(layers: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def current_names(layer: Mapping[str, Any]) -> Mapping[str, Any]:
-    """``layer`` with ``rollback.max_rollbacks``, ``watch.breaches`` until December 2026."""
+    """``layer`` as written today: until December 2026, ``rollback.max_rollbacks`` was called
+    ``watch.breaches``, and runs held images out without a field ``dataset.hold_out``."""
+    if layer.keys() >= SAVED_FIELDS:
+        layer = merge({"dataset": {"hold_out": True}}, layer)
     own = layer.get("watch")
     if not isinstance(own, Mapping):
         return layer
     rest = {key: value for key, value in layer.items() if key != "watch"}
     renamed = {"max_rollbacks" if key == "breaches" else key: value for key, value in own.items()}
     return merge({"rollback": renamed}, rest)
+
+
+def _hold_out(layers: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    """``layers``, of which each that changes ``validation_images`` sets ``dataset.hold_out`` too:
+    without validation, a run trains on all training images."""
+    before = None
+    for layer in layers:
+        images = layer.get("validation_images", before)
+        own = {} if images == before else {"dataset": {"hold_out": images != 0}}
+        yield merge(own, layer)
+        before = images
 
 
 def _move_terms(layer: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -483,11 +514,11 @@ def read_config(path: Path) -> dict[str, Any]:
 def difference(old: dict[str, Any], new: dict[str, Any]) -> tuple[str, Any, Any] | None:
     """First of the `differences`: name, old and new value.
 
-    Fields named ``kind`` or ``schedule`` come first, since other fields follow from them.
+    Fields that others follow from come first.
     """
     found = differences(old, new)
-    follows = {key: key.rpartition(".")[2] not in ("kind", "schedule") for key in found}
-    first = min(found, key=lambda key: (follows[key], key), default=None)
+    leading = ("kind", "schedule", "validation_images")
+    first = min(found, key=lambda k: (k.rpartition(".")[2] not in leading, k), default=None)
     return None if first is None else (first, *found[first])
 
 

@@ -509,8 +509,9 @@ def assemble(
     train = images_of(config.dataset, "train", progress)
     if world.first:
         world.broadcast(None)
-    if config.dataset.limit is not None:
-        train = train.first(config.dataset.limit)
+    if (limit := config.dataset.limit) is not None:
+        balanced = config.dataset.subset == "balanced"
+        train = train.sample(limit, config.seed) if balanced else train.first(limit)
     for term in parse_objective(config.objective):  # before the head, which may need labels
         check_labels(term.name, term.objective, train.num_classes)
     validation = None

@@ -36,10 +36,15 @@ def images_of(
     Raises:
         UserError: if the data set is unknown, missing or incomplete.
     """
-    faults = FaultPolicy(config.unreadable == "skip", config.links == "follow")
-    place, size = (config.name, config.data_dir, split), config.image_size
     return load_dataset(
-        *place, image_size=size, download=download, progress=progress, faults=faults
+        config.name,
+        config.data_dir,
+        split,
+        image_size=config.image_size,
+        download=download,
+        progress=progress,
+        faults=FaultPolicy(config.unreadable == "skip", config.links == "follow"),
+        hold_out=config.hold_out,
     )
 
 

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -63,6 +64,74 @@ def test_patches_of_different_splits_share_no_pixel(size):
         assert (final == photographs[1][bottom : bottom + size, last : last + size]).all()
 
 
+def cifar_as_hdf5(place):
+    write_h5(place / "cifar10-train.h5", 150)
+    write_h5(place / "cifar10-test.h5", 20, seed=1)
+    return place
+
+
+def one_hdf5_file(place, groups=("",)):
+    for number, group in enumerate(groups):
+        write_h5(place / "set.h5", 60, seed=number, group=group)
+    return place / "set.h5"
+
+
+def folder_with_parts(place):
+    for seed, part in enumerate(("train", "test")):
+        image_folder(place / part, count=30, seed=seed)
+    return place
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("digits", None),
+        ("patches", None),
+        ("cifar10", cifar_as_hdf5),
+        ("hdf5", one_hdf5_file),
+        ("hdf5", lambda place: one_hdf5_file(place, ("train", "test"))),
+        ("folder", image_folder),
+        ("folder", folder_with_parts),
+        ("imagenet", folder_with_parts),
+    ],
+)
+@pytest.mark.parametrize("limit", [2**30, 100])
+def test_training_set_without_held_out_images_has_all(tmp_path, monkeypatch, name, make, limit):
+    """Also of streamed sets. Patches that overlap both regions are in neither."""
+    monkeypatch.setattr(imagesets, "MEMORY_LIMIT", limit)
+    data_dir, options = make and make(tmp_path), {"image_size": 8} if name == "imagenet" else {}
+    train, validation, test = (labelled(part) for part in load_all(name, data_dir, **options))
+    both = load_dataset(name, data_dir, hold_out=False, **options)
+    found = labelled(both)
+    assert len(validation) > 0
+    assert both.split == "train"
+    assert isinstance(both, StreamedSet) or make is None or limit > 100
+    assert found >= train + validation if name == "patches" else found == train + validation
+    assert labelled(load_dataset(name, data_dir, "test", hold_out=False, **options)) == test
+    with pytest.raises(UserError, match=f"no images of data set '{name}' are held out"):
+        load_dataset(name, data_dir, "validation", hold_out=False, **options)
+
+
+def labelled(images):
+    """How often each image, with its label, is in a set."""
+    labels = [None] * len(images) if images.labels is None else images.labels.tolist()
+    return Counter(zip(keys(images), labels, strict=True))
+
+
+def test_patches_without_held_out_images_share_no_pixel_with_the_test_patches():
+    from sklearn.datasets import load_sample_images
+
+    last = load_dataset("patches", hold_out=False).images[-1].permute(1, 2, 0).numpy()
+    assert (last == load_sample_images().images[1][392:424, 480:512]).all()
+
+
+def test_one_training_image_suffices_without_held_out_images(tmp_path):
+    image_folder(tmp_path / "train", count=1, classes=("ant",))
+    with pytest.raises(UserError, match="has 1 training images: at least 2 are needed"):
+        load_dataset("folder", tmp_path)
+    assert len(load_dataset("folder", tmp_path, hold_out=False)) == 1
+
+
 def test_cifar_is_read_from_hdf5(tmp_path):
     train = write_h5(tmp_path / "cifar10-train.h5", 150)
     test = write_h5(tmp_path / "cifar10-test.h5", 20, seed=1)
@@ -84,6 +153,7 @@ def test_cifar_is_read_from_the_torchvision_folder(tmp_path, monkeypatch, name, 
     parts = load_all(name, base if inside else tmp_path, download=False)
     total = 40 * (5 if name == "cifar10" else 1)
     assert len(parts[0]) + len(parts[1]) == total
+    assert len(load_dataset(name, tmp_path, download=False, hold_out=False)) == total
     file = "test_batch" if name == "cifar10" else "test"
     assert torch.equal(parts[2].images.flatten(1), torch.from_numpy(written[file]["data"]))
     assert parts[2].labels.tolist() == list(written[file].values())[1]
@@ -377,3 +447,34 @@ def test_registered_data_set_is_loaded_by_name(monkeypatch, tmp_path):
     assert load_dataset("zeros", tmp_path).name == "zeros"
     with pytest.raises(UserError, match="8x8, not 9"):
         load_dataset("zeros", tmp_path, image_size=9)
+
+
+@pytest.mark.parametrize("make", [lambda s: s, as_streamed])
+def test_sample_is_balanced_nested_and_drawn_by_the_seed(make):
+    """With 3 images of class 0, the other classes fill up larger samples."""
+    images = torch.arange(43, dtype=torch.uint8).reshape(43, 1, 1, 1).expand(43, 3, 6, 6)
+    labels = torch.tensor([0] * 3 + [1] * 20 + [2] * 20)
+    whole = make(ImageSet(images.contiguous(), labels, ("a", "b", "c")))
+
+    def numbers(n, seed=0):
+        part = whole.sample(n, seed)
+        x, c = next(part.batches(100))
+        found = (255 * x[:, 0, 0, 0]).round().long()
+        assert torch.equal(labels[found], c)
+        return found.tolist()
+
+    for n, expected in [(6, [2, 2, 2]), (7, [2, 2, 3]), (21, [3, 9, 9]), (43, [3, 20, 20])]:
+        counts = labels[numbers(n)].bincount(minlength=3)
+        assert sorted(counts.tolist()) == expected
+        assert len(set(numbers(n))) == n
+    assert numbers(21)[:6] == numbers(6)
+    assert numbers(21) == numbers(21)
+    assert set(numbers(6)) != set(numbers(6, seed=1))
+    assert len(whole.sample(99, 0)) == 43
+
+
+def test_sample_without_labels_is_random():
+    unlabelled = ImageSet(torch.arange(40, dtype=torch.uint8).reshape(40, 1, 1, 1))
+    found = unlabelled.sample(10, 3).images.flatten().tolist()
+    assert len(set(found)) == 10
+    assert found != sorted(found)

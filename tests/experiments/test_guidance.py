@@ -1,6 +1,8 @@
 """The experiment ``guidance``: methods, networks, stored images and report."""
 
+import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -9,11 +11,18 @@ import torch
 
 from ebmkit.card import ModelCard
 from ebmkit.experiments import EXPERIMENTS, SCALES, ExperimentRuns
-from ebmkit.experiments.guidance import AMOUNTS, METHODS, NETWORKS, GuidanceMethod, ImageDrawer
-from ebmkit.experiments.guidance_report import guidance_text
+from ebmkit.experiments.guidance import (
+    AMOUNTS,
+    METHODS,
+    NETWORKS,
+    GuidanceMethod,
+    ImageDrawer,
+    _Study,
+)
 from ebmkit.experiments.runs import exclusive
 from ebmkit.guidance import make_guidance
 from ebmkit.models import create_denoiser, create_model
+from ebmkit.randomness import keyed_generator
 
 NAMES = {row.name for row in NETWORKS}
 
@@ -32,11 +41,34 @@ def test_every_method_has_valid_settings_and_known_networks():
 @pytest.mark.parametrize("scale", SCALES)
 def test_every_network_has_a_configuration_at_every_scale(scale):
     runs = ExperimentRuns(Path("out"), SCALES[scale])
+    joint = "ce+dsm-mean" if scale in ("full", "cpu-cdn") else "ce+dsm"  # the recipe's
     for row in NETWORKS:
         config = runs.config(row)
-        assert config.objective == row.layer["objective"], row.name
+        assert config.objective == row.layer.get("objective", joint), row.name
         if row.name.startswith("robust-0") or row.name == "robust-1":
             assert config.terms.adv.eps == float(row.name.removeprefix("robust-"))
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_networks_that_only_classify_have_logit_energies_and_others_the_paper_s_head(scale):
+    """RCG eq. 2.32-2.38 and JEM: logits with biases; CDN eq. 10-12 and section 3.2: none."""
+    runs = ExperimentRuns(Path("out"), SCALES[scale])
+    only_classify = {"judge", "plain", "robust-0.25", "robust-0.5", "robust-1", "of-time", "kawar"}
+    for row in NETWORKS:
+        config = runs.config(row)
+        logits = row.name in only_classify | {"jem"}
+        expected = ("logit", True) if logits else ("linear-quadratic", False)
+        assert (config.head, config.model.head.bias) == expected, row.name
+    assert {"joint", "robust-dsm", "own-diffusion", "diffusion"} < NAMES - only_classify
+
+
+def test_radius_of_kawar_s_classifier_is_half_a_unit_of_x_t():
+    """x_t = sqrt(abar) (2 x - 1) + noise has twice the lengths of sqrt(abar) y, which eps has."""
+    kawar = {row.name: row for row in NETWORKS}["kawar"]
+    for scale in SCALES.values():
+        own = ExperimentRuns(Path("out"), scale).config(kawar).terms.adv
+        assert own.variance_preserving
+        assert (2 * own.eps, own.norm) == (0.5, "l2")
 
 
 def test_rows_with_dots_in_their_names_have_separate_locks(tmp_path):
@@ -56,6 +88,24 @@ def test_scales_are_multiplied_unless_they_are_fixed():
     assert GuidanceMethod("w", "", "g", {"scale": 4.0}).times(5).settings["scale"] == 20
     assert GuidanceMethod("w", "", "g", {"scale": 1.0}, fixed=True).times(5).settings["scale"] == 1
     assert GuidanceMethod("w", "").times(5).settings == {}
+
+
+def test_only_smoke_changes_the_thesis_s_settings_of_pgd():
+    by_name = {method.name: method for method in METHODS}
+    for scale, n in {"smoke": 10, "cpu": 100, "full": 100}.items():
+        for name in ("pgd", "pgd clipped"):
+            own = by_name[name].with_options(AMOUNTS[scale].options)
+            assert own.settings["options"] == {"n": n, "gamma": 0.005}
+            assert own.settings["view"] == "x_t"
+        assert by_name["dual"].with_options(AMOUNTS[scale].options) == by_name["dual"]
+
+
+def test_the_thesis_s_methods_are_drawn_unclipped_and_clipped():
+    for method in METHODS:
+        assert method.clip == method.name.endswith(" clipped")
+        if method.group == "thesis" and not method.clip:
+            twin = replace(method, name=f"{method.name} clipped", clip=True)
+            assert METHODS[METHODS.index(method) + 1] == twin
 
 
 @pytest.fixture
@@ -81,6 +131,88 @@ def test_methods_have_equal_starts_and_scale_0_is_unguided(drawer):
     assert torch.equal(drawer.draw(zero, 3), plain)
     assert not torch.equal(drawer.draw(GUIDED, 3), plain)
     assert drawer.labels.tolist() == [0, 1, 2, 0, 1, 2]
+
+
+@pytest.mark.parametrize("name", ["classifier", "energy", "pgd"])
+def test_methods_of_the_thesis_are_algorithms_6_and_8(drawer, name):
+    """By hand in x_t, clean images in [-1, 1]: no clipping, steps of 0.01, autograd's gradients."""
+    diffusion, guide = drawer.models("diffusion"), drawer.models("guide")
+    low, _ = diffusion.schedule.sigma_range
+    diffusion.card = diffusion.card.model_copy(update={"sigma_range": (low, 0.3)})  # few values end
+    own = next(method for method in METHODS if method.name == name)  # out of range
+    method = replace(own, guide="guide", eta=0.0).with_options({"pgd": {"n": 4}}).times(50)
+    c, scale, schedule = drawer.labels, method.settings["scale"], diffusion.schedule
+    times = [t for t in schedule.timesteps(20) if schedule.sigma(t) <= 0.3]
+    assert len(times) == 3
+
+    def gradient(x, energy):
+        x = x.detach().requires_grad_()
+        with torch.enable_grad():
+            logits = guide.energies((x + 1) / 2).logits
+            value = logits if energy else logits.log_softmax(1)
+            (found,) = torch.autograd.grad(value[range(len(c)), c].sum(), x)
+        return found
+
+    def length(x):
+        return x.flatten(1).norm(dim=1)[:, None, None, None]
+
+    key = keyed_generator("cpu", 0, "guidance", 0, 0)
+    y = 0.5 + schedule.sigma(times[0]) * torch.randn(len(c), 1, 8, 8, generator=key)
+    x = (2 * y - 1) * schedule.abar(times[0]) ** 0.5
+    for t, lower in itertools.pairwise((*times, -1)):
+        abar, after = schedule.abar(t), schedule.abar(lower)
+        y = (x / abar**0.5 + 1) / 2
+        sigma = (1 - abar) ** 0.5 / abar**0.5 / 2
+        with torch.no_grad():
+            eps = (y - diffusion.denoise(y, sigma)) / sigma
+        at, g = x, (1 - abar) ** 0.5
+        if name == "pgd":
+            g = t / 1000
+            for _ in range(4):
+                step = gradient(at, True)
+                at = at + 0.01 * step / length(step)
+        eps = eps - g * scale * gradient(at, name != "classifier")
+        x0 = (x - (1 - abar) ** 0.5 * eps) / abar**0.5
+        x = after**0.5 * x0 + (1 - after) ** 0.5 * eps
+    expected = ((x + 1) / 2).clamp(0, 1)
+    assert 0.2 < ((expected > 0) & (expected < 1)).float().mean() < 0.95
+    torch.testing.assert_close(drawer.draw(method, 20), expected, atol=2e-5, rtol=0)
+    clipped = drawer.draw(replace(method, clip=True), 20)
+    assert (clipped - expected).abs().max() > 0.01
+
+
+def test_images_stored_before_clipping_was_a_setting_are_read_as_clipped(drawer, tmp_path):
+    clipped = replace(GUIDED, clip=True)
+    first = drawer.stored(clipped, 2)
+    with h5py.File(tmp_path / "guided.h5", "r+") as file:
+        settings = json.loads(file.attrs["settings"])
+        del settings["clip"]
+        file.attrs["settings"] = json.dumps(settings)
+        file.attrs["seconds"] = 1234.0
+    assert drawer.stored(clipped, 2).seconds == 1234
+    redrawn = drawer.stored(GUIDED, 2)
+    assert redrawn.seconds != 1234
+    assert not torch.equal(redrawn.images, first.images)
+
+
+def test_energies_by_class_are_of_training_images(tmp_path, monkeypatch):
+    """RCG figure 4.12: means of -logsumexp of the logits over the training images of a class."""
+    plain = next(row for row in NETWORKS if row.name == "plain")
+    runs = ExperimentRuns(tmp_path, SCALES["smoke"])
+    study = _Study(runs, AMOUNTS["smoke"], [plain])
+    torch.manual_seed(0)
+    study._loaded["plain"] = create_model("gradresnet18", 10, 1, head="logit", width=8).eval()
+    monkeypatch.setattr(_Study, "_digest", lambda self, name: "1")
+    found = study.classes()["networks"]["plain"]
+    train = runs.images(plain, "train")
+    with torch.no_grad():
+        logits = study._loaded["plain"].energies(train.images / 255).logits
+    for label in range(10):
+        own = logits[train.labels == label]
+        assert found["images"][label] == len(own)
+        assert found["energy"][label] == pytest.approx(-float(own.logsumexp(1).mean()), rel=1e-4)
+    study._loaded.clear()
+    assert study.classes()["networks"]["plain"] == found  # stored
 
 
 def test_stored_images_are_redrawn_for_other_steps_weights_or_damage(drawer, tmp_path, monkeypatch):
@@ -115,18 +247,3 @@ def test_images_stored_with_earlier_setting_names_are_read(drawer, tmp_path, mon
         file.attrs["settings"] = json.dumps(settings)
     monkeypatch.setattr(ImageDrawer, "draw", None)
     assert torch.equal(drawer.stored(GUIDED, 2).images, first.images)
-
-
-def test_report_without_results_has_its_notes():
-    report = {
-        "networks": [],
-        "grid": None,
-        "path": None,
-        "ddim": [],
-        "ways": [],
-        "amount": {},
-        "dataset": "digits",
-        "about": "a test",
-        "notes": ["command: none"],
-    }
-    assert "command: none" in guidance_text(json.loads(json.dumps(report)))

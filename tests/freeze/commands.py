@@ -202,4 +202,4 @@ SUITES = {
 GENERATED = "--sampler sgld --steps 2 --label all -n 40"
 """Samples for the suite ``generation``."""
 
-TARGETS = ("table1", "table2", "table3", "fig1", "fig3", "fig4", "guidance", "claims")
+TARGETS = ("table1", "table2", "table3", "fig1", "fig3", "fig4", "guidance", "claims", "efficiency")

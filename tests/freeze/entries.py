@@ -118,12 +118,10 @@ def _mixture(name: str) -> dict[str, Any]:
     class Blind(GaussianMixture):
         noise_conditional = False
 
-        def denoise(self, y: Any, sigma: Any = None, c: Any = None) -> Any:
-            return self.posterior_mean(y, self.estimate_sigma(y), c)
-
-        def estimate_sigma(self, y: Any) -> Any:
+        def denoise_blind(self, y: Any, c: Any = None, sigma_range: Any = None) -> Any:
             squares = (y[:, None] - self.means).flatten(2).square().mean(2).amin(1)
-            return (squares - 0.01).clamp_min(1e-8).sqrt()
+            sigma = (squares - 0.01).clamp_min(1e-8).sqrt()
+            return self.posterior_mean(y, sigma, c), sigma
 
     means = torch.stack([torch.full((1, 4, 4), level) for level in (0.3, 0.7, 0.3)])
     means[2, :, :2] = 0.7

@@ -328,7 +328,7 @@ def test_guidance_settings_are_resolved_and_round_trip():
     again = make_guidance(**config.model_dump(mode="json"))
     assert again == config
     assert config.schedule == "power:k=0.5"
-    assert config.options == {"lambda": 0.15, "n": 20, "gamma": 0.01, "inner": "energy"}
+    assert config.options == {"lambda": 0.15, "n": 20, "gamma": 0.005, "inner": "energy"}
 
 
 def test_guidance_settings_with_earlier_names_are_read():

@@ -18,6 +18,7 @@ from ebmkit.distributed import DistributedContext
 from ebmkit.models import JointModel, load
 from ebmkit.models.base import Features
 from ebmkit.models.heads import LinearQuadraticHead, LogitHead
+from ebmkit.noise import make_schedule
 from ebmkit.objectives import OBJECTIVES, RunContext, TrainingLoss, parse_objective
 from ebmkit.objectives.adversarial import AdversarialConfig, TrainingAttack
 from ebmkit.training import Interrupted, RunFolder, resolve
@@ -211,6 +212,13 @@ def test_variance_preserving_radius_holds_for_scaled_noisy_images():
     moved = (abar.sqrt()[:, None, None, None] * (found - batch.y)).flatten(1).norm(dim=1)
     torch.testing.assert_close(moved[2:], torch.full((4,), 0.2).double())
     assert (moved[:2] <= 0.2 + 1e-12).all()
+    schedule = make_schedule()  # lengths of x_t = sqrt(abar) (2 x - 1) + noise are twice these
+    t = 400
+    level = torch.full((6,), schedule.sigma(t)).double()
+    noisy = batch._replace(sigma=level, y=batch.x + schedule.sigma(t) * batch.eps)
+    both = (attacked(model, noisy, **settings | {"eps": 0.25}), noisy.y)
+    x_t = [schedule.abar(t) ** 0.5 * (2 * y - 1) for y in both]
+    torch.testing.assert_close((x_t[0] - x_t[1]).flatten(1).norm(dim=1), 0 * level + 0.5)
     clean, noisy = found[:2], found[2:]
     assert clean.min() >= 0
     assert clean.max() <= 1

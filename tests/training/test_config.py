@@ -141,6 +141,39 @@ def test_configuration_of_an_earlier_run_takes_nothing_from_the_recipe():
 
 
 @pytest.mark.slow
+def test_without_validation_images_nothing_is_held_out():
+    none, some = {"validation_images": 0}, {"validation_images": 9}
+    held, all_images = {"dataset": {"hold_out": True}}, {"dataset": {"hold_out": False}}
+
+    def holds_out(*layers):
+        return resolve(*layers).dataset.hold_out
+
+    assert holds_out()
+    assert holds_out(some)
+    assert not holds_out(none)
+    assert not holds_out(none, {"dataset": {"limit": 100}})
+    assert holds_out(none, some)
+    assert holds_out(none | held)
+    assert holds_out(none, held)
+    for count in (none, some):  # a run's configuration as a layer of a new run
+        saved = resolve(count).model_dump(mode="json")
+        assert holds_out(saved) == holds_out(count)
+        assert not holds_out(saved, none)
+        assert holds_out(saved, some)
+    with pytest.raises(ebmkit.UserError, match=r"validation_images = 9 .*hold_out is false: set"):
+        resolve(some, all_images)
+
+
+def test_run_of_an_earlier_version_always_holds_images_out():
+    saved = resolve({"validation_images": 0}).model_dump(mode="json")
+    del saved["dataset"]["hold_out"]
+    assert resolve(saved).dataset.hold_out
+    assert resolve(saved, {"validation_images": 0}).dataset.hold_out  # repeated on resuming
+    assert TrainConfig.model_validate(saved).dataset.hold_out
+    recipe = {**RECIPES["cifar10-robust"].config, "validation_images": 0}
+    assert not resolve(recipe).dataset.hold_out  # complete, but not of a run
+
+
 def test_short_recipes_stay_within_their_flop_budget():
     def joint_flops(name):
         config = resolve(recipe=name)

@@ -35,7 +35,8 @@ SHARED_FIELDS = {  # CDN section 3, appendix A: fields that both recipes share
     "model.backbone.norm": "group",
     "model.backbone.norm_everywhere": False,
     "model.backbone.shortcut_norm": False,  # "a single group-normalization layer"
-    "validation_images": 0,  # all training images
+    "validation_images": 0,
+    "dataset.hold_out": False,  # all training images
     "compute.precision": "fp32",
     "optimizer.kind": "adamw",
     "optimizer.betas": (0.9, 0.999),
@@ -128,6 +129,7 @@ def test_our_recipe_of_imagenet_is_the_default_and_names_its_differences():
         "objective": "ce+dsm",
         "model.backbone.shortcut_norm": True,
         "validation_images": 1000,
+        "dataset.hold_out": True,
     }
 
 
@@ -135,6 +137,7 @@ JEM = {  # arXiv 1912.03263 and its released code, in units of images in [0, 1]
     "backbone": "wideresnet28-10-jem",
     "model.backbone.norm": "none",
     "head": "logit",
+    "model.head.bias": True,
     "objective": "jem",
     "optimizer.kind": "adamw",
     "optimizer.lr": 1e-4,
@@ -156,7 +159,9 @@ JEM = {  # arXiv 1912.03263 and its released code, in units of images in [0, 1]
 }
 ROBUST = {  # the package `robustness` (its defaults for CIFAR-10), RCG section 4.2
     "backbone": "resnet50",
+    "model.backbone.width": 64,
     "head": "logit",
+    "model.head.bias": True,
     "objective": "adv",
     "terms.adv.norm": "l2",
     "terms.adv.eps": 0.5,

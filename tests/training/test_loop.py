@@ -9,9 +9,11 @@ import warnings
 import pytest
 import torch
 import yaml
+from ebmkit_tests.support.data_files import image_folder, keys
 
 import ebmkit
 from ebmkit import training
+from ebmkit.data import load_dataset
 from ebmkit.objectives import TrainingLoss, parse_objective
 from ebmkit.storage.verify import accept_files
 from ebmkit.training import Interrupted, RunFolder, resolve
@@ -193,6 +195,22 @@ def test_validation_measures_losses_accuracy_and_psnr(tmp_path):
     assert {"accuracy", "psnr_25", "ce", "dsm"} <= rows[0].keys()
 
 
+@pytest.mark.parametrize("name", ["digits", "folder"])
+def test_run_without_validation_trains_on_all_images(tmp_path, name):
+    data_dir, total = (None, 1437) if name == "digits" else (tmp_path, 60)
+    if name == "folder":
+        image_folder(tmp_path / "train", count=30)
+    data = {"dataset": {"name": name, "data_dir": data_dir}}
+    config = resolve(SMALL, data, {"validation_images": 0})
+    trainer = assemble(config)
+    assert len(trainer.train) == total
+    assert trainer.validator is None
+    held_out = keys(load_dataset(name, data_dir, "validation"))
+    assert set(held_out) < set(keys(trainer.train))
+    limited = assemble(resolve(SMALL, data, {"validation_images": 0, "dataset": {"limit": 55}}))
+    assert keys(limited.train) == keys(trainer.train)[:55]
+
+
 def test_best_weights_are_those_of_the_best_validation(tmp_path, monkeypatch):
     for name, values in (("first", [1.0, 2.0]), ("second", [2.0, 1.0])):
         trainer = start(tmp_path, name)
@@ -334,6 +352,21 @@ def test_resume_with_another_configuration_is_refused_by_field(tmp_path):
     run.check_config(resolve(SMALL, {"dataset": {"data_dir": "moved", "workers": 2}}))
 
 
+@pytest.mark.parametrize(("subset", "counts"), [("first", None), ("balanced", [5] * 10)])
+def test_limit_takes_the_first_images_or_a_balanced_subset_of_the_seed(tmp_path, subset, counts):
+    def images(seed):
+        limited = {"dataset": {"limit": 50, "subset": subset}, "seed": seed}
+        config = resolve(SMALL, limited, recipe="digits-adamw")
+        return assemble(config).train
+
+    first, again, other = images(0), images(0), images(1)
+    assert len(first) == 50
+    assert torch.equal(first.images, again.images)
+    assert torch.equal(first.images, other.images) == (subset == "first")
+    if counts is not None:
+        assert first.labels.bincount().tolist() == counts
+
+
 def test_damaged_checkpoint_is_reported(tmp_path):
     trainer = start(tmp_path, "run", {"steps": 3})
     trainer.fit()
@@ -392,3 +425,30 @@ def test_run_of_an_earlier_version_resumes(tmp_path):
     resumed = assemble(resolve(run.config()), run)
     assert resumed.step == 3
     resumed.fit()
+
+
+def test_run_of_an_earlier_version_without_validation_keeps_its_images(tmp_path):
+    """Earlier versions held images out also with validation_images 0."""
+    earlier = {"validation_images": 0, "dataset": {"hold_out": True}}
+    whole, cut = (start(tmp_path, name, earlier) for name in ("whole", "cut"))
+    whole.fit()
+    cut.reporter = StopAt(3)
+    with pytest.raises(Interrupted):
+        cut.fit()
+    path = tmp_path / "cut" / "config.yaml"
+    values = yaml.safe_load(path.read_text())
+    del values["dataset"]["hold_out"]
+    path.write_text(yaml.safe_dump(values))
+    accept_files(tmp_path / "cut", ["config.yaml"])
+    run = RunFolder.open(tmp_path / "cut")
+    config = resolve(run.config(), {"validation_images": 0})
+    run.check_config(config)
+    with pytest.raises(ebmkit.UserError, match="validation_images was 0 and is now 5"):
+        run.check_config(resolve(run.config(), {"validation_images": 5}))
+    with pytest.raises(ebmkit.UserError, match="hold_out was True and is now False"):
+        run.check_config(resolve(run.config(), {"dataset": {"hold_out": False}}))
+    resumed = assemble(config, run)
+    assert len(resumed.train) == 1293
+    resumed.fit()
+    for name, value in copied_state(resumed).items():
+        assert torch.equal(value, whole.model.state_dict()[name])

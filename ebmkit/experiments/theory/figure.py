@@ -12,7 +12,7 @@ Errors and b are in nats, v in nats times samples.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -213,12 +213,8 @@ def draw_figure1(document: dict[str, Any], path: Path) -> None:
         fontsize=9,
     )
     axes = [figure.add_subplot(rows, COLUMNS, i + 1) for i in range(panels)]
-    n = np.geomspace(1, 1e5, 200)
     for panel, curve in zip(axes, document["paper"], strict=False):
-        for name, short, colour, line, _ in STYLES:
-            bias, variance = curve[f"b_{short}"], curve[f"v_{short}"]
-            label = f"{name}: {bias:g} + {variance:g}/n"
-            panel.plot(n, bias + variance / n, line, color=colour, lw=1.6, label=label)
+        draw_paper_curves(panel, curve)
         panel.set_title(f"{curve['title']}\nb + v/n, as in its caption", fontsize=9)
     for panel, setting in zip(axes[len(document["paper"]) :], document["settings"], strict=True):
         _family(panel, setting)
@@ -230,6 +226,15 @@ def draw_figure1(document: dict[str, Any], path: Path) -> None:
         panel.tick_params(which="both", labelsize=8)
         panel.legend(frameon=False, fontsize=7.5, loc="upper right")
     save_figure(figure, path)
+
+
+def draw_paper_curves(axes: Axes, curve: Mapping[str, Any]) -> None:
+    """Draw b + v/n of both fits, an entry of `ebmkit.experiments.theory.families.PAPER`."""
+    n = np.geomspace(1, 1e5, 200)
+    for name, short, colour, line, _ in STYLES:
+        bias, variance = curve[f"b_{short}"], curve[f"v_{short}"]
+        label = f"{name}: {bias:g} + {variance:g}/n"
+        axes.plot(n, bias + variance / n, line, color=colour, lw=1.6, label=label)
 
 
 def _family(axes: Axes, setting: dict[str, Any]) -> None:
