@@ -172,11 +172,14 @@ def reproduce(
     precision: str | None = None,
     seed: int = 0,
     show: bool = False,
+    slurm: Annotated[int | None, Option(min=1)] = None,
+    slurm_option: list[str] | None = None,
 ) -> None:
     """Reproduce a table or figure of the papers: write Markdown, JSON and plots to --out.
 
     Every row is a separate run. The same command skips finished rows and resumes an interrupted
-    one.
+    one. Started several times with the same --out, also on several machines with shared storage,
+    it shares the rows.
 
     Args:
         target: table1, table2, table3, fig1, fig3, fig4, guidance, claims, or all
@@ -189,19 +192,27 @@ def reproduce(
         imagenet_dir: folder of ImageNet, for table2 at scale full
         precision: precision of training: auto, fp32, tf32, bf16 [default: set by the recipe]
         show: print the recipe of each row and what differs from it; train nothing
+        slurm: submit an array of this many SLURM jobs that share the rows; needs the extra slurm
+        slurm_option: option of the SLURM jobs, for example time=720 (minutes, required),
+            partition=gpu or gpus_per_node=1; repeatable
     """
+    from ebmkit.cli.slurm import Job, submit
     from ebmkit.compute import limited_threads, pick_device
     from ebmkit.experiments import EXPERIMENTS, SCALES, ExperimentRuns, describe, experiments_of
     from ebmkit.experiments import reproduce as run_experiment
     from ebmkit.registry import find
-    from ebmkit.storage import make_folder
+    from ebmkit.storage import FolderLocked, make_folder
     from ebmkit.training.loop import Stop
 
     if more and not only:
         raise UserError(f"unexpected {more[0]!r}: name rows after --only, as in --only {more[0]}")
     names = [*(only or []), *(more or [])]
     chosen = experiments_of(target, names)
-    pick_device(device)
+    if slurm_option and slurm is None:
+        raise UserError("--slurm-option is for jobs of SLURM: give their number with --slurm")
+    submits = slurm is not None and not Job.runs
+    if not submits:
+        pick_device(device)
     runs = ExperimentRuns(
         out or Path("runs") / f"reproduce-{scale}", find("scale", SCALES, scale), data_dir, device,
         seed, precision, _fit_row, console.say, console.is_terminal, imagenet_dir,
@@ -209,6 +220,9 @@ def reproduce(
     if show:
         for name in chosen:
             console.say(describe(name, runs))
+        return
+    if submits:
+        submit(slurm or 1, slurm_option or [], f"ebmkit-{target}", runs.out)
         return
     if target == "all":
         if scale == "full" and imagenet_dir is None:
@@ -219,11 +233,17 @@ def reproduce(
     stop = Stop()
     try:
         with limited_threads(runs.scale.threads), _terminated_as_interrupted(stop):
-            for name in chosen:
-                for path in run_experiment(name, runs, names):
-                    if path.suffix == ".md":
-                        console.say(path.read_text())
-                    console.say(f"written: {path}")
+            for runs.waits in (False, True):  # wait for other processes when nothing else is left
+                for name in list(chosen):
+                    try:
+                        paths = run_experiment(name, runs, names)
+                    except FolderLocked:  # only without waiting
+                        continue
+                    chosen.remove(name)
+                    for path in paths:
+                        if path.suffix == ".md":
+                            console.say(path.read_text())
+                        console.say(f"written: {path}")
     except (Interrupted, KeyboardInterrupt) as stopped:
         signum = stopped.signal if isinstance(stopped, Interrupted) else stop.signal
         interrupted(f"run the same command to resume {runs.out}", signum or signal.SIGINT)

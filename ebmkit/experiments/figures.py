@@ -73,7 +73,8 @@ def run_fig3(runs: ExperimentRuns, only: Sequence[str]) -> Report:
     runs.check([JOINT])
     linearity = Protocol("fig3", ("linearity",), options=options)
     done = [r for r in run_grid(runs, GRID, only, lambda v: linearity) if r.status == "done"]
-    spectra = runs.measure(JOINT, Protocol("fig3", ("jacobian",), options=options))
+    jacobian = Protocol("fig3", ("jacobian",), options=options)
+    spectra = runs.share([(JOINT.name, partial(runs.measure, JOINT, jacobian))])[JOINT.name]
     cells = []
     for one in done:
         config = runs.config(one.variant).model.model_dump()["backbone"]

@@ -7,9 +7,9 @@ its text in Markdown, and plots. Every report states command, data, hardware, ve
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -56,7 +56,8 @@ def run_grid(
 ) -> list[VariantResult]:
     """Train and evaluate the variants named in ``only`` (empty: all); return results of every one.
 
-    ``protocol`` returns the evaluation protocol of a variant; None: it is only trained.
+    ``protocol`` returns the evaluation protocol of a variant; None: it is only trained. Other
+    processes may run the same grid at the same time: this function returns when all of it is done.
 
     Raises:
         Interrupted: if training is interrupted; the same call resumes it.
@@ -66,8 +67,7 @@ def run_grid(
     chosen = [v.run or v for v in variants if not only or v.name in only]
     owners = {own.folder: own for own in chosen}
     runs.check(list(owners.values()))
-    for own in owners.values():
-        runs.try_run(own, protocol(own))
+    runs.share((own.name, partial(runs.try_run, own, protocol(own))) for own in owners.values())
     return [_result(runs, variant, protocol(variant.run or variant)) for variant in variants]
 
 
@@ -171,5 +171,5 @@ def write(name: str, report: Report, folder: Path) -> list[Path]:
     for file, draw in report.plots.items():
         draw(folder / file)
     for file, source in report.copies.items():
-        shutil.copyfile(source, folder / file)
+        write_atomically(folder / file, source.read_bytes())
     return [*paths, *(folder / file for file in (*report.copies, *report.plots))]

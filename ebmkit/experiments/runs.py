@@ -29,17 +29,22 @@ damaged or of an earlier step is rewritten from the checkpoint; a run whose conf
 checkpoint is unreadable is moved to ``rows/joint.broken-1`` and trained again. A run of another
 configuration is never changed. If a variant cannot be finished, for example because it diverged,
 the reason is in ``rows/NAME.stopped.txt``, and the other variants continue.
+
+Several processes, on several machines with shared storage, may work in one folder: each claims the
+variant that it trains and evaluates (``rows/NAME.claim``, see `ebmkit.storage.claims`).
 """
 
 from __future__ import annotations
 
 import importlib.resources
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -48,7 +53,7 @@ from ebmkit.data import AnyImages
 from ebmkit.errors import UserError
 from ebmkit.evaluation import SIGMAS, SUITES, evaluate, parse_options
 from ebmkit.models import load
-from ebmkit.storage import FolderLocked, held, write_atomically
+from ebmkit.storage import Claim, FolderLocked, make_folder, write_atomically
 from ebmkit.storage.reading import MIB, read_document, read_json, read_text
 from ebmkit.training import RunFolder, TrainConfig, Trainer, resolve
 from ebmkit.training.config import current_names, difference, differences, flat, merge
@@ -165,16 +170,13 @@ class Protocol:
         return document if complete and expected.items() <= document.items() else None
 
 
-@contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
-    """Lock the variant in ``folder`` for training; stale locks are released.
+T = TypeVar("T")
 
-    Raises:
-        FolderLocked: if another process trains it.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with held(folder.parent, "training", name=folder.name):
-        yield
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0
+"""Seconds between attempts to claim work of other processes; each pause doubles the last."""
+
+NOTICE = 300.0
+"""Seconds between messages of a waiting process."""
 
 
 @dataclass
@@ -189,6 +191,7 @@ class ExperimentRuns:
         log: function called with a sentence about the current work.
         progress: whether evaluations show progress bars.
         imagenet_dir: folder of ImageNet, for table 2 at full scale.
+        waits: whether `share` waits for the work of other processes.
         stopped: variants that could not be finished, with the reasons.
     """
 
@@ -202,8 +205,15 @@ class ExperimentRuns:
     log: Callable[[str], None] = lambda sentence: None
     progress: bool = False
     imagenet_dir: Path | None = None
+    waits: bool = True
     stopped: dict[str, str] = field(default_factory=dict)
     _test: dict[tuple[str, int | None], AnyImages] = field(default_factory=dict)
+    _claims: dict[Path, Claim] = field(default_factory=dict)
+    _old_notes: dict[Path, int | None] = field(default_factory=dict)  # by path, their times
+
+    def __post_init__(self) -> None:
+        for pattern in ("rows/*.stopped.txt", "rows/*/*.stopped.txt"):
+            self._old_notes |= {path: _modified(path) for path in self.out.glob(pattern)}
 
     def folder(self, variant: Variant) -> Path:
         """The run folder of ``variant``."""
@@ -261,19 +271,78 @@ class ExperimentRuns:
     def _needs_imagenet(self, variant: Variant) -> bool:
         return variant.family == "imagenet" and self.scale.size == "full"
 
+    @contextmanager
+    def claimed(self, path: Path) -> Iterator[None]:
+        """Claim the work on ``path``, for example a run folder, for this process.
+
+        Raises:
+            FolderLocked: if another process works on it; see `share`.
+        """
+        make_folder(path.parent)
+        claim = self._claims.setdefault(path, Claim(path))
+        with claim.held():
+            yield
+
+    def share(self, work: Iterable[tuple[str, Callable[[], T]]]) -> dict[str, T]:
+        """Do all of ``work`` (name, function), together with other processes that do the same.
+
+        What another process works on (the function raises `FolderLocked`) is tried again after the
+        rest, until that process has finished it or died. So a function should only read its result
+        if that is finished. Without `waits`, all functions are tried once.
+
+        Returns:
+            What the functions return, by name.
+
+        Raises:
+            FolderLocked: without `waits`, if other processes work on some of it.
+        """
+        left, found = list(work), dict[str, T]()
+        pause, begun, told = FIRST_PAUSE, time.monotonic(), -math.inf
+        while True:
+            taken, reason = [], None
+            for name, function in left:
+                try:
+                    found[name] = function()
+                except FolderLocked as error:
+                    taken.append((name, function))
+                    reason = error
+            if reason is None:
+                return found
+            if not self.waits:
+                raise reason
+            pause = FIRST_PAUSE if len(taken) < len(left) else min(2 * pause, LONGEST_PAUSE)
+            left, now = taken, time.monotonic()
+            if now >= told + NOTICE:
+                names = ", ".join(name for name, _ in taken)
+                since = f" since {format_seconds(now - begun)}" if told > 0 else ""
+                self.log(f"waiting{since} for {names}: {reason}")
+                told = now
+            time.sleep(pause)
+
     def try_run(self, variant: Variant, protocol: Protocol | None) -> None:
-        """`measure`, or without a protocol `train`; the reason of a failure goes to `stopped`."""
+        """`measure`, or without a protocol `train`; the reason of a failure goes to `stopped`.
+
+        What failed since this object was made, also in another process, is not tried again.
+
+        Raises:
+            FolderLocked: if another process works on ``variant``.
+        """
         note = self._note(variant)
-        note.unlink(missing_ok=True)
-        try:
-            if protocol is None:
-                self.train(variant)
-            else:
-                self.measure(variant, protocol)
-        except UserError as error:
-            self.log(f"{variant.name}: stopped: {error}")
-            self.stopped[variant.name] = str(error)
-            if note.parent.is_dir() and not isinstance(error, FolderLocked):
+        with self.claimed(self.folder(variant)):
+            if _modified(note) not in (None, self._old_notes.get(note)):
+                self.stopped[variant.name] = self.stop_reason(variant) or "for an unknown reason"
+                return
+            note.unlink(missing_ok=True)
+            try:
+                if protocol is None:
+                    self.train(variant)
+                else:
+                    self.measure(variant, protocol)
+            except FolderLocked:
+                raise
+            except UserError as error:
+                self.log(f"{variant.name}: stopped: {error}")
+                self.stopped[variant.name] = str(error)
                 write_atomically(note, f"{error}\n".encode())
 
     def stop_reason(self, variant: Variant) -> str | None:
@@ -318,13 +387,14 @@ class ExperimentRuns:
         """Train ``variant`` as far as it is not finished; return its run.
 
         Raises:
+            FolderLocked: if another process works on it.
             Interrupted: if training is interrupted; the same call resumes it.
             UserError: if it cannot be trained, or the folder holds another run.
         """
         config, folder = self.config(variant), self.folder(variant)
         if self._state(variant, config) == "finished":
             return RunFolder.open(folder)
-        with exclusive(folder):
+        with self.claimed(folder):
             state = self._state(variant, config)
             if state == "broken":
                 names = (f"{folder.name}.broken-{number}" for number in itertools.count(1))
@@ -342,7 +412,15 @@ class ExperimentRuns:
         return run
 
     def measure(self, variant: Variant, protocol: Protocol) -> dict[str, dict[str, Any]]:
-        """Train and evaluate ``variant`` if needed; return its documents by suite."""
+        """Train and evaluate ``variant`` if needed; return its documents by suite.
+
+        Raises:
+            FolderLocked, Interrupted, UserError: as `train`.
+        """
+        with self.claimed(self.folder(variant)):
+            return self._measure(variant, protocol)
+
+    def _measure(self, variant: Variant, protocol: Protocol) -> dict[str, dict[str, Any]]:
         run = self.train(variant)
         found, model = self._documents(variant, protocol), None
         for suite in (suite for suite, document in found.items() if document is None):
@@ -442,6 +520,14 @@ class ExperimentRuns:
         except UserError:
             return "begun"  # the model can be rewritten from the checkpoint
         return "finished" if card is not None and card.steps == checkpoint["step"] else "begun"
+
+
+def _modified(path: Path) -> int | None:
+    """Time of the last change of a file, in ns; None if it does not exist."""
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
 
 
 def _has_field(values: Any, key: str) -> bool:

@@ -11,7 +11,6 @@ from ebmkit.card import ModelCard
 from ebmkit.experiments import EXPERIMENTS, SCALES, ExperimentRuns
 from ebmkit.experiments.guidance import AMOUNTS, METHODS, NETWORKS, GuidanceMethod, ImageDrawer
 from ebmkit.experiments.guidance_report import guidance_text
-from ebmkit.experiments.runs import exclusive
 from ebmkit.guidance import make_guidance
 from ebmkit.models import create_denoiser, create_model
 
@@ -37,11 +36,6 @@ def test_every_network_has_a_configuration_at_every_scale(scale):
         assert config.objective == row.layer["objective"], row.name
         if row.name.startswith("robust-0") or row.name == "robust-1":
             assert config.terms.adv.eps == float(row.name.removeprefix("robust-"))
-
-
-def test_rows_with_dots_in_their_names_have_separate_locks(tmp_path):
-    with exclusive(tmp_path / "robust-0.25"), exclusive(tmp_path / "robust-0.5"):
-        assert {p.name for p in tmp_path.glob("*.lock")} == {"robust-0.25.lock", "robust-0.5.lock"}
 
 
 def test_networks_share_no_folder_with_other_experiments():
