@@ -210,8 +210,9 @@ def reproduce(
     chosen = experiments_of(target, names)
     if slurm_option and slurm is None:
         raise UserError("--slurm-option is for jobs of SLURM: give their number with --slurm")
-    submits = slurm is not None and not Job.runs
-    if not submits:
+    if Job.runs:  # this process is one of the jobs
+        slurm = None
+    if slurm is None:
         pick_device(device)
     runs = ExperimentRuns(
         out or Path("runs") / f"reproduce-{scale}", find("scale", SCALES, scale), data_dir, device,
@@ -221,8 +222,8 @@ def reproduce(
         for name in chosen:
             console.say(describe(name, runs))
         return
-    if submits:
-        submit(slurm or 1, slurm_option or [], f"ebmkit-{target}", runs.out)
+    if slurm is not None:
+        submit(slurm, slurm_option or [], f"ebmkit-{target}", runs.out)
         return
     if target == "all":
         if scale == "full" and imagenet_dir is None:
@@ -233,7 +234,7 @@ def reproduce(
     stop = Stop()
     try:
         with limited_threads(runs.scale.threads), _terminated_as_interrupted(stop):
-            for runs.waits in (False, True):  # wait for other processes when nothing else is left
+            for runs.waits in (False, True) if len(chosen) > 1 else (True,):  # for other processes
                 for name in list(chosen):
                     try:
                         paths = run_experiment(name, runs, names)

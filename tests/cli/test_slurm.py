@@ -88,7 +88,7 @@ def test_jobs_share_the_rows_and_write_the_report(tmp_path, slurm):
     given = ("--slurm", 2, "--slurm-option", "time=90")
     done = ebmkit_command(*COMMAND, *given, cwd=home)
     assert done.returncode == 0, done.stderr
-    until = time.monotonic() + 300
+    until = time.monotonic() + 600
     outputs = [home / f"job-{task}.txt" for task in (0, 1)]
     while time.monotonic() < until and not all(
         "written: out/table3.md" in p.read_text() for p in outputs

@@ -8,6 +8,7 @@ import time
 import pytest
 
 from ebmkit.storage import Claim, FolderLocked
+from ebmkit.storage.claims import LEASE_SECONDS
 
 HOLD = """
 import sys, time
@@ -61,29 +62,40 @@ def test_claim_of_a_killed_process_is_free_at_once_on_its_machine(tmp_path):
     assert is_free(claim)
 
 
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock of this process: a list with the time in seconds."""
+    now = [1000.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    return now
+
+
 @pytest.mark.parametrize("clock_error", [0, -86_400, 86_400])
-def test_claim_of_a_dead_machine_becomes_free_whatever_its_clock_shows(tmp_path, clock_error):
+def test_claim_of_a_dead_machine_is_free_after_the_lease(tmp_path, clock, clock_error):
+    """Whatever time its clock gave the file."""
     row = tmp_path / "joint"
-    other_machine(row, 0.3)
+    other_machine(row, LEASE_SECONDS)
     when = time.time() + clock_error
     os.utime(tmp_path / "joint.claim", (when, when))
-    claim = Claim(row, 0.3)
+    claim = Claim(row)
     assert not is_free(claim)
-    time.sleep(0.15)
+    clock[0] += LEASE_SECONDS - 1
     assert not is_free(claim)
-    time.sleep(0.25)
+    clock[0] += 2
     assert is_free(claim)
     assert os.listdir(tmp_path) == []
 
 
-def test_claim_of_a_living_machine_stays_taken(tmp_path):
+def test_claim_that_another_machine_renews_stays_taken(tmp_path, clock):
     row = tmp_path / "joint"
-    other_machine(row, 0.3)
-    claim = Claim(row, 0.3)
-    for second in range(8):
-        os.utime(tmp_path / "joint.claim", (second, second))  # renewed
+    other_machine(row, LEASE_SECONDS)
+    claim = Claim(row)
+    for minute in range(0, 20, 4):
+        os.utime(tmp_path / "joint.claim", (minute, minute))
         assert not is_free(claim)
-        time.sleep(0.1)
+        clock[0] += 240
+    clock[0] += 240
+    assert is_free(claim)
 
 
 def test_holder_renews_its_claim(tmp_path):
@@ -102,7 +114,8 @@ def test_holder_that_lost_its_claim_is_interrupted(tmp_path):
     with pytest.raises(FolderLocked, match="was not renewed in time"), Claim(row, 0.5).held():
         (tmp_path / "joint.claim").unlink()
         other_machine(row, 0.5)
-        time.sleep(5)
+        for _ in range(100):
+            time.sleep(0.05)
     assert not is_free(Claim(row, 0.5))  # the other's claim is not removed
 
 
