@@ -299,7 +299,8 @@ class ExperimentRuns:
         left, found = list(work), dict[str, T]()
         pause, begun, told = FIRST_PAUSE, time.monotonic(), -math.inf
         while True:
-            taken, reason = [], None
+            taken: list[tuple[str, Callable[[], T]]] = []
+            reason: FolderLocked | None = None
             for name, function in left:
                 try:
                     found[name] = function()
