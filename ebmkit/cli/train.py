@@ -174,11 +174,14 @@ def reproduce(
     seed: int | None = None,
     seeds: str | None = None,
     show: bool = False,
+    slurm: Annotated[int | None, Option(min=1)] = None,
+    slurm_option: list[str] | None = None,
 ) -> None:
     """Reproduce a table or figure of the papers: write Markdown, JSON and plots to --out.
 
     Every row is a separate run. The same command skips finished rows and resumes an interrupted
-    one.
+    one. Started several times with the same --out, also on several machines with shared storage,
+    it shares the rows.
 
     Args:
         target: table1, table2, table3, fig1, fig3, fig4, claims, efficiency: of
@@ -196,13 +199,17 @@ def reproduce(
         precision: precision of training: auto, fp32, tf32, bf16 [default: set by the recipe]
         seeds: random seeds, as 0-4 or 0,2,5-7: a run per row and seed [default: --seed, or 0]
         show: print the recipe of each row and what differs from it; train nothing
+        slurm: submit an array of this many SLURM jobs that share the rows; needs the extra slurm
+        slurm_option: option of the SLURM jobs, for example time=720 (minutes, required),
+            partition=gpu or gpus_per_node=1; repeatable
     """
+    from ebmkit.cli.slurm import Job, submit
     from ebmkit.compute import limited_threads, pick_device
     from ebmkit.experiments import EXPERIMENTS, SCALES, ExperimentRuns, describe, experiments_of
     from ebmkit.experiments import reproduce as run_experiment
     from ebmkit.experiments.seeds import parse_seeds
     from ebmkit.registry import find
-    from ebmkit.storage import make_folder
+    from ebmkit.storage import FolderLocked, make_folder
     from ebmkit.training.loop import Stop
 
     if more and not only:
@@ -213,7 +220,12 @@ def reproduce(
         )
     names = [*(only or []), *(more or [])]
     chosen = experiments_of(target, names)
-    pick_device(device)
+    if slurm_option and slurm is None:
+        raise UserError("--slurm-option is for jobs of SLURM: give their number with --slurm")
+    if Job.runs:  # this process is one of the jobs
+        slurm = None
+    if slurm is None:
+        pick_device(device)
     runs = ExperimentRuns(
         out or Path("runs") / f"reproduce-{scale}", find("scale", SCALES, scale), data_dir, device,
         (seed or 0,) if seeds is None else parse_seeds(seeds), precision, _fit_row, console.say,
@@ -222,6 +234,9 @@ def reproduce(
     if show:
         for name in chosen:
             console.say(describe(name, runs))
+        return
+    if slurm is not None:
+        submit(slurm, slurm_option or [], f"ebmkit-{target}", runs.out)
         return
     if target == "all":
         if scale == "full" and imagenet_dir is None:
@@ -232,11 +247,17 @@ def reproduce(
     stop = Stop()
     try:
         with limited_threads(runs.scale.threads), _terminated_as_interrupted(stop):
-            for name in chosen:
-                for path in run_experiment(name, runs, names):
-                    if path.suffix == ".md":
-                        console.say(path.read_text())
-                    console.say(f"written: {path}")
+            for runs.waits in (False, True) if len(chosen) > 1 else (True,):  # for other processes
+                for name in list(chosen):
+                    try:
+                        paths = run_experiment(name, runs, names)
+                    except FolderLocked:  # only without waiting
+                        continue
+                    chosen.remove(name)
+                    for path in paths:
+                        if path.suffix == ".md":
+                            console.say(path.read_text())
+                        console.say(f"written: {path}")
     except (Interrupted, KeyboardInterrupt) as stopped:
         signum = stopped.signal if isinstance(stopped, Interrupted) else stop.signal
         interrupted(f"run the same command to resume {runs.out}", signum or signal.SIGINT)

@@ -75,7 +75,8 @@ def run_fig3(runs: ExperimentRuns, only: Sequence[str]) -> Report:
     linearity = Protocol("fig3", ("linearity",), options=options)
     results = run_grid(runs, GRID, only, lambda v: linearity)
     done = [one for one in results if runs.seed in one.by_seed]
-    spectra = runs.measure(JOINT, Protocol("fig3", ("jacobian",), options=options))
+    jacobian = Protocol("fig3", ("jacobian",), options=options)
+    spectra = runs.share([(JOINT.name, partial(runs.measure, JOINT, jacobian))])[JOINT.name]
     cells = []
     for one in done:
         config = runs.config(one.variant).model.model_dump()["backbone"]

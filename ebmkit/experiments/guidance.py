@@ -79,7 +79,7 @@ from ebmkit.guidance import check_guide, class_energies, guided_model, make_guid
 from ebmkit.models import load, weights_digest
 from ebmkit.randomness import keyed_generator
 from ebmkit.sampling import SAMPLERS, Chains
-from ebmkit.storage import write_atomically
+from ebmkit.storage import FolderLocked, write_atomically
 from ebmkit.storage.hdf5 import open_hdf5, read_attribute
 from ebmkit.storage.reading import read_document, read_json
 from ebmkit.training.config import merge
@@ -235,6 +235,10 @@ class ImageDrawer:
         """Cyclic labels (N,): 0, 1, ..., C - 1, 0, ..."""
         return torch.arange(self.classes * self.per_class) % self.classes
 
+    def path(self, method: GuidanceMethod) -> Path:
+        """The file of the images of ``method``."""
+        return self.folder / f"{re.sub(r'[^0-9a-z.]+', '-', method.name.lower())}.h5"
+
     def stored(self, method: GuidanceMethod, steps: int) -> DrawnImages:
         """Load the images of ``method`` with ``steps`` of DDIM, or draw and store them.
 
@@ -256,7 +260,7 @@ class ImageDrawer:
             "seed": self.seed,
             "digests": [self.digests(network) for network in networks],
         }
-        path = self.folder / f"{re.sub(r'[^0-9a-z.]+', '-', method.name.lower())}.h5"
+        path = self.path(method)
         found = _read(path, settings)
         if found is not None:
             return found
@@ -367,12 +371,17 @@ class _Study:
     ) -> tuple[list[dict[str, Any]], list[VariantResult]]:
         """Descriptions of all networks, and results of the classifiers."""
         documents, classifiers = [], []
+        measured = self.runs.share(
+            (run.named(one.variant), partial(run.measure, one.variant, CLASSIFY))
+            for one in results
+            if isinstance(self._model(one.variant.name), EnergyModel)
+            for run in map(self.runs.at, one.by_seed)
+        )
         for one in results:
-            found: dict[int, dict[str, Any]] = {}
             facts = {k: v for k, v in one.facts.items() if k not in ("data", "measured_by")}
-            if isinstance(self._model(one.variant.name), EnergyModel):
-                for seed in one.by_seed:
-                    found[seed] = self.runs.at(seed).measure(one.variant, CLASSIFY)["classify"]
+            names = {seed: self.runs.at(seed).named(one.variant) for seed in one.by_seed}
+            found = {s: measured[n]["classify"] for s, n in names.items() if n in measured}
+            if found:
                 each = {s: one.facts_by_seed[s] | measured_facts([d]) for s, d in found.items()}
                 classifiers.append(
                     VariantResult(one.variant, facts_by_seed=each, missing=one.missing)
@@ -406,19 +415,25 @@ class _Study:
         options |= {"name": first.name, "beside": beside}
         key = {"options": options, "digests": [self._digest(network.name) for network in chosen]}
         path, stored = self.folder / f"{name}.json", self.folder / f"{name}.key.json"
-        if read_document(stored) != json.loads(json.dumps(key)) or not path.is_file():
-            self.runs.log(f"measuring {name}")
-            evaluate(
-                self._model(first.name),
-                self.runs.images(first, "test"),
-                [name],
-                self.folder,
-                limit=images,
-                seed=self.runs.seed,
-                options={name: options},
-                progress=self.runs.progress,
-            )
-            write_atomically(stored, json.dumps(key).encode())
+
+        def measure() -> None:
+            with self.runs.claimed(path):
+                if read_document(stored) == json.loads(json.dumps(key)) and path.is_file():
+                    return
+                self.runs.log(f"measuring {name}")
+                evaluate(
+                    self._model(first.name),
+                    self.runs.images(first, "test"),
+                    [name],
+                    self.folder,
+                    limit=images,
+                    seed=self.runs.seed,
+                    options={name: options},
+                    progress=self.runs.progress,
+                )
+                write_atomically(stored, json.dumps(key).encode())
+
+        self.runs.share([(name, measure)])
         document: dict[str, Any] = read_json(path)
         for plot in document["pictures"]:
             if Path(plot).name != plot:
@@ -431,13 +446,14 @@ class _Study:
         """Metrics of unguided images by eta and number of steps."""
         if not {DIFFUSION.name, EVALUATION_CLASSIFIER.name} <= self.names:
             return []
-        found = []
+        found, work = {}, []
         for eta in self.amount.etas:
             for steps in self.amount.lengths:
                 method = replace(METHODS[0], name=f"ddim eta {eta:g} steps {steps}", eta=eta)
-                drawn = self._drawn(method, steps)
-                found.append({"eta": eta, "steps": steps} | self._measured(method, drawn, False))
-        return found
+                found[method.name] = {"eta": eta, "steps": steps}
+                work.append((method.name, partial(self._drawn_and_measured, method, steps, False)))
+        measured = self.runs.share(work)
+        return [about | measured[name] for name, about in found.items()]
 
     def classes(self) -> dict[str, Any]:
         """Energies of training images by class under each classifier (RCG figure 4.12)."""
@@ -462,7 +478,7 @@ class _Study:
 
     def methods(self) -> list[dict[str, Any]]:
         """Settings and metrics of each method whose networks are trained."""
-        found = []
+        found, work = {}, []
         for method in METHODS:
             method = method.times(self.amount.strength).with_options(self.amount.options)
             if self.amount.methods and method.name not in self.amount.methods:
@@ -474,18 +490,28 @@ class _Study:
             about = {name: value for name, value in asdict(method).items() if name not in skipped}
             figure = f" (figure {method.figure})" if method.figure else ""
             about["about"] = method.description + figure
-            try:
-                drawn = self._drawn(method, self.amount.steps)
-            except UserError as error:
-                found.append(about | {"stopped": str(error)})
-                continue
-            self.shown[method.name] = drawn.images[: self.test.num_classes]
-            found.append(about | self._measured(method, drawn, True))
-        return found
+            found[method.name] = about
+            work.append((method.name, partial(self._shown_and_measured, method)))
+        measured = self.runs.share(work)
+        return [about | measured[name] for name, about in found.items()]
 
-    def _drawn(self, method: GuidanceMethod, steps: int) -> DrawnImages:
-        self.runs.log(f"drawing: {method.name}")
-        return self.drawing.stored(method, steps)
+    def _shown_and_measured(self, method: GuidanceMethod) -> dict[str, Any]:
+        """Metrics of ``method``, or the reason why its images cannot be drawn."""
+        try:
+            return self._drawn_and_measured(method, self.amount.steps, True)
+        except FolderLocked:
+            raise
+        except UserError as error:
+            return {"stopped": str(error)}
+
+    def _drawn_and_measured(
+        self, method: GuidanceMethod, steps: int, labelled: bool
+    ) -> dict[str, Any]:
+        with self.runs.claimed(self.drawing.path(method)):
+            self.runs.log(f"drawing: {method.name}")
+            drawn = self.drawing.stored(method, steps)
+            self.shown[method.name] = drawn.images[: self.test.num_classes]
+            return self._measured(method, drawn, labelled)
 
     def _measured(
         self, method: GuidanceMethod, drawn: DrawnImages, labelled: bool

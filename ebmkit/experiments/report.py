@@ -7,9 +7,9 @@ its text in Markdown, and plots. Every report states command, data, hardware, ve
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -75,7 +75,8 @@ def run_grid(
     """Train and evaluate the variants named in ``only`` (empty: all); return results of every one.
 
     Each has a run for every seed; all variants run with the first seed before any runs with the
-    next. ``protocol`` returns the evaluation protocol of a variant; None: it is only trained.
+    next. ``protocol`` returns the evaluation protocol of a variant; None: it is only trained. Other
+    processes may run the same grid at the same time: this function returns when all of it is done.
 
     Raises:
         Interrupted: if training is interrupted; the same call resumes it.
@@ -85,9 +86,11 @@ def run_grid(
     chosen = [v.run or v for v in variants if not only or v.name in only]
     owners = {own.folder: own for own in chosen}
     runs.check(list(owners.values()))
-    for one in runs.each_seed():
-        for own in owners.values():
-            one.try_run(own, protocol(own))
+    runs.share(
+        (one.named(own), partial(one.try_run, own, protocol(own)))
+        for one in runs.each_seed()
+        for own in owners.values()
+    )
     return [_result(runs, variant, protocol(variant.run or variant)) for variant in variants]
 
 
@@ -244,5 +247,5 @@ def write(name: str, report: Report, folder: Path) -> list[Path]:
     for file, draw in report.plots.items():
         draw(folder / file)
     for file, source in report.copies.items():
-        shutil.copyfile(source, folder / file)
+        write_atomically(folder / file, source.read_bytes())
     return [*paths, *(folder / file for file in (*report.copies, *report.plots))]

@@ -30,17 +30,22 @@ damaged or of an earlier step is rewritten from the checkpoint; a run whose conf
 checkpoint is unreadable is moved to ``rows/joint.broken-1`` and trained again. A run of another
 configuration is never changed. If a variant cannot be finished, for example because it diverged,
 the reason is in ``rows/NAME.stopped.txt``, and the other variants continue.
+
+Several processes, on several machines with shared storage, may work in one folder: each claims the
+variant that it trains and evaluates (``rows/NAME.claim``, see `ebmkit.storage.claims`).
 """
 
 from __future__ import annotations
 
 import importlib.resources
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from torch import Tensor
@@ -51,7 +56,7 @@ from ebmkit.errors import UserError
 from ebmkit.evaluation import SIGMAS, SUITES, evaluate, parse_options, read_image_values
 from ebmkit.experiments.seeds import format_seeds
 from ebmkit.models import load
-from ebmkit.storage import FolderLocked, held, write_atomically
+from ebmkit.storage import Claim, FolderLocked, make_folder, write_atomically
 from ebmkit.storage.reading import MIB, read_document, read_json, read_text
 from ebmkit.training import RunFolder, TrainConfig, Trainer, resolve
 from ebmkit.training.config import current_names, difference, differences, flat, merge
@@ -173,16 +178,13 @@ class Protocol:
         return document if complete and expected.items() <= document.items() else None
 
 
-@contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
-    """Lock the variant in ``folder`` for training; stale locks are released.
+T = TypeVar("T")
 
-    Raises:
-        FolderLocked: if another process trains it.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with held(folder.parent, "training", name=folder.name):
-        yield
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0
+"""Seconds between attempts to claim work of other processes; each pause doubles the last."""
+
+NOTICE = 300.0
+"""Seconds between messages of a waiting process."""
 
 
 @dataclass
@@ -201,6 +203,7 @@ class ExperimentRuns:
         progress: whether evaluations show progress bars.
         imagenet_dir: folder of ImageNet, for table 2 at full scale.
         inception: file of the Inception weights, for FID; None: those in PyTorch's cache, if any.
+        waits: whether `share` waits for the work of other processes.
         stopped: variants that could not be finished, with the reasons.
     """
 
@@ -215,8 +218,18 @@ class ExperimentRuns:
     progress: bool = False
     imagenet_dir: Path | None = None
     inception: Path | None = None
+    waits: bool = True
     stopped: dict[str, str] = field(default_factory=dict)
     _test: dict[tuple[str, int | None], AnyImages] = field(default_factory=dict)
+    _claims: dict[Path, Claim] = field(default_factory=dict)
+    _old_notes: dict[Path, int | None] | None = None  # times of failures of earlier commands
+
+    def __post_init__(self) -> None:
+        if self._old_notes is None:
+            every = itertools.chain.from_iterable(
+                self.out.glob(pattern) for pattern in ("rows/*.stopped.txt", "rows/*/*.stopped.txt")
+            )
+            self._old_notes = {path: _modified(path) for path in every}
 
     @property
     def seed(self) -> int:
@@ -294,19 +307,80 @@ class ExperimentRuns:
     def _needs_imagenet(self, variant: Variant) -> bool:
         return variant.family == "imagenet" and self.scale.size == "full"
 
+    @contextmanager
+    def claimed(self, path: Path) -> Iterator[None]:
+        """Claim the work on ``path``, for example a run folder, for this process.
+
+        Raises:
+            FolderLocked: if another process works on it; see `share`.
+        """
+        make_folder(path.parent)
+        claim = self._claims.setdefault(path, Claim(path))
+        with claim.held():
+            yield
+
+    def share(self, work: Iterable[tuple[str, Callable[[], T]]]) -> dict[str, T]:
+        """Do all of ``work`` (name, function), together with other processes that do the same.
+
+        What another process works on (the function raises `FolderLocked`) is tried again after the
+        rest, until that process has finished it or died. So a function should only read its result
+        if that is finished. Without `waits`, all functions are tried once.
+
+        Returns:
+            What the functions return, by name.
+
+        Raises:
+            FolderLocked: without `waits`, if other processes work on some of it.
+        """
+        left, found = list(work), dict[str, T]()
+        pause, begun, told = FIRST_PAUSE, time.monotonic(), -math.inf
+        while True:
+            taken: list[tuple[str, Callable[[], T]]] = []
+            reason: FolderLocked | None = None
+            for name, function in left:
+                try:
+                    found[name] = function()
+                except FolderLocked as error:
+                    taken.append((name, function))
+                    reason = error
+            if reason is None:
+                return found
+            if not self.waits:
+                raise reason
+            pause = FIRST_PAUSE if len(taken) < len(left) else min(2 * pause, LONGEST_PAUSE)
+            left, now = taken, time.monotonic()
+            if now >= told + NOTICE:
+                names = ", ".join(name for name, _ in taken)
+                since = f" since {format_seconds(now - begun)}" if told > 0 else ""
+                self.log(f"waiting{since} for {names}: {reason}")
+                told = now
+            time.sleep(pause)
+
     def try_run(self, variant: Variant, protocol: Protocol | None) -> None:
-        """`measure`, or without a protocol `train`; the reason of a failure goes to `stopped`."""
+        """`measure`, or without a protocol `train`; the reason of a failure goes to `stopped`.
+
+        What failed since this object was made, also in another process, is not tried again.
+
+        Raises:
+            FolderLocked: if another process works on ``variant``.
+        """
         note = self._note(variant)
-        note.unlink(missing_ok=True)
-        try:
-            if protocol is None:
-                self.train(variant)
-            else:
-                self.measure(variant, protocol)
-        except UserError as error:
-            self.log(f"{self._named(variant)}: stopped: {error}")
-            self.stopped[self._named(variant)] = str(error)
-            if note.parent.is_dir() and not isinstance(error, FolderLocked):
+        with self.claimed(self.folder(variant)):
+            name = self.named(variant)
+            if _modified(note) not in (None, (self._old_notes or {}).get(note)):
+                self.stopped[name] = self.stop_reason(variant) or "for an unknown reason"
+                return
+            note.unlink(missing_ok=True)
+            try:
+                if protocol is None:
+                    self.train(variant)
+                else:
+                    self.measure(variant, protocol)
+            except FolderLocked:
+                raise
+            except UserError as error:
+                self.log(f"{name}: stopped: {error}")
+                self.stopped[name] = str(error)
                 write_atomically(note, f"{error}\n".encode())
 
     def stop_reason(self, variant: Variant) -> str | None:
@@ -316,7 +390,8 @@ class ExperimentRuns:
         except UserError:
             return None
 
-    def _named(self, variant: Variant) -> str:
+    def named(self, variant: Variant) -> str:
+        """Name of the run of ``variant`` in messages."""
         return f"{variant.name}, seed {self.seed}" if self.seed else variant.name
 
     def _note(self, variant: Variant) -> Path:
@@ -355,13 +430,14 @@ class ExperimentRuns:
         """Train ``variant`` as far as it is not finished; return its run.
 
         Raises:
+            FolderLocked: if another process works on it.
             Interrupted: if training is interrupted; the same call resumes it.
             UserError: if it cannot be trained, or the folder holds another run.
         """
         config, folder = self.config(variant), self.folder(variant)
         if self._state(variant, config) == "finished":
             return RunFolder.open(folder)
-        with exclusive(folder):
+        with self.claimed(folder):
             state = self._state(variant, config)
             if state == "broken":
                 names = (f"{folder.name}.broken-{number}" for number in itertools.count(1))
@@ -374,7 +450,7 @@ class ExperimentRuns:
             run = RunFolder.create(folder, config) if state == "new" else RunFolder.open(folder)
             trainer = assemble(config, run)
             if trainer.step < config.steps:
-                self.fit(trainer, self._named(variant))
+                self.fit(trainer, self.named(variant))
             trainer.save()
         return run
 
@@ -382,14 +458,21 @@ class ExperimentRuns:
         """Train and evaluate ``variant`` if needed; return its documents by suite.
 
         A suite is also repeated if its values by image are needed and missing.
+
+        Raises:
+            FolderLocked, Interrupted, UserError: as `train`.
         """
+        with self.claimed(self.folder(variant)):
+            return self._measure(variant, protocol)
+
+    def _measure(self, variant: Variant, protocol: Protocol) -> dict[str, dict[str, Any]]:
         run = self.train(variant)
         found, model = self._documents(variant, protocol), None
         values = self.image_values(variant, protocol, found)
         incomplete = [n for n, d in found.items() if d is None or values.get(n) == {}]
         for suite in incomplete:
             model = model or load(run.path, device=str(pick_device(self.device)))
-            self.log(f"{self._named(variant)}: measuring {suite}")
+            self.log(f"{self.named(variant)}: measuring {suite}")
             results = evaluate(
                 model,
                 self.images(variant, "test"),
@@ -501,6 +584,14 @@ def _seed_of(folder: Path) -> int:
         return int(RunFolder.open(folder).config()["seed"])
     except (UserError, OSError, LookupError, ValueError, TypeError):
         return 0
+
+
+def _modified(path: Path) -> int | None:
+    """Time of the last change of a file, in ns; None if it does not exist."""
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
 
 
 def _has_field(values: Any, key: str) -> bool:

@@ -9,7 +9,7 @@ released when the holding process ends for any reason. ``.holder.json`` describe
 the error message of a second process. Child processes of the holder (workers that read images)
 share the lock and may outlive the holder by a few seconds; if the holder was on the same machine
 and is dead, a new process waits for them. Locks always work on one machine, and between machines if
-the network file system supports ``flock``.
+the network file system supports ``flock``. `ebmkit.storage.claims` shares work between machines.
 """
 
 from __future__ import annotations
@@ -178,26 +178,22 @@ class FolderLocked(UserError):
 
 
 @contextlib.contextmanager
-def held(
-    folder: Path, what: str, advice: str = "choose another --out", name: str = ""
-) -> Iterator[None]:
-    """Context that holds the lock of ``folder``, or of its part ``name``.
+def held(folder: Path, what: str, advice: str = "choose another --out") -> Iterator[None]:
+    """Context that holds the lock of ``folder``.
 
     Args:
         folder: an existing folder.
         what: activity for the message to other processes, such as "training".
         advice: alternative to waiting, at the end of the error message.
-        name: name of a part of the folder with its own lock, ``NAME.lock``.
 
     Raises:
         FolderLocked: if another process holds the lock; the message names its host, process, start.
         UserError: if the folder is not writable.
     """
-    path = folder / f"{name}.lock"
-    holder = folder / (f".{name}.holder.json" if name else ".holder.json")
+    path, holder = folder / ".lock", folder / ".holder.json"
     lock = FileLock(path)
     with writing(path):
-        _acquire(lock, holder, folder / name, advice)
+        _acquire(lock, holder, folder, advice)
     try:
         with writing(holder):
             replace_file(holder, json.dumps(_self(what)).encode())

@@ -13,6 +13,7 @@ from PIL import Image
 
 import ebmkit
 from ebmkit.cli.tools import tables
+from ebmkit.storage import Claim
 
 pytestmark = pytest.mark.usefixtures("count_memory_once", "few_resamples")
 
@@ -197,6 +198,22 @@ def test_ctrl_c_saves_prints_the_resume_command_and_exits_with_130(tmp_path):
     assert "ebmkit train --resume run" in stopped.stdout
     assert "Traceback" not in stopped.stderr
     assert list((tmp_path / "run" / "checkpoints").glob("step-*.pt"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_reproduce_that_waits_for_another_process_can_be_stopped(
+    tmp_path, monkeypatch, signum, code
+):
+    monkeypatch.setattr("time.sleep", lambda seconds: os.kill(os.getpid(), signum))
+    command = ("reproduce", "table3", "--scale", "smoke", "--only", "joint", "--out", "out")
+    (tmp_path / "out/rows").mkdir(parents=True)
+    with Claim(tmp_path / "out/rows/joint").held():
+        stopped = ebmkit_command(*command, cwd=tmp_path)
+    assert stopped.returncode == code, stopped.stderr
+    assert f"waiting for joint: process {os.getpid()}" in stopped.stdout
+    assert "run the same command to resume out" in stopped.stdout
+    assert not (tmp_path / "out/table3.md").exists()
 
 
 @pytest.mark.slow

@@ -19,7 +19,6 @@ from ebmkit.experiments.guidance import (
     ImageDrawer,
     _Study,
 )
-from ebmkit.experiments.runs import exclusive
 from ebmkit.guidance import make_guidance
 from ebmkit.models import create_denoiser, create_model
 from ebmkit.randomness import keyed_generator
@@ -69,11 +68,6 @@ def test_radius_of_kawar_s_classifier_is_half_a_unit_of_x_t():
         own = ExperimentRuns(Path("out"), scale).config(kawar).terms.adv
         assert own.variance_preserving
         assert (2 * own.eps, own.norm) == (0.5, "l2")
-
-
-def test_rows_with_dots_in_their_names_have_separate_locks(tmp_path):
-    with exclusive(tmp_path / "robust-0.25"), exclusive(tmp_path / "robust-0.5"):
-        assert {p.name for p in tmp_path.glob("*.lock")} == {"robust-0.25.lock", "robust-0.5.lock"}
 
 
 def test_networks_share_no_folder_with_other_experiments():

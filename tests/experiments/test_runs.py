@@ -2,8 +2,12 @@
 
 import json
 import os
+import pickle
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -20,9 +24,9 @@ from ebmkit.experiments import (
     write,
 )
 from ebmkit.experiments.report import run_grid
-from ebmkit.experiments.runs import exclusive
 from ebmkit.experiments.tables import run_table, table_text
 from ebmkit.models.saving import weights_file
+from ebmkit.storage import Claim, FolderLocked
 from ebmkit.training import RunFolder
 
 pytestmark = pytest.mark.usefixtures("count_memory_once")
@@ -206,11 +210,11 @@ def test_weights_of_an_earlier_step_are_replaced_from_the_checkpoint(finished_ru
     assert load(folder).card.steps == 4
 
 
-def test_locked_row_is_not_trained(finished_runs, log):
-    with exclusive(finished_runs.folder(ROW)):
+def test_claimed_row_is_not_trained(finished_runs, log):
+    with Claim(finished_runs.folder(ROW)).held():
         finished_runs.train(ROW)  # finished: only read
         (finished_runs.folder(ROW) / "model.safetensors").unlink()
-        with pytest.raises(UserError, match=rf"process {os.getpid()} on .* has been training"):
+        with pytest.raises(FolderLocked, match=rf"process {os.getpid()} on .* works on .*joint"):
             finished_runs.train(ROW)
     finished_runs.train(ROW)
 
@@ -388,3 +392,128 @@ def test_row_beyond_available_memory_is_refused(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="memory"):
         runs.check([ROW])
     assert not (tmp_path / "rows").exists()
+
+
+# --- several processes ---------------------------------------------------------------------------
+
+WORKER = """
+import pickle, sys, time
+from pathlib import Path
+from ebmkit.experiments import ExperimentRuns, write
+from ebmkit.experiments.tables import run_table
+
+out, hangs = Path(sys.argv[1]), sys.argv[2] == "hangs"
+scale, table = pickle.loads((out / "work.pickle").read_bytes())
+
+def fit(trainer, name):
+    print("trained", name, flush=True)
+    save = trainer.save
+    def save_and_hang(*given, **named):
+        save(*given, **named)
+        print("saved", flush=True)
+        time.sleep(60)
+    if hangs:
+        trainer.save = save_and_hang
+    time.sleep(0.5)
+    trainer.fit()
+
+runs = ExperimentRuns(out, scale, fit=fit, log=lambda sentence: print(sentence, flush=True))
+print("ready", flush=True)
+sys.stdin.readline()
+write(table.name, run_table(table, runs), out)
+print("report", (out / "table3.md").read_bytes(), flush=True)
+"""
+
+
+def start_worker(out, behaviour="works"):
+    command = [sys.executable, "-c", WORKER, str(out), behaviour]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, text=True, **pipes)
+
+
+def give_work(out, rows):
+    table = replace(TABLES["table3"], variants=rows, orderings=())
+    (out / "work.pickle").write_bytes(pickle.dumps((TINY, table)))
+
+
+@pytest.mark.slow
+def test_processes_share_the_rows_and_write_the_same_report(tmp_path):
+    layers = [{"objective": "ce+dsm", "optimizer": {"lr": 1e-3 / n}} for n in range(1, 6)]
+    rows = tuple(replace(ROW, name=f"row-{n}", layer=layer) for n, layer in enumerate(layers))
+    give_work(tmp_path, rows)
+    workers = [start_worker(tmp_path) for _ in range(3)]
+    for worker in workers:
+        assert worker.stdout.readline() == "ready\n"
+    for worker in workers:
+        worker.stdin.write("go\n")
+        worker.stdin.flush()
+    ended = [worker.communicate(timeout=900) for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0, 0], ended
+    lines = [output.splitlines() for output, _ in ended]
+    trained = [line for own in lines for line in own if line.startswith("trained")]
+    measured = [line for own in lines for line in own if ": measuring" in line]
+    assert sorted(trained) == [f"trained row-{n}" for n in range(5)]
+    assert len(measured) == len(set(measured)) == 10
+    assert sum(any(line.startswith("trained") for line in own) for own in lines) > 1
+    assert len({own[-1] for own in lines}) == 1
+    assert "not run yet" not in (tmp_path / "table3.md").read_text()
+    assert not list(tmp_path.glob("rows/*.claim"))
+
+
+@pytest.mark.slow
+def test_row_of_a_killed_process_resumes_bit_identically(runs, log, finished_folder):
+    give_work(runs.out, (ROW,))
+    worker = start_worker(runs.out, "hangs")
+    worker.stdin.write("go\n")
+    worker.stdin.flush()
+    assert [worker.stdout.readline() for _ in range(3)] == ["ready\n", "trained joint\n", "saved\n"]
+    with pytest.raises(FolderLocked, match=rf"process {worker.pid} on .* works on .*joint"):
+        runs.try_run(ROW, PROTOCOL)
+    worker.kill()
+    worker.communicate()
+    runs.share([("joint", partial(runs.try_run, ROW, PROTOCOL))])
+    assert log.trained == [("joint", 2)]
+    state, expected = (load(out / "rows/joint").state_dict() for out in (runs.out, finished_folder))
+    assert all(torch.equal(state[name], expected[name]) for name in expected)
+
+
+@pytest.mark.slow
+def test_row_that_failed_in_another_process_is_tried_again_only_by_a_later_command(runs, log):
+    row = replace(ROW, layer=DIVERGING)
+    waiting = ExperimentRuns(runs.out, TINY, fit=log.fit)
+    runs.try_run(row, None)
+    assert [name for name, _ in log.trained] == ["joint"]
+    waiting.try_run(row, None)
+    assert waiting.stopped == runs.stopped != {}
+    assert len(log.trained) == 1
+    ExperimentRuns(runs.out, TINY, fit=log.fit).try_run(row, None)
+    assert len(log.trained) == 2
+
+
+def test_taken_work_is_done_last_and_waited_for(runs, log, monkeypatch):
+    done, attempts, pauses = [], iter([FolderLocked("by 7"), FolderLocked("by 7"), None]), []
+
+    def taken_twice():
+        error = next(attempts)
+        if error:
+            raise error
+        done.append("a")
+        return 1
+
+    monkeypatch.setattr("time.sleep", pauses.append)
+    found = runs.share([("a", taken_twice), ("b", lambda: done.append("b"))])
+    assert found == {"a": 1, "b": None}
+    assert done == ["b", "a"]
+    assert log == ["waiting for a: by 7"]
+    assert pauses == [0.1, 0.2]
+
+
+def test_without_waiting_the_free_work_is_done_once(runs):
+    done, runs.waits = [], False
+
+    def taken():
+        raise FolderLocked("by 7")
+
+    with pytest.raises(FolderLocked, match="by 7"):
+        runs.share([("a", taken), ("b", lambda: done.append("b"))])
+    assert done == ["b"]

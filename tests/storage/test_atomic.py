@@ -156,16 +156,6 @@ def test_lock_is_effective_with_an_invalid_holder_file(tmp_path, monkeypatch, co
             pass
 
 
-def test_parts_of_a_folder_have_separate_locks(tmp_path):
-    with (
-        held(tmp_path, "training", name="a"),
-        held(tmp_path, "training", name="b"),
-        pytest.raises(FolderLocked, match="/a' since"),
-        held(tmp_path, "training", name="a"),
-    ):
-        pass
-
-
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_error_names_a_folder_without_write_permission(tmp_path):
     tmp_path.chmod(0o500)
