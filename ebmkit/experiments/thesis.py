@@ -77,7 +77,7 @@ from ebmkit.plots import annotate, image_rows, look, new_figure, save_figure
 from ebmkit.randomness import keyed_generator
 from ebmkit.sampling import DDIM, denoiser_of, noise_predictor_of
 from ebmkit.sampling.diffusion import Variance
-from ebmkit.sampling.jobs.job import STATE, JobFolder, Record, batch_name, run_chains
+from ebmkit.sampling.jobs.chains import STATE, JobFolder, Record, batch_name, run_chains
 from ebmkit.storage import write_atomically
 from ebmkit.storage.atomic import replacing
 from ebmkit.storage.reading import read_document
@@ -126,14 +126,14 @@ class UnguidedSampler:
         """The sampler of ``model``, which must have a schedule."""
         schedule = model.schedule
         assert schedule is not None
-        quadratic = self.spacing == "quadratic"
-        select = (
-            quadratic_timesteps if quadratic else partial(Schedule.timesteps, spacing="leading")
-        )
+        if self.spacing == "quadratic":
+            timesteps = quadratic_timesteps(schedule, self.steps)
+        else:
+            timesteps = schedule.timesteps(self.steps, "leading")
         return DDIM(
             noise_predictor_of(denoiser_of(model), schedule),
             schedule,
-            select(schedule, self.steps),
+            timesteps,
             self.eta,
             self.clip,
             self.rederive,
