@@ -126,14 +126,14 @@ class UnguidedSampler:
         """The sampler of ``model``, which must have a schedule."""
         schedule = model.schedule
         assert schedule is not None
-        quadratic = self.spacing == "quadratic"
-        select = (
-            quadratic_timesteps if quadratic else partial(Schedule.timesteps, spacing="leading")
-        )
+        if self.spacing == "quadratic":
+            timesteps = quadratic_timesteps(schedule, self.steps)
+        else:
+            timesteps = schedule.timesteps(self.steps, "leading")
         return DDIM(
             noise_predictor_of(denoiser_of(model), schedule),
             schedule,
-            select(schedule, self.steps),
+            timesteps,
             self.eta,
             self.clip,
             self.rederive,
@@ -369,7 +369,7 @@ def _measured(
             "comparable": is_comparable(extractor.kind, unguided.test.name, size.count),
         }
         of = len(runs.images(DIFFUSION, "test"))
-        data = f"{unguided.test.name}, {len(unguided.test):,} of {of:,} test images"
+        data = f"{unguided.test.name}, {len(unguided.test):,} of {of:,} test images (samples)"
         results = [_with_data(result, data) for result in results]
     else:
         results = []
@@ -403,8 +403,8 @@ def _head(document: Mapping[str, Any], what: str) -> list[str]:
     else:
         lines.append(
             f"{what} in features of the evaluation classifier "
-            f"({percent(accuracy, '{:.1f}')} % right): comparable within this table alone, and not "
-            "with the thesis's values, which are of Inception features (`--inception`)."
+            f"(accuracy {percent(accuracy, '{:.1f}')} %), comparable within this table alone, and "
+            "not with the thesis's values, which are of Inception features (`--inception`)."
         )
     if document["comparable"]:
         lines.append("In brackets the thesis's values.")
@@ -475,13 +475,13 @@ def _cells(row: Mapping[str, Any], names: Sequence[str], theirs: Mapping[str, fl
     return [*cells, "" if seconds is None else f"{seconds / count:.2g}"]
 
 
-SHOWN = 48
+SHOWN = 20
 """Number of images of each sampler in the plot."""
 
 
 def _draw_samples(shown: Mapping[str, Tensor], path: Path) -> None:
     """Images of each sampler side by side, as in RCG figure 4.2."""
-    columns = 8
+    columns = 5
     blocks = [[(image.float() / 255, "") for image in images] for images in shown.values()]
     rows = [
         [cell for block in blocks for cell in block[k : k + columns]]
@@ -557,6 +557,8 @@ def _draw_table21(document: Mapping[str, Any], path: Path) -> None:
     )
     axes.set_xscale("log")
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     lengths = sorted({row["steps"] for row in done})
     axes.set_xticks(lengths, [str(steps) for steps in lengths])
     axes.set_xticks([], minor=True)

@@ -21,10 +21,11 @@ from torch import Tensor
 
 from ebmkit.analytic import GaussianMixture
 from ebmkit.compute import environment
+from ebmkit.energy import Noise
 from ebmkit.experiments.report import Experiment, Report, table_lines, text_of
 from ebmkit.experiments.runs import ExperimentRuns, read_data
 from ebmkit.guidance import parse_schedule
-from ebmkit.noise import Schedule, make_schedule
+from ebmkit.noise import Schedule, make_schedule, require_sigma
 from ebmkit.plots import (
     BLUE,
     GRAY,
@@ -77,8 +78,9 @@ def langevin_on_mixture(
     sigmas = geometric_sigmas(HIGHEST, LOWEST, levels)
     config = AnnealedConfig(steps=levels * INNER, inner=INNER, rate=RATE)
 
-    def score(y: Tensor, sigma: Any = None) -> Tensor:
-        """Tweedie's formula in closed form, as derivatives would take ten times as long."""
+    def score(y: Tensor, sigma: Noise | None = None) -> Tensor:
+        """Tweedie's formula, with the denoiser in closed form: no derivatives."""
+        sigma = require_sigma(sigma)
         found: Tensor = (mixture.posterior_mean(y, sigma) - y) / sigma**2
         return found
 
