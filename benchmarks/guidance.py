@@ -89,8 +89,6 @@ def amount(name: str, under: str) -> StudySize:
     return replace(
         AMOUNTS[under],
         **more,
-        etas=(0.0, 0.2, 0.5, 1.0),
-        lengths=(10, 20, 50, 100),
         path={"step": 50},
         grid={"images": 360 if name == "digits" else 1000},
         path_images=None if name == "digits" else 2000,

@@ -19,6 +19,7 @@ from ebmkit.evaluation.suite import number
 from ebmkit.experiments.report import (
     Experiment,
     Report,
+    VariantResult,
     circumstances,
     mean_and_deviation,
     percent,
@@ -34,6 +35,14 @@ from ebmkit.storage.reading import read_document
 
 ATTACKED = (*(TABLES["table1"].variant(name) for name in ("resnet18", "gradresnet-ce")), JEM, JOINT)
 """The networks of ``fig4``."""
+
+PARTS = {
+    "fig4": "Direct attacks",
+    "fig4-map": "Defences, and attack strength against noise level",
+    "fig4-autoattack": "AutoAttack",
+}
+"""Parts of ``fig4``, each on its own number of images: options of the suite ``robustness`` in
+``scales.yaml``. A scale without options of a part leaves it out."""
 
 
 def run_fig1(runs: ExperimentRuns, only: Sequence[str]) -> Report:
@@ -131,34 +140,46 @@ def _fig3_text(report: Mapping[str, Any]) -> str:
 
 
 def run_fig4(runs: ExperimentRuns, only: Sequence[str]) -> Report:
-    """Figure 4: accuracy against attack strength."""
+    """Figure 4: accuracy against attack strength, in the `PARTS` of the scale."""
     from ebmkit.evaluation.robustness import plot_comparison
 
-    options = runs.scale.options
+    parts = {name: own for name in PARTS if (own := runs.scale.options.get(name))}
+    found: dict[str, list[VariantResult]] = {}
+    for part, options in parts.items():
 
-    def protocol(variant: Variant) -> Protocol:
-        """The joint network is also evaluated with denoising as a defence."""
-        own = dict(options["robustness"])
-        if variant.task == "joint":
-            own |= {"defences": ["direct", "noise", "denoise"]}
-        return Protocol("fig4", ("robustness",), options={**options, "robustness": own})
+        def protocol(
+            variant: Variant, part: str = part, options: Mapping[str, Any] = options
+        ) -> Protocol:
+            """Protocol of this part; the joint network is also defended by denoising."""
+            own = dict(options)
+            if variant.task == "joint" and "defences" not in own:
+                own["defences"] = ["direct", "noise", "denoise"]
+            return Protocol(part, ("robustness",), options={"robustness": own})
 
-    results = [r for r in run_grid(runs, ATTACKED, only, protocol) if r.status == "done"]
+        found[part] = [r for r in run_grid(runs, ATTACKED, only, protocol) if r.status == "done"]
     documents = {
-        f"{one.variant.label} ({one.variant.task})": _over_seeds(
-            [found["robustness"] for found in one.by_seed.values()]
-        )
-        for one in results
+        part: {
+            f"{one.variant.label} ({one.variant.shown_task})": _over_seeds(
+                [documents["robustness"] for documents in one.by_seed.values()]
+            )
+            for one in results
+        }
+        for part, results in found.items()
     }
+    results = found["fig4"]
     about = circumstances(runs, "fig4", results, first_seed_shown=True)
-    several = any("seeds" in document for document in documents.values())
+    several = any("seeds" in document for document in documents["fig4"].values())
     bands = "standard deviation over seeds" if several else "95 %"
-    plots = {"fig4.png": partial(plot_comparison, documents, bands=bands)}
-    name = "evaluation/fig4/robustness-map.png"
-    maps = {f"fig4-map-{r.variant.name}.png": runs.folder(r.variant) / name for r in results}
-    maps = {name: path for name, path in maps.items() if path.exists()}
-    text = _fig4_text(documents, about["notes"])
-    return Report({"documents": documents, **about}, text, plots, maps)
+    plots = {"fig4.png": partial(plot_comparison, documents["fig4"], bands=bands)}
+    if documents.get("fig4-map"):
+        plots["fig4-defences.png"] = partial(plot_comparison, documents["fig4-map"], bands=bands)
+    maps = {
+        f"fig4-map-{one.variant.name}.png": path
+        for part, some in found.items()
+        for one in some
+        if (path := runs.folder(one.variant) / f"evaluation/{part}/robustness-map.png").exists()
+    }
+    return Report(documents | about, _fig4_text(documents, about["notes"]), plots, maps)
 
 
 def _over_seeds(documents: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -178,33 +199,48 @@ def _over_seeds(documents: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {**documents[0], "curves": curves, "seeds": len(documents)}
 
 
-def _fig4_text(documents: Mapping[str, dict[str, Any]], notes: Sequence[str]) -> str:
+def _fig4_text(documents: Mapping[str, Mapping[str, dict[str, Any]]], notes: Sequence[str]) -> str:
     lines: list[str] = []
-    for name, document in documents.items():
-        seeds = document.get("seeds")
-        spread = f"± standard deviation over {seeds} seeds" if seeds else "(95 % interval)"
-        lines += [
-            f"{name}, the first {document['images']} of {document['of']:,} {document['split']} "
-            f"images, accuracy in % {spread}:",
-            "",
-        ]
-        for norm, curves in document["curves"].items():
-            strengths = document["epsilons"][norm]
-            shown = [in_255ths(e) + "/255" if norm == "linf" else f"{e:g}" for e in strengths]
-            rows = ([defence, *map(percent, curve)] for defence, curve in curves.items())
-            lines += [*table_lines([norm, *shown], rows), ""]
-        for key, defence in document["defences"].items():
-            lines.append(f"- {key}: {defence['about']}")
-        lines += [f"- warning: {warning}" for warning in document["warnings"]]
-        options = document["options"]
-        size = options["stepsize"] or max(STEPSIZE, 2.5 / options["steps"])
-        lines += [
-            f"- attack: PGD, {options['steps']} steps of {size:g} of the strength, "
-            f"{options['restarts']} random start(s); where noise is added, gradients over "
-            f"{options['eot']} draws and labels over {options['draws']}",
-            "",
-        ]
+    for part, by_network in documents.items():
+        lines += [f"### {PARTS[part]}", ""]
+        for name, document in by_network.items():
+            lines += _attacked_lines(name, document)
     return text_of("Figure 4: accuracy under attack (CDN figure 4)", lines, notes)
+
+
+def _attacked_lines(name: str, document: Mapping[str, Any]) -> list[str]:
+    """Results of one network: curves by norm and defence, AutoAttack, and settings."""
+    seeds = document.get("seeds")
+    spread = f"± standard deviation over {seeds} seeds" if seeds else "(95 % interval)"
+    lines = [
+        f"{name}, the first {document['images']} of {document['of']:,} {document['split']} "
+        f"images, accuracy in % {spread}:",
+        "",
+    ]
+    for norm, curves in document["curves"].items():
+        strengths = document["epsilons"][norm]
+        shown = [in_255ths(e) + "/255" if norm == "linf" else f"{e:g}" for e in strengths]
+        rows = ([defence, *map(percent, curve)] for defence, curve in curves.items())
+        lines += [*table_lines([norm, *shown], rows), ""]
+    for key, defence in document["defences"].items():
+        lines.append(f"- {key}: {defence['about']}")
+    for norm, checks in document["checks"].items():
+        for key, check in checks.items():
+            if "autoattack" in check:
+                strength = check["epsilon"]
+                at = f"{in_255ths(strength)}/255" if norm == "linf" else f"{strength:g}"
+                share = percent(check["autoattack"])
+                lines.append(f"- AutoAttack against {key}, {norm} {at}: {share} % accuracy")
+    lines += [f"- warning: {warning}" for warning in document["warnings"]]
+    options = document["options"]
+    size = options["stepsize"] or max(STEPSIZE, 2.5 / options["steps"])
+    return [
+        *lines,
+        f"- attack: PGD, {options['steps']} steps of {size:g} of the strength, "
+        f"{options['restarts']} random start(s); where noise is added, gradients over "
+        f"{options['eot']} draws and labels over {options['draws']}",
+        "",
+    ]
 
 
 FIGURE_EXPERIMENTS = {

@@ -146,8 +146,6 @@ class StudySize:
     steps: int  # steps of DDIM
     strength: float  # factor of the guidance scales
     real: int  # maximum number of test images to compare with
-    etas: Sequence[float]  # values of eta in the DDIM table
-    lengths: Sequence[int]  # numbers of steps in the DDIM table
     path: Mapping[str, Any]  # settings of the suite ``diffusion-path``
     grid: Mapping[str, Any]  # settings of the suite ``robustness-grid``
     path_images: int | None = None  # test images of the suite ``diffusion-path``
@@ -187,7 +185,6 @@ def run_guidance(
         "networks": networks,
         "grid": study.suite("robustness-grid", ON_GRID, dict(amount.grid), None),
         "path": study.suite("diffusion-path", ON_PATH, dict(amount.path), amount.path_images),
-        "ddim": study.ddim(),
         "ways": study.methods(),
         "classes": study.classes(),
         "amount": {
@@ -441,19 +438,6 @@ class _Study:
             if plot != "class-energies.png":  # of test images
                 self.copies[f"guidance-{plot}"] = self.folder / plot
         return document
-
-    def ddim(self) -> list[dict[str, Any]]:
-        """Metrics of unguided images by eta and number of steps."""
-        if not {DIFFUSION.name, EVALUATION_CLASSIFIER.name} <= self.names:
-            return []
-        found, work = {}, []
-        for eta in self.amount.etas:
-            for steps in self.amount.lengths:
-                method = replace(METHODS[0], name=f"ddim eta {eta:g} steps {steps}", eta=eta)
-                found[method.name] = {"eta": eta, "steps": steps}
-                work.append((method.name, partial(self._drawn_and_measured, method, steps, False)))
-        measured = self.runs.share(work)
-        return [about | measured[name] for name, about in found.items()]
 
     def classes(self) -> dict[str, Any]:
         """Energies of training images by class under each classifier (RCG figure 4.12)."""

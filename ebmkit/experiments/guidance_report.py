@@ -28,8 +28,6 @@ from ebmkit.plots import (
 _DATA = read_data("guidance.yaml")
 GROUPS: dict[str, str] = _DATA["groups"]
 """Titles of the groups of methods."""
-TABLE_2_1: dict[float, dict[int, float]] = _DATA["table_2_1"]
-"""FID of DDIM on CIFAR-10 by eta and steps (RCG table 2.1, of Song et al. 2021)."""
 COLUMNS = (
     "s", "eta", "clip", "recognised", "distance (real)", "diversity", "saturated", "gap", "time",
 )  # fmt: skip
@@ -58,7 +56,6 @@ def guidance_text(report: Mapping[str, Any]) -> str:
     sections: tuple[tuple[str, str, Callable[[Any], list[str]]], ...] = (
         ("grid", "Robust accuracy (RCG table 4.1)", _grid),
         ("path", "Along the diffusion (RCG figures 4.5, 4.6, 4.9)", _path),
-        ("ddim", "DDIM: eta and steps (RCG table 2.1)", _ddim),
         ("ways", "Guidance methods", partial(_methods, report["amount"])),
     )
     for key, title, section in sections:
@@ -104,22 +101,6 @@ def _path(document: Mapping[str, Any]) -> list[str]:
         "*Chance from*: the first timestep measured at which the interval reaches chance.",
         "",
         *table_lines(["network", "clean", *heads, dark, "chance from: x_t", "y"], rows),
-    ]
-
-
-def _ddim(cells: Sequence[Mapping[str, Any]]) -> list[str]:
-    lengths, rows = sorted({cell["steps"] for cell in cells}), []
-    for eta in sorted({cell["eta"] for cell in cells}):
-        own = {cell["steps"]: cell for cell in cells if cell["eta"] == eta}
-        theirs = TABLE_2_1.get(eta, {})
-        values = [f"{own[s]['frechet']['value']:.3g} ({theirs.get(s, '-')})" for s in lengths]
-        rows.append([f"{eta:g}", *values])
-    return [
-        f"Frechet distance in features of the evaluation classifier, of {cells[0]['count']} "
-        f"unguided images (of as many real ones: {cells[0]['floor']['frechet']:.3g}), comparable "
-        "within this table alone; in brackets the thesis's FID of a converged model.",
-        "",
-        *table_lines(["eta", *(f"{steps} steps" for steps in lengths)], rows, left=0),
     ]
 
 

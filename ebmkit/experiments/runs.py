@@ -143,6 +143,11 @@ class Variant:
     only_at: tuple[str, ...] = ()
 
     @property
+    def shown_task(self) -> str:
+        """The task in reports: classification, denoising or joint (JEM is joint)."""
+        return "joint" if self.task == "jem" else self.task
+
+    @property
     def folder(self) -> str:
         """The run's folder below ``rows``; guidance has its own, as its names are not unique."""
         if self.run is not None:

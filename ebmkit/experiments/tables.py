@@ -230,7 +230,7 @@ def table_document(
         {
             "name": one.variant.name,
             "label": one.variant.label,
-            "task": "joint" if one.variant.task == "jem" else one.variant.task,
+            "task": one.variant.shown_task,
             "status": one.status,
             "seeds": list(one.by_seed),
             "missing_seeds": {str(seed): reason for seed, reason in one.missing.items()},

@@ -60,7 +60,6 @@ EMPTY = {
     "networks": [],
     "grid": None,
     "path": None,
-    "ddim": [],
     "ways": [],
     "amount": {},
     "dataset": "digits",
