@@ -171,8 +171,6 @@ def run_fig4(runs: ExperimentRuns, only: Sequence[str]) -> Report:
     several = any("seeds" in document for document in documents["fig4"].values())
     bands = "standard deviation over seeds" if several else "95 %"
     plots = {"fig4.png": partial(plot_comparison, documents["fig4"], bands=bands)}
-    if documents.get("fig4-map"):
-        plots["fig4-defences.png"] = partial(plot_comparison, documents["fig4-map"], bands=bands)
     maps = {
         f"fig4-map-{one.variant.name}.png": path
         for part, some in found.items()
