@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import runpy
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,10 +26,8 @@ class Job:
 
     def __call__(self) -> None:
         """Run the command in this process, which exits."""
-        from ebmkit.cli import main
-
         Job.runs, sys.argv[1:] = True, self.arguments
-        main()
+        runpy.run_module("ebmkit", run_name="__main__")
 
     def checkpoint(self) -> Any:
         """What submitit puts into the queue when the job reaches its time limit: the same job."""

@@ -3,7 +3,7 @@
 A cell is "ours (the paper's)"; a dash means that the paper has no value. Over several seeds, ours
 is the mean with the sample standard deviation. A variant that was not run shows its status. The
 report also states for each ordering in the paper whether it holds here, by the paired tests over
-seeds and images of `ebmkit.experiments.comparison`; an ordering that they do not resolve is open.
+seeds and images of `ebmkit.experiments.seeds`; an ordering that they do not resolve is open.
 
 Table 1 has additional rows. Denoisers differ in their knowledge of the noise level (Tweedie's
 formula needs sigma, a blind DnCNN does not), so there are rows for GradResNet with its own estimate
@@ -29,7 +29,6 @@ from numpy.typing import NDArray
 from ebmkit.errors import UserError
 from ebmkit.evaluation import SIGMAS
 from ebmkit.evaluation.suite import number
-from ebmkit.experiments.comparison import compare, p_value, rule
 from ebmkit.experiments.report import (
     Experiment,
     Report,
@@ -43,6 +42,7 @@ from ebmkit.experiments.report import (
     text_of,
 )
 from ebmkit.experiments.runs import ExperimentRuns, Protocol, Variant, read_data
+from ebmkit.experiments.seeds import compare, p_value, rule
 from ebmkit.noise import in_255ths
 from ebmkit.plots import BLUE, GRAY, ORANGE, annotate, look, new_figure, save_figure
 from ebmkit.registry import find
@@ -288,7 +288,7 @@ def difference(a: VariantResult, b: VariantResult, metric: str) -> dict[str, Any
     Returns:
         ``ours``, the mean difference over the ``seeds`` that both have; the number of ``images``
         (None: values by image are missing); and the fields of
-        `ebmkit.experiments.comparison.Comparison.document`.
+        `ebmkit.experiments.seeds.PairedComparison.document`.
     """
     own, other = (
         {seed: own[metric]["value"] for seed, own in figures_by_seed(one).items() if metric in own}

@@ -274,7 +274,7 @@ Guidances = Guidance | Sequence[Guidance]
 Active = list[tuple[Guidance, Any]]  # with its weight s w, a float or (B,)
 
 
-class Term(NamedTuple):
+class GuidanceTerm(NamedTuple):
     """What guidance adds to a log-density, (B,), and to the score, (B, ...)."""
 
     log_density: Tensor
@@ -287,7 +287,7 @@ def guidance_term(
     sigma: Noise | None,
     x0_hat: Tensor | None = None,
     product: Callable[[Tensor], Tensor] | None = None,
-) -> Term:
+) -> GuidanceTerm:
     """Sum of the terms of the guidances of `active_guidances`, which are one or more.
 
     ``x0_hat`` and ``product`` are as in `Guidance.value_and_gradient`.
@@ -297,7 +297,7 @@ def guidance_term(
         value, gradient = guidance.value_and_gradient(y, sigma, x0_hat, product)
         values.append(weight * value)
         gradients.append(per_image(weight, y) * gradient)
-    return Term(sum(values[1:], values[0]), sum(gradients[1:], gradients[0]))
+    return GuidanceTerm(sum(values[1:], values[0]), sum(gradients[1:], gradients[0]))
 
 
 def active_guidances(guidance: Guidances, sigma: Noise | None) -> Active:
@@ -389,7 +389,7 @@ def guided_noise(
 
 def _guided(
     score: ScoreFunction, y: Tensor, sigma: Noise | None, active: Active
-) -> tuple[Tensor, Term | None]:
+) -> tuple[Tensor, GuidanceTerm | None]:
     """The guided score at ``y``, and the term in it; None if no guidance is ``active``."""
     if not active:
         return score(y, sigma), None

@@ -1,7 +1,7 @@
 """Training objectives: their requirements, their losses, and the sum of several objectives.
 
 A new objective needs a module in this package, or in a plugin, and an entry in
-`ebmkit.objectives.table`.
+`ebmkit.objectives.loss`.
 """
 
 from ebmkit.objectives.base import (
@@ -13,14 +13,15 @@ from ebmkit.objectives.base import (
     Scale,
 )
 from ebmkit.objectives.loss import (
+    ALIASES,
     BALANCE,
+    OBJECTIVES,
     Losses,
     Term,
     TermSettings,
     TrainingLoss,
     parse_objective,
 )
-from ebmkit.objectives.table import ALIASES, OBJECTIVES
 
 __all__ = [
     "ALIASES",

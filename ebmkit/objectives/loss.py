@@ -45,6 +45,7 @@ from ebmkit.energy import (
 )
 from ebmkit.errors import UserError
 from ebmkit.noise import parse_fraction
+from ebmkit.objectives.adversarial import ADV, TRADES
 from ebmkit.objectives.base import (
     ModelOutput,
     Objective,
@@ -53,11 +54,16 @@ from ebmkit.objectives.base import (
     RunContext,
     Scale,
 )
-from ebmkit.objectives.table import ALIASES, OBJECTIVES
-from ebmkit.registry import find
+from ebmkit.objectives.classification import CE
+from ebmkit.objectives.diffusion import DDPM
+from ebmkit.objectives.likelihood import CML, ML
+from ebmkit.objectives.score_matching import ISM, denoising
+from ebmkit.registry import Table, find
 
 __all__ = [
+    "ALIASES",
     "BALANCE",
+    "OBJECTIVES",
     "Losses",
     "Term",
     "TermSettings",
@@ -65,6 +71,28 @@ __all__ = [
     "check_labels",
     "parse_objective",
 ]
+
+OBJECTIVES: dict[str, Objective] = Table(
+    "objective",
+    {
+        "ce": CE,
+        "adv": ADV,
+        "trades": TRADES,
+        "dsm": denoising(),
+        "dsm-mean": denoising(Scale.MEAN),
+        "dsm-sum": denoising(Scale.SUM),
+        "cdsm": denoising(conditional=True),
+        "cdsm-mean": denoising(Scale.MEAN, conditional=True),
+        "cdsm-sum": denoising(Scale.SUM, conditional=True),
+        "ml": ML,
+        "cml": CML,
+        "ism": ISM,
+        "ddpm": DDPM,
+    },
+)
+
+ALIASES: dict[str, tuple[str, ...]] = {"jem": ("ce", "ml")}
+"""Short names of sums of objectives."""
 
 BALANCE = 2.0
 """lambda of the balanced form; docs/concepts/balance.md describes how it was chosen."""
