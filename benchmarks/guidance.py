@@ -32,28 +32,34 @@ def attacked(batch: int, steps: int, of_attack: int) -> dict[str, Any]:
     return {**attack, "streams": {"classify": {"batch_size": batch}}, "steps": steps}
 
 
+def of_width(width: int) -> dict[str, Any]:
+    """Settings of a network of ``width``."""
+    return {"model": {"backbone": {"width": width}}}
+
+
+BATCHES: dict[str, Any] = {
+    "streams": {"classify": {"batch_size": 256}, "denoise": {"batch_size": 128}},
+    "checkpoint_every": 500,
+}
 DIGITS: dict[str, dict[str, Any]] = {
     "base": {
-        "model": {"backbone": {"width": 16}},
+        **of_width(16),
         "streams": {"classify": {"batch_size": 128}, "denoise": {"batch_size": 64}},
         "steps": 400,
     },
-    "robust": attacked(128, 400, 4),
+    "robust": of_width(16) | attacked(128, 400, 4),
     "diffusion": {"streams": {"denoise": {"batch_size": 128}}, "steps": 1500},
     "jem": {"steps": 300},
-    "own-diffusion": {"streams": {"denoise": {"batch_size": 64}}, "steps": 1500},
+    "own-diffusion": of_width(16) | {"steps": 1500},
     "cdn": {"steps": 800},
 }
-
 GPU: dict[str, dict[str, Any]] = {
-    "base": {
-        "model": {"backbone": {"width": 64}},
-        "streams": {"classify": {"batch_size": 256}, "denoise": {"batch_size": 128}},
-        "optimizer": {"lr": 1e-3},
-        "steps": 4000,
-        "checkpoint_every": 500,
-    },
-    "robust": attacked(256, 2500, 5),
+    "base": {**of_width(64), **BATCHES, "steps": 4000},
+    "guide": {**of_width(64), **BATCHES, "optimizer": {"lr": 1e-3}, "steps": 4000},
+    "judge": {**of_width(64), **BATCHES, "steps": 4000},
+    "robust": of_width(64)
+    | attacked(256, 2500, 5)
+    | {"optimizer": {"lr": 1e-3}, "checkpoint_every": 500},
     "diffusion": {
         "model": {"backbone": {"width": 128, "blocks": 2}},
         "streams": {"denoise": {"batch_size": 256}},
@@ -61,8 +67,9 @@ GPU: dict[str, dict[str, Any]] = {
         "steps": 10_000,
         "checkpoint_every": 500,
     },
-    "jem": {"model": {"backbone": {"width": 64}}, "steps": 2000},
-    "own-diffusion": {
+    "jem": of_width(64) | {"steps": 2000},
+    "own-diffusion": of_width(64)
+    | {
         "streams": {"denoise": {"batch_size": 128}},
         "optimizer": {"lr": 5e-4, "ema": 0.999},
         "steps": 6000,

@@ -22,7 +22,7 @@ ROWS = (
     ("table1", "joint"),
     ("table1", "gradresnet-dsm"),
     ("table1", "resnet18"),
-    ("table1", "joint-mean"),
+    ("table1", "joint-balanced"),
     ("table1", "gradresnet-ce"),
     ("table1", "drunet"),
     ("table1", "dncnn"),
@@ -34,6 +34,8 @@ ROWS = (
     ("table1", "drunet-map"),
     ("table1", "gradncnn"),
     ("table1", "joint-sum"),
+    ("table1", "joint-shortcut-norm"),
+    ("table1", "jem"),
 )
 SAVING = 30
 """Seconds for a stopped row to save and exit."""

@@ -242,7 +242,8 @@ def reproduce(
         if scale == "full" and imagenet_dir is None:
             console.say("table2 is skipped: it needs ImageNet, --imagenet-dir")
             chosen.remove("table2")
-        runs.check([v for name in chosen for v in EXPERIMENTS[name].variants if v.run is None])
+        every = [v for name in chosen for v in EXPERIMENTS[name].variants if v.run is None]
+        runs.check(list({v.folder: v for v in runs.distinct(every)}.values()))
     make_folder(runs.out)
     stop = Stop()
     try:

@@ -1,4 +1,4 @@
-"""Tables and figures of the two papers, one command each, at three scales."""
+"""Tables and figures of the two papers, one command each, at four scales."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -3,7 +3,6 @@
 - robust accuracy by training and test radius (RCG table 4.1), by the suite ``robustness-grid``;
 - accuracy and energies along the diffusion (figures 4.5, 4.6, 4.9), by ``diffusion-path``;
 - energies of training images by class (figure 4.12), and of generated images (4.15);
-- eta and the number of steps of DDIM (table 2.1), unguided;
 - for each guidance method (not in the thesis): share of images that the evaluation classifier
   assigns to the label, distance to real images and diversity by class, saturation, energy gap.
 
@@ -482,48 +481,41 @@ class _Study:
     def _shown_and_measured(self, method: GuidanceMethod) -> dict[str, Any]:
         """Metrics of ``method``, or the reason why its images cannot be drawn."""
         try:
-            return self._drawn_and_measured(method, self.amount.steps, True)
+            with self.runs.claimed(self.drawing.path(method)):
+                self.runs.log(f"drawing: {method.name}")
+                drawn = self.drawing.stored(method, self.amount.steps)
+                self.shown[method.name] = drawn.images[: self.test.num_classes]
+                return self._measured(method, drawn)
         except FolderLocked:
             raise
         except UserError as error:
             return {"stopped": str(error)}
 
-    def _drawn_and_measured(
-        self, method: GuidanceMethod, steps: int, labelled: bool
-    ) -> dict[str, Any]:
-        with self.runs.claimed(self.drawing.path(method)):
-            self.runs.log(f"drawing: {method.name}")
-            drawn = self.drawing.stored(method, steps)
-            self.shown[method.name] = drawn.images[: self.test.num_classes]
-            return self._measured(method, drawn, labelled)
-
-    def _measured(
-        self, method: GuidanceMethod, drawn: DrawnImages, labelled: bool
-    ) -> dict[str, Any]:
+    def _measured(self, method: GuidanceMethod, drawn: DrawnImages) -> dict[str, Any]:
         """Metrics of the images of ``method``, stored next to the images."""
         key = {
             "images": hashlib.sha256(drawn.images.numpy().tobytes()).hexdigest(),
             "judge": self._digest(EVALUATION_CLASSIFIER.name),
             "energy": None if self.energy is None else self._digest(self.energy),
             "real": len(self.test),
-            "labelled": labelled,
-            "classes": labelled,
+            "labelled": True,
+            "classes": True,
         }
         path = self.folder / f"{method.name.replace(' ', '-')}.json"
-        return _cached(path, key, lambda: self._metrics(drawn, labelled))
+        return _cached(path, key, partial(self._metrics, drawn))
 
-    def _metrics(self, drawn: DrawnImages, labelled: bool) -> dict[str, Any]:
-        """Metrics of ``drawn``, and with labels the energies by class (RCG figure 4.15)."""
+    def _metrics(self, drawn: DrawnImages) -> dict[str, Any]:
+        """Metrics of ``drawn``, and their energies by class (RCG figure 4.15)."""
         if self._classifier is None:
             device = pick_device(self.runs.device)
             self._classifier = classifier(str(self.runs.folder(EVALUATION_CLASSIFIER)), device)
         model = None if self.energy is None else self._model(self.energy)
         assert model is None or isinstance(model, EnergyModel)
-        labels = self.drawing.labels if labelled else None
+        labels = self.drawing.labels
         found = measure_guided(
             drawn.images, labels, self.test, self._classifier, model, others=self.others
         ) | {"seconds": drawn.seconds}
-        if labels is not None and self.energy is not None:
+        if self.energy is not None:
             images = ImageSet(drawn.images, labels, self.test.class_names, "samples", "test")
             found["energies_by_class"] = self._class_energies(self.energy, images)
         return found

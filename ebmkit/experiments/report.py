@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
+from ebmkit.errors import UserError
 from ebmkit.evaluation.suite import number
 from ebmkit.experiments.runs import ExperimentRuns, Protocol, Variant
 from ebmkit.plots import BLUE
@@ -98,7 +99,11 @@ def _result(runs: ExperimentRuns, variant: Variant, protocol: Protocol | None) -
     own = variant.run or variant
     by_seed, facts, values, missing = {}, {}, {}, {}
     for one in runs.each_seed():
-        documents = one.measured(own, protocol)
+        try:
+            documents = one.measured(own, protocol)
+        except UserError as error:  # a run of another configuration, which was not to be run
+            missing[one.seed] = str(error)
+            continue
         if documents is None:
             reason = one.stop_reason(own)
             missing[one.seed] = f"stopped: {reason}" if reason else "not run yet"

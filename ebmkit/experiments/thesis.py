@@ -78,7 +78,7 @@ from ebmkit.randomness import keyed_generator
 from ebmkit.sampling import DDIM, denoiser_of, noise_predictor_of
 from ebmkit.sampling.diffusion import Variance
 from ebmkit.sampling.jobs.chains import STATE, JobFolder, Record, batch_name, run_chains
-from ebmkit.storage import write_atomically
+from ebmkit.storage import FolderLocked, write_atomically
 from ebmkit.storage.atomic import replacing
 from ebmkit.storage.reading import read_document
 
@@ -203,10 +203,16 @@ class _Unguided:
         return found
 
     def row(self, sampler: UnguidedSampler, measure: Measure) -> dict[str, Any]:
-        """Settings, metrics and drawing time of ``sampler``, or why it ``stopped``."""
+        """Settings, metrics and drawing time of ``sampler``, or why it ``stopped``.
+
+        Raises:
+            FolderLocked: if another process draws its images.
+        """
         about = asdict(sampler)
         try:
             folder = self._drawn(sampler)
+        except FolderLocked:
+            raise
         except UserError as error:
             self.runs.stopped[sampler.name] = str(error)
             return about | {"stopped": str(error)}
@@ -344,7 +350,11 @@ def _measured(
     samplers: Sequence[UnguidedSampler],
     measure: Measure,
 ) -> dict[str, Any]:
-    """Train what is needed, and measure ``samplers``; return the report's document."""
+    """Train what is needed, and measure ``samplers``; return the report's document.
+
+    Networks and images are of the first seed.
+    """
+    runs = runs.at(runs.seed)
     weights, device = inception_weights(runs), pick_device(runs.device)
     extractor = None if weights is None else find_extractor("inception", weights, device)
     networks = [DIFFUSION] if extractor else [DIFFUSION, EVALUATION_CLASSIFIER]
@@ -359,7 +369,9 @@ def _measured(
             low, high = own["accuracy_interval"]
             accuracy = {"value": own["accuracy"], "low": low, "high": high}
         unguided = _Unguided(runs, size, extractor)
-        rows = [unguided.row(sampler, measure) for sampler in samplers]
+        work = [(sampler.name, partial(unguided.row, sampler, measure)) for sampler in samplers]
+        found = runs.share(work)
+        rows = [found[sampler.name] for sampler in samplers]
         document |= {
             "names": extractor.names,
             "extractor": {"kind": extractor.kind, "accuracy": accuracy},

@@ -22,6 +22,7 @@ from ebmkit.experiments.guidance import (
 from ebmkit.guidance import make_guidance
 from ebmkit.models import create_denoiser, create_model
 from ebmkit.randomness import keyed_generator
+from ebmkit.training.config import differences
 
 NAMES = {row.name for row in NETWORKS}
 
@@ -46,6 +47,63 @@ def test_every_network_has_a_configuration_at_every_scale(scale):
         assert config.objective == row.layer.get("objective", joint), row.name
         if row.name.startswith("robust-0") or row.name == "robust-1":
             assert config.terms.adv.eps == float(row.name.removeprefix("robust-"))
+
+
+NOISY = {"model.noise_conditional": True, "streams.classify.noise.kind": "diffusion"}
+DIFFUSION = {"terms.ddpm.class_dropout": 0.1}
+AT_FULL = {  # network -> published recipe, and what differs from it
+    "diffusion": ("cifar10-ddpm", DIFFUSION | {"model.backbone.class_conditional": True}),
+    "own-diffusion": (
+        "cifar10-ddpm",
+        DIFFUSION
+        | {
+            "backbone": "gradresnet18",
+            "model.backbone.norm": "scale",
+            "model.noise_conditional": True,
+        },
+    ),
+    "judge": ("cifar10-robust", {"backbone": "wideresnet28-10", "objective": "ce"}),
+    "plain": ("cifar10-robust", {"objective": "ce"}),
+    "robust-0.25": ("cifar10-robust", {"terms.adv.eps": 0.25}),
+    "robust-0.5": ("cifar10-robust", {}),
+    "robust-1": ("cifar10-robust", {"terms.adv.eps": 1.0}),
+    "robust-dsm": (
+        "cifar10-robust",
+        {"objective": "adv+dsm", "head": "linear-quadratic", "model.head.bias": False},
+    ),
+    "joint": ("cdn-cifar10", {}),
+    "jem": ("jem", {}),
+    "of-time": ("cifar10-robust", NOISY | {"objective": "ce"}),
+    "kawar": (
+        "cifar10-robust",
+        NOISY
+        | {
+            "terms.adv.eps": 0.25,
+            "terms.adv.early_stop": True,
+            "terms.adv.variance_preserving": True,
+        },
+    ),
+}
+
+
+def test_networks_at_full_scale_are_the_published_recipes_with_the_named_differences():
+    runs = ExperimentRuns(Path("out"), SCALES["full"])
+    found = {
+        row.name: (
+            runs.scale.recipe_of(row),
+            {key: own for key, (_, own) in runs.differences(row).items()},
+        )
+        for row in NETWORKS
+    }
+    assert found == AT_FULL
+
+
+@pytest.mark.parametrize("scale", ["cpu", "cpu-cdn"])
+def test_plain_and_robust_classifiers_differ_in_the_attack_alone(scale):
+    runs = ExperimentRuns(Path("out"), SCALES[scale])
+    by_name = {row.name: runs.config(row).model_dump(mode="json") for row in NETWORKS}
+    found = differences(by_name["plain"], by_name["robust-0.5"])
+    assert {key for key in found if not key.startswith("terms.adv.")} == {"objective"}
 
 
 @pytest.mark.parametrize("scale", SCALES)

@@ -268,6 +268,17 @@ def test_run_of_another_configuration_is_refused_and_kept(finished_runs):
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
+def test_report_is_written_beside_a_row_of_another_configuration(finished_runs):
+    """The row was not asked for: it is kept, and the report says what differs."""
+    other = replace(ROW, name="old", layer={"objective": "ce"})
+    shutil.copytree(finished_runs.folder(ROW), finished_runs.folder(other))
+    table = replace(TABLES["table3"], variants=(ROW, other), orderings=())
+    report = run_table(table, finished_runs, ["joint"])
+    joint, old = report.document["rows"]
+    assert joint["status"] == "done"
+    assert "another configuration: objective was 'ce+dsm' and would be 'ce'" in old["status"]
+
+
 def states(runs):
     return {
         p.name: RunFolder.open(p).config()["seed"]

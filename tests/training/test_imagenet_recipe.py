@@ -178,10 +178,29 @@ ROBUST = {  # the package `robustness` (its defaults for CIFAR-10), RCG section 
     "streams.classify.augmentation.mix": "none",
     "streams.classify.augmentation.crop_padding": 4,
     "streams.classify.augmentation.flip": True,
+    "steps": math.ceil(150 * 50_000 / 128),
+    "validation_images": 0,
+}
+DDPM = {  # Ho et al. 2020, appendix B
+    "backbone": "unet-cifar10",
+    "objective": "ddpm",
+    "optimizer.kind": "adamw",
+    "optimizer.weight_decay": 0.0,
+    "optimizer.lr": 2e-4,
+    "optimizer.schedule": "constant",
+    "optimizer.warmup_steps": 5000,
+    "optimizer.clip_norm": 1.0,
+    "optimizer.ema": 0.9999,
+    "streams.denoise.batch_size": 128,
+    "streams.denoise.augmentation.flip": True,
+    "steps": 800_000,
+    "validation_images": 0,
 }
 
 
-@pytest.mark.parametrize(("name", "published"), [("jem", JEM), ("cifar10-robust", ROBUST)])
+@pytest.mark.parametrize(
+    ("name", "published"), [("jem", JEM), ("cifar10-robust", ROBUST), ("cifar10-ddpm", DDPM)]
+)
 def test_recipes_of_others_have_the_published_values(name, published):
     config = resolve(recipe=name)
     for path, value in published.items():
