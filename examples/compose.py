@@ -1,4 +1,4 @@
-"""A backbone of one's own with ebmkit's head, objective and trainer.
+"""Train a custom backbone with ebmkit's head, objective and trainer.
 
 uv run python examples/compose.py --steps 300 --out runs/own
 """
@@ -18,7 +18,7 @@ from ebmkit.training import RunFolder, Trainer, resolve
 
 
 class SmallConvNet(nn.Module):
-    """Three convolutions and a mean over positions: all that a backbone needs."""
+    """A minimal backbone: three convolutions and global average pooling."""
 
     def __init__(self, channels: int, num_features: int = 64) -> None:
         super().__init__()
@@ -47,9 +47,9 @@ def build() -> ebmkit.JointModel:
 
 
 def main(steps: int, out: Path) -> float:
-    """Train on digits; the share of test images classified rightly."""
+    """Train on digits; return the test accuracy."""
     torch.manual_seed(0)
-    config = resolve({"objective": "ce+dsm", "steps": steps})  # over the recipe of digits
+    config = resolve({"objective": "ce+dsm", "steps": steps})  # the rest: recipe for digits
     run = RunFolder.create(out, config)
     train, held_out = (
         load_dataset("digits", None, "train"),
@@ -60,10 +60,10 @@ def main(steps: int, out: Path) -> float:
     with torch.no_grad():
         accuracy = (model.logits(test.floats()).argmax(1) == test.labels).float().mean()
 
-    again = ebmkit.load(out, model=build())  # composed by hand, so load needs the network
+    loaded = ebmkit.load(out, model=build())  # a custom model is not rebuilt from model.json
     y = test.floats()[:1]
     with torch.no_grad():
-        assert torch.allclose(again.score(y), model.score(y), rtol=1e-3, atol=1e-4)
+        assert torch.allclose(loaded.score(y), model.score(y), rtol=1e-3, atol=1e-4)
     return float(accuracy)
 
 

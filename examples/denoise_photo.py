@@ -1,8 +1,8 @@
-"""Train a denoiser on patches of two photographs, and denoise a whole one without being told sigma.
+"""Train a blind denoiser on patches of two photographs, and denoise a full photograph.
 
     uv run python examples/denoise_photo.py --steps 400 --out runs/photo
 
-Writes the clean, the noisy and the denoised photograph beside each other.
+Sigma is estimated, not given. Plots the clean, noisy and denoised photograph side by side.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SIGMA = 25 / 255
 
 
 def photograph(size: int | None) -> Tensor:
-    """scikit-learn's flower, (3, H, W) in [0, 1]; its middle, if ``size`` is given."""
+    """scikit-learn's flower, (3, H, W) in [0, 1]; the central square of side ``size``, if given."""
     image = torch.from_numpy(load_sample_image("flower.jpg").copy()).permute(2, 0, 1) / 255
     if size is None:
         return image
@@ -34,7 +34,7 @@ def photograph(size: int | None) -> Tensor:
 
 
 def main(steps: int, out: Path, size: int | None = None) -> tuple[float, float, float]:
-    """Train, denoise, draw; PSNR of the noisy and the denoised picture, and the estimated sigma."""
+    """Train, denoise and plot; return PSNR of the noisy and denoised image, and estimated sigma."""
     config = resolve({"dataset": {"name": "patches"}, "steps": steps})
     trainer = assemble(config, RunFolder.create(out, config))
     model = trainer.fit().requires_grad_(False)

@@ -1,11 +1,11 @@
-"""Train a JEM on digits, draw digits of each class, and ask another classifier what it sees.
+"""Train a JEM on digits, sample digits of each class, and classify them with another network.
 
     uv run python examples/jem_digits.py --out runs/jem-digits
 
-Trains by the recipe ``digits-jem`` (a minute or two on two idle cores), and a plain classifier of
-another architecture from other random numbers. Then chains start from noise, or from the Gaussian
-of their class, and climb log p(x|c) by Langevin steps; the classifier says how many of them it
-takes for the digit that was asked for.
+Trains a JEM with the recipe ``digits-jem`` (one to two minutes on two idle cores), and an
+evaluation classifier with another architecture and seed. Langevin chains of p(x|c) then start from
+noise or from the Gaussian of their class. The result is the share of samples that the classifier
+assigns to the requested digit.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ EACH = 20
 
 
 def train(out: Path, recipe: str, **changes: Any) -> ebmkit.ScoreModel:
-    """The model of a run in ``out``, which goes on where it was; finished ones are not repeated."""
+    """Train a run in ``out``, or resume it; return its model. A finished run is only loaded."""
     config = resolve(changes, recipe=recipe)
     run = RunFolder.open(out) if out.exists() else RunFolder.create(out, config)
     run.check_config(config)
@@ -48,7 +48,7 @@ def train(out: Path, recipe: str, **changes: Any) -> ebmkit.ScoreModel:
 
 
 def draw(model: ebmkit.ScoreModel, start: str, steps: int, seed: int) -> tuple[Tensor, Tensor]:
-    """`EACH` chains of each digit after ``steps`` Langevin steps: images, and labels asked for."""
+    """Run `EACH` chains per digit for ``steps`` Langevin steps; return images and their labels."""
     labels = torch.arange(10).repeat_interleave(EACH)
     generator = torch.Generator().manual_seed(seed)
     if start == "noise":
@@ -62,23 +62,23 @@ def draw(model: ebmkit.ScoreModel, start: str, steps: int, seed: int) -> tuple[T
     return chains.run(steps, generator).x, labels
 
 
-def picture(shown: dict[str, Tensor], path: Path) -> None:
-    """A row of samples of each digit for each way to start."""
-    figure = new_figure(10.2, 1.25 * len(shown) + 0.2, layout="constrained")
-    axes = figure.subplots(len(shown), 10, squeeze=False)
-    for row, (name, images) in zip(axes, shown.items(), strict=True):
-        for digit, one in enumerate(row):
-            show_image(one, images[digit * EACH], name if digit == 0 else "", str(digit))
+def plot_samples(samples: dict[str, Tensor], path: Path) -> None:
+    """Plot one row per start of the chains, with a sample of each digit."""
+    figure = new_figure(10.2, 1.25 * len(samples) + 0.2, layout="constrained")
+    axes = figure.subplots(len(samples), 10, squeeze=False)
+    for row, (name, images) in zip(axes, samples.items(), strict=True):
+        for digit, panel in enumerate(row):
+            show_image(panel, images[digit * EACH], name if digit == 0 else "", str(digit))
     save_figure(figure, path)
 
 
 def main(out: Path, steps: int | None = None, chain_steps: int = 200, seed: int = 0) -> Any:
-    """Train, draw, judge; returns the figures and writes them to ``out``/jem-digits.json."""
+    """Train, sample and classify; write the results to ``out``/jem-digits.json and return them."""
     changes = {} if steps is None else {"steps": steps}
-    begun = time.perf_counter()
+    start_time = time.perf_counter()
     jem = train(out / "jem", "digits-jem", seed=seed, **changes)
-    seconds = time.perf_counter() - begun
-    judge = train(
+    seconds = time.perf_counter() - start_time
+    classifier = train(
         out / "judge", "digits", objective="ce", seed=seed + 1, steps=min(300, steps or 300)
     )
     test = load_dataset("digits", split="test")
@@ -86,11 +86,11 @@ def main(out: Path, steps: int | None = None, chain_steps: int = 200, seed: int 
         name: evaluate(model, test, ["classify"], out / name / "own", noise_levels=(0,))[
             "classify"
         ].document
-        for name, model in (("jem", jem), ("judge", judge))
+        for name, model in (("jem", jem), ("judge", classifier))
     }
     checkpoint = RunFolder.open(out / "jem").load_checkpoint()
     assert checkpoint is not None
-    found: dict[str, Any] = {
+    results: dict[str, Any] = {
         "seed": seed,
         "steps": checkpoint["step"],
         "seconds": checkpoint["seconds"],
@@ -105,15 +105,16 @@ def main(out: Path, steps: int | None = None, chain_steps: int = 200, seed: int 
         "recognised": {},
         "environment": {k: environment()[k] for k in ("torch", "cores", "gpu", "git_commit")},
     }
-    shown = {}
+    samples = {}
     for start in ("noise", "gaussian"):
         x, labels = draw(jem, start, chain_steps, seed)
-        seen = judge.logits(x.clamp(0, 1)).argmax(1)
-        found["recognised"][start] = proportion(int((seen == labels).sum()), len(x)).document()
-        shown[f"from {start}"] = x
-    picture(shown, out / "jem-digits.png")
-    write_atomically(out / "jem-digits.json", json.dumps(found, indent=1).encode())
-    return found
+        predicted = classifier.logits(x.clamp(0, 1)).argmax(1)
+        correct = int((predicted == labels).sum())
+        results["recognised"][start] = proportion(correct, len(x)).document()
+        samples[f"from {start}"] = x
+    plot_samples(samples, out / "jem-digits.png")
+    write_atomically(out / "jem-digits.json", json.dumps(results, indent=1).encode())
+    return results
 
 
 if __name__ == "__main__":

@@ -380,7 +380,7 @@ def measure_guided(
     energy_model: EnergyModel | None = None,
     *,
     others: Images | None = None,
-    reading: EnergySource = "auto",
+    source: EnergySource = "auto",
     batch_size: int = 250,
     device: torch.device | str | None = None,
 ) -> dict[str, Any]:
@@ -394,7 +394,7 @@ def measure_guided(
         energy_model: model of the energies; None: no energy gap.
         others: other real images for the floor, ideally as many per label as there are samples;
             None: halves of ``real``.
-        reading: source of the energies; see `ebmkit.models.heads`.
+        source: source of the energies; see `ebmkit.models.heads`.
         batch_size: images per batch.
         device: device of extractor and model; None: the classifier's, or the CPU.
 
@@ -417,24 +417,24 @@ def measure_guided(
     def features(images: Images, own: Tensor | None) -> FeatureColumns:
         with torch.no_grad():
             rows = [
-                columns_of_images(x.to(device), extractor, energy_model, real.num_classes, reading)
+                columns_of_images(x.to(device), extractor, energy_model, real.num_classes, source)
                 for x, _ in images.batches(batch_size)
             ]
         joined = {name: torch.cat([row[name].cpu() for row in rows]) for name in rows[0]}
         return FeatureColumns(joined, None if own is None else own.cpu())
 
     made, known = features(ImageSet(pixels), labels), features(real, real.labels)
-    spare = None if others is None else features(others, others.labels)
+    baseline = None if others is None else features(others, others.labels)
     judged = extractor.model is not None and extractor.model.num_classes == real.num_classes
     same = known.among(labels)
     classes = None
     if labels is not None:
-        classes = by_class(made, known, spare, real.class_names, judged)
+        classes = by_class(made, known, baseline, real.class_names, judged)
     document: dict[str, Any] = to_json(
         {
             "count": len(pixels),
             "real_count": len(same.columns["features"]),
-            **_compared(made, same, None if spare is None else spare.among(labels), judged),
+            **_compared(made, same, None if baseline is None else baseline.among(labels), judged),
             "means": None if classes is None else class_means(classes),
             "classes": classes,
         }
@@ -503,7 +503,7 @@ def by_class(
     for label in torch.unique(samples.labels).tolist():
         own = torch.tensor(label)
         made, known = samples.among(own), real.among(own)
-        spare = None if others is None else others.among(own)
+        baseline = None if others is None else others.among(own)
         spread = mean_distance(known.columns["features"][:MAX_PAIRWISE])
 
         def ratio(features: Tensor, spread: float = spread) -> float:
@@ -516,7 +516,7 @@ def by_class(
                 "name": names[label] if label < len(names) else str(label),
                 "count": len(made.columns["features"]),
                 "real_count": len(known.columns["features"]),
-                **_compared(made, known, spare, judged),
+                **_compared(made, known, baseline, judged),
                 "diversity": diversity.value,
                 "diversity_interval": (diversity.low, diversity.high),
             }
@@ -540,10 +540,10 @@ def _compared(
 ) -> dict[str, Any]:
     """Compute the metrics that are both in total and by label; see `measure_guided`."""
     made, known = samples.columns["features"], real.columns["features"]
-    spare, against = known[::2], known[1::2]
+    baseline, against = known[::2], known[1::2]
     if others is not None:
-        spare, against = others.columns["features"], known
-    spare = spare[: len(made)]
+        baseline, against = others.columns["features"], known
+    baseline = baseline[: len(made)]
     accuracy = None
     if judged and samples.labels is not None:
         accuracy = statistics.accuracy(predict(samples.columns["logits"]) == samples.labels)
@@ -552,9 +552,9 @@ def _compared(
         "frechet": frechet(made, known),
         "kernel": kernel_distance(made[:MAX_UNBLOCKED], known[:MAX_UNBLOCKED]),
         "floor": {
-            "count": len(spare),
-            "frechet": frechet_distance(spare, against),
-            "kernel": kernel_distance(spare[:MAX_UNBLOCKED], against[:MAX_UNBLOCKED]).value,
+            "count": len(baseline),
+            "frechet": frechet_distance(baseline, against),
+            "kernel": kernel_distance(baseline[:MAX_UNBLOCKED], against[:MAX_UNBLOCKED]).value,
         },
         "saturation": saturation(samples.columns, real.columns),
         "energy_gap": energy_gap(samples, real),
@@ -566,7 +566,7 @@ def columns_of_images(
     extractor: Extractor,
     energy_model: EnergyModel | None,
     num_classes: int,
-    reading: EnergySource = "auto",
+    source: EnergySource = "auto",
 ) -> Columns:
     """Columns (B, ...) of images ``x`` (B, C, H, W) in [0, 1], from which metrics are computed.
 
@@ -575,7 +575,7 @@ def columns_of_images(
     """
     columns = extractor.extract(x) | pixel_columns(x)
     if energy_model is not None:
-        if energy_source(energy_model, reading) == "logits":
+        if energy_source(energy_model, source) == "logits":
             energy_model = LogitEnergy(energy_model)
         found = energy_model.energies(x, 0.0)
         columns["energy"] = -found.log_density
@@ -611,30 +611,32 @@ def energy_gap(samples: FeatureColumns, real: FeatureColumns) -> dict[str, Any] 
     Without labels, all images form one class. None without energies; ``joint_energy`` is None
     without labels of the model.
     """
-    (made, asked), (known, labels) = samples, real
+    (made, requested), (known, labels) = samples, real
     if "energy" not in made:
         return None
-    labelled = asked is not None and labels is not None
-    if asked is None or labels is None:
-        asked, labels = (torch.zeros(len(c["energy"]), dtype=torch.int64) for c in (made, known))
+    labelled = requested is not None and labels is not None
+    if requested is None or labels is None:
+        requested, labels = (
+            torch.zeros(len(c["energy"]), dtype=torch.int64) for c in (made, known)
+        )
     joint = None
     if labelled and "log_posterior" in made:
         a, b = (
             c["energy"] - c["log_posterior"].gather(1, own[:, None]).squeeze(1)
-            for c, own in ((made, asked), (known, labels))
+            for c, own in ((made, requested), (known, labels))
         )
-        joint = _stratified(a, asked, b, labels)
-    gap = _stratified(made["energy"], asked, known["energy"], labels)
+        joint = _stratified(a, requested, b, labels)
+    gap = _stratified(made["energy"], requested, known["energy"], labels)
     return {"energy": gap, "joint_energy": joint}
 
 
-def _stratified(made: Tensor, asked: Tensor, known: Tensor, labels: Tensor) -> Estimate:
+def _stratified(made: Tensor, requested: Tensor, known: Tensor, labels: Tensor) -> Estimate:
     """Mean over samples of their value minus the real mean of their label, with an interval."""
     made, known, total = made.double(), known.double(), len(made)
     rest, error, inner = torch.empty_like(made), 0.0, 0.0
-    groups = sorted(set(asked.tolist()))
+    groups = sorted(set(requested.tolist()))
     for label in groups:
-        own, base = asked == label, known[labels == label]
+        own, base = requested == label, known[labels == label]
         if not len(base):
             return statistics.without_interval(math.nan, total)
         rest[own] = made[own] - base.mean()

@@ -124,23 +124,23 @@ def read_samples(path: Path, like: Images, setting: str = "generation.samples") 
     with open_hdf5(path) as file:
         marks = find_array(file, "finite", what)
         finite = np.ones(len(images), bool) if marks is None else read_array(marks, what)
-        said = {name: read_attribute(file, name, what) for name in ATTRIBUTES}
+        attributes = {name: read_attribute(file, name, what) for name in ATTRIBUTES}
     if finite.shape != (len(images),):
         raise UserError(f"{what}: 'finite' must have one entry for each of {len(images)}")
     finished = torch.from_numpy(finite.astype(bool))
     if not finished.any():
         raise UserError(f"{what}: all of {len(images)} samples have NaN or Inf: sample again")
-    if said["source"] is None:
+    if attributes["source"] is None:
         raise UserError(
             f"{what} does not say where its samples come from: it must have the attribute "
             "'source', fresh or buffer, as `ebmkit sample RUN --out DIR` writes it"
         )
-    if isinstance(said["settings"], str):
+    if isinstance(attributes["settings"], str):
         with contextlib.suppress(ValueError):  # keep text that is not JSON
-            said["settings"] = json.loads(said["settings"])
+            attributes["settings"] = json.loads(attributes["settings"])
     digest = hashlib.sha256(images.numpy().tobytes()).hexdigest()[:8]
     description: dict[str, Any] = {"file": path.name, "fingerprint": digest}
-    description |= {name: value for name, value in said.items() if value is not None}
+    description |= {name: value for name, value in attributes.items() if value is not None}
     description |= {"count": int(finished.sum()), "left_out": int((~finished).sum())}
     return Generated(
         rearrange(images, "n h w c -> n c h w").contiguous()[finished],
@@ -210,11 +210,11 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
 
     made = ImageSet(generated.images, name="samples", split="test")
     samples, real = features(made, generated.labels), features(images, images.labels)
-    other, spare = other_split(images, context.data_dir), None
+    other, baseline = other_split(images, context.data_dir), None
     if other is not None:
         other = other.first(len(generated.images))
-        spare = features(other, other.labels)
-        floor, against, of = spare.columns, real.columns, f"{other.split} images"
+        baseline = features(other, other.labels)
+        floor, against, of = baseline.columns, real.columns, f"{other.split} images"
     else:
         context.skip(len(images))
         floor, against = ({n: c[k::2] for n, c in real.columns.items()} for k in (0, 1))
@@ -233,7 +233,7 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
     if judged and real.labels is not None:
         accuracy = statistics.accuracy(real.columns["logits"].argmax(dim=1) == real.labels)
         if samples.labels is not None:
-            others = None if spare is None or spare.labels is None else spare
+            others = None if baseline is None or baseline.labels is None else baseline
             classes = by_class(samples, real, others, images.class_names, True)
             right = samples.columns["logits"].argmax(dim=1) == samples.labels
             labels = {

@@ -286,13 +286,13 @@ def evaluate(
         for name, suite in chosen.items():
             context.left = suite.passes(context) * len(used)
             context.advance = partial(bar.advance, bar.add_task(name, total=context.left))
-            begun = time.perf_counter()
+            start_time = time.perf_counter()
             context.image_values = {}
             measured = suite.run(context)
             how: dict[str, Any] = {
                 "precision": inference.precision,
                 "compiled": inference.compiled,
-                "seconds": round(time.perf_counter() - begun, 3),
+                "seconds": round(time.perf_counter() - start_time, 3),
             }
             if suite.options is not None:
                 how["options"] = context.option(suite.options).model_dump(mode="json")

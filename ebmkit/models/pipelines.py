@@ -172,7 +172,7 @@ def _config(shape: Mapping[str, Any], diffusion: Mapping[str, Any]) -> ModelConf
         "class_conditional": labels is not None,
         **diffusion,
     }
-    said = {"num_class_embeds", "in_channels", "sample_size", "num_train_timesteps"}
+    handled = {"num_class_embeds", "in_channels", "sample_size", "num_train_timesteps"}
     plain = validated(UNetConfig, fields, "UNet")
     made = {**defaults, **plain.arguments(channels, 0)}
 
@@ -182,7 +182,7 @@ def _config(shape: Mapping[str, Any], diffusion: Mapping[str, Any]) -> ModelConf
     options = {
         key: value
         for key, value in given.items()
-        if key not in said and listed(value) != listed(made[key])
+        if key not in handled and listed(value) != listed(made[key])
     }
     if values["time_embedding_type"] == "learned":
         options["num_train_timesteps"] = values["num_train_timesteps"]

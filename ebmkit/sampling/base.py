@@ -286,19 +286,19 @@ def clean_level(model: ScoreModel) -> float | None:
     return limits[0] if limits and model.noise_conditional else None
 
 
-def highest_level(model: ScoreModel, asked: float | None = None) -> float:
-    """First noise level of chains: ``asked``, checked, or the model's highest."""
+def highest_level(model: ScoreModel, requested: float | None = None) -> float:
+    """First noise level of chains: ``requested``, checked, or the model's highest."""
     limits = trained_range(model)
-    if asked is not None:
-        return check_trained(asked, limits)
+    if requested is not None:
+        return check_trained(requested, limits)
     return limits[1] if limits else HIGHEST
 
 
-def lowest_level(model: ScoreModel, asked: float | None = None) -> float:
-    """Last noise level of chains: ``asked``, checked, or 0.01 clamped to the trained range."""
+def lowest_level(model: ScoreModel, requested: float | None = None) -> float:
+    """Last noise level of chains: ``requested``, checked, or 0.01 clamped to the trained range."""
     limits = trained_range(model)
-    if asked is not None:
-        return check_trained(asked, limits)
+    if requested is not None:
+        return check_trained(requested, limits)
     return min(max(LOWEST, limits[0]), limits[1]) if limits else LOWEST
 
 

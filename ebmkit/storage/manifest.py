@@ -278,11 +278,11 @@ def read_together(root: Path, names: Iterable[str]) -> dict[str, bytes]:
     Raises:
         DamagedFile: if a file is missing or damaged; the message names the first one.
     """
-    wanted = list(names)
+    requested = list(names)
     for attempt in range(20):
         manifest = read_manifest(root)
         try:
-            return {name: read_entered(root, name, manifest) for name in wanted}
+            return {name: read_entered(root, name, manifest) for name in requested}
         except DamagedFile:  # may also be a change by another process
             if attempt == 19 or read_manifest(root) == manifest:
                 raise

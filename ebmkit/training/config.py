@@ -530,7 +530,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any
 
 
 def check_same(saved: dict[str, Any], new: BaseModel | dict[str, Any], what: str, ask: str) -> None:
-    """Check that resuming with the settings ``new`` continues what was begun with ``saved``.
+    """Check that resuming with the settings ``new`` continues what was started with ``saved``.
 
     If ``new`` is a pydantic model, it upgrades ``saved`` settings of earlier versions.
 

@@ -259,13 +259,13 @@ class Trainer:
                     self._log_step(stats)
                 if validate:
                     self._validate()
-                asked = stop() if alone else stats.asked_to_stop
-                if save or asked:
+                stopping = stop() if alone else stats.stop_requested
+                if save or stopping:
                     self.state.skipped.update()  # all processes reach this line
                     self.save()
                 if validate or save:
                     self.stopwatch.restart()
-                if asked:
+                if stopping:
                     raise Interrupted(self.step, self.config.steps, stop.signal)
         return self.trained.eval()
 
@@ -394,9 +394,9 @@ class Trainer:
         """Take one step."""
         rate = self.rate_at(self.step)
         self._seed_layers(self.step)
-        begun = time.perf_counter()
+        start_time = time.perf_counter()
         drawn = next(batches)
-        self.stopwatch.step(time.perf_counter() - begun)
+        self.stopwatch.step(time.perf_counter() - start_time)
         if self.rollback is not None and not self.rollback.monitor.snapshots:
             self.rollback.snapshot()
         try:

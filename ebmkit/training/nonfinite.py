@@ -160,9 +160,9 @@ def _images(loss: TrainingLoss, stream: str, batch: Batch, named: Named) -> dict
     size = len(batch.x)
     single = [part[stream] for part in split_batches({stream: batch}, size, True)]
     order = sorted(range(size), key=lambda i: all(_finite_by_name(single[i]).values()))
-    at_fault, others, begun = [], [], time.perf_counter()
+    at_fault, others, start_time = [], [], time.perf_counter()
     for position in order:
-        if time.perf_counter() - begun > SECONDS:
+        if time.perf_counter() - start_time > SECONDS:
             break
         own = single[position]
         losses = loss.forward({stream: own})

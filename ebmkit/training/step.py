@@ -60,7 +60,7 @@ class StepStats(NamedTuple):
     done: int  # number of updates
     skipped: int  # number of steps without update: the failing one and those before `read`
     failed: bool  # whether a loss or the gradient was NaN or Inf, which stopped the updates
-    asked_to_stop: bool  # whether any process was asked to stop
+    stop_requested: bool  # whether any process was asked to stop
 
     @property
     def fault(self) -> str | None:
@@ -241,15 +241,15 @@ class TrainingStep:
 
     def _may_compile(self) -> bool:
         """Whether to compile; raises a `UserError` if compilation is required but impossible."""
-        wanted = pick_compile(self.compute.compile, self.device)
-        if wanted and self.loss.needs_input_gradient and self.loss.model.has_batch_norm:
+        enabled = pick_compile(self.compute.compile, self.device)
+        if enabled and self.loss.needs_input_gradient and self.loss.model.has_batch_norm:
             if self.compute.compile == "on":
                 raise UserError(
                     "a model with BatchNorm whose score is trained cannot be compiled: use "
                     "--compile off, or model.backbone.norm=group"
                 )
             return False
-        return wanted
+        return enabled
 
     def _compile(self, compiled: bool) -> None:
         """Set compilation and what depends on it: recomputation, and separate passes of streams."""

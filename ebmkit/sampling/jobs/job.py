@@ -243,16 +243,16 @@ class SamplingJob:
         if buffer is None:
             raise UserError("chains start from the replay buffer: give that of the run")
         if self.entry is None:
-            asked, size, what = count, len(buffer), "this replay buffer"
+            requested, size, what = count, len(buffer), "this replay buffer"
             if labels is not None:
                 if not buffer.num_classes:
                     message = "this replay buffer has no labels: leave out --label"
                     raise UserError(message)
-                asked, what = int(labels.bincount().max()), "a label"
+                requested, what = int(labels.bincount().max()), "a label"
                 size //= buffer.num_classes
-            if asked > size:
+            if requested > size:
                 raise UserError(
-                    f"{asked} chains of {what} are requested, and it has {size}: take fewer"
+                    f"{requested} chains of {what} are requested, and it has {size}: take fewer"
                 )
         generator = keyed_generator("cpu", self.settings.seed, "sample", "buffer")
         if labels is not None and buffer.num_classes:

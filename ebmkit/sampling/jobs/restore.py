@@ -216,7 +216,7 @@ class RestoreJob(NamedTuple):
             UserError: if the image cannot be read or measured, a file cannot be written, or every
                 chain diverged.
         """
-        path, out, begun = images[number], folder.path, time.perf_counter()
+        path, out, start_time = images[number], folder.path, time.perf_counter()
         if (out / f"{path.stem}.json").exists():
             done: dict[str, Any] = read_json(out / f"{path.stem}.json")
             return done
@@ -270,7 +270,7 @@ class RestoreJob(NamedTuple):
         for name, image in zip([seen, *names], [look, *shown], strict=True):
             write_image(image.clamp(0, 1), name, overwrite=True)
         _plot(look, clean, baselines, restored, comparison, f"{self.task.name}: {path.name}")
-        document["seconds"] = round(max(found.seconds, time.perf_counter() - begun), 3)
+        document["seconds"] = round(max(found.seconds, time.perf_counter() - start_time), 3)
         text = json.dumps(document, indent=1, allow_nan=False)
         write_atomically(out / f"{path.stem}.json", text.encode())
         folder.file(STATE).unlink(missing_ok=True)

@@ -235,9 +235,9 @@ def cautions(
     found = []
     card = model.card
     if card is not None and card.image_size and tuple(card.image_size) != settings.image_size:
-        asked, own = ("{}x{}".format(*size) for size in (settings.image_size, card.image_size))
+        size, own = ("{}x{}".format(*sides) for sides in (settings.image_size, card.image_size))
         found.append(
-            f"images of {asked} from a model trained at {own}: its samples are best at its own size"
+            f"images of {size} from a model trained at {own}: its samples are best at its own size"
         )
     try:
         terms = parse_objective(card.objective) if card else []

@@ -165,13 +165,13 @@ def parse_guidance(
     Raises:
         UserError: if options are given without a guide, or one is not legal.
     """
-    asked: dict[str, Any] = {"guidance": guidance, "scale": scale, "schedule": schedule}
-    asked |= {"view": view, "start": start, "options": dict(options or {}) or None}
-    asked = {name: value for name, value in asked.items() if value is not None}
+    given: dict[str, Any] = {"guidance": guidance, "scale": scale, "schedule": schedule}
+    given |= {"view": view, "start": start, "options": dict(options or {}) or None}
+    given = {name: value for name, value in given.items() if value is not None}
     if guide is None and guidance != CLASSIFIER_FREE:
-        if asked:
+        if given:
             names = {"options": "guide-set", "start": "guide-start"}
-            first = names.get(first := next(iter(asked)), first)
+            first = names.get(first := next(iter(given)), first)
             raise UserError(
                 f"--{first} needs a guide: give the run of a classifier by --guide, or take "
                 f"--guidance {CLASSIFIER_FREE} for a model with labels"
@@ -182,9 +182,9 @@ def parse_guidance(
     if view is not None:
         if view not in VIEWS:
             raise unknown_name("view", view, VIEWS)
-        asked["view"] = view.removesuffix("-backpropagate")
-        asked["backpropagate"] = view != asked["view"]
-    return make_guidance(**asked)
+        given["view"] = view.removesuffix("-backpropagate")
+        given["backpropagate"] = view != given["view"]
+    return make_guidance(**given)
 
 
 def guide_by(
