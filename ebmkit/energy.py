@@ -291,9 +291,10 @@ class ScoreModel(nn.Module, ABC):
     the model has no labels, and if a noise-conditional model denoises or estimates the noise level
     without sigma.
 
-    Denoising with an `EnergyModel` takes three calls to the network: `denoise`, `_score`,
-    `value_and_grads`, which calls `forward`; hooks of the model itself do not see it. A compiled
-    wrapper (`ebmkit.compile`) adds one call that is chosen at run time.
+    Denoising with an `EnergyModel` is one forward pass and one gradient of log p(y) with respect to
+    y: `denoise` calls `_score`, which calls the function `value_and_grads`, which calls `forward`;
+    then `tweedie` computes the image. `forward` is called directly, so forward hooks of the model
+    itself do not run. A compiled wrapper (`ebmkit.compile`) adds one call, chosen at run time.
 
     Attributes:
         num_classes: number of labels C; 0 for a model without labels.
@@ -318,7 +319,7 @@ class ScoreModel(nn.Module, ABC):
 
     @abstractmethod
     def _score(self, y: Tensor, sigma: Noise | None, c: Tensor | None) -> Tensor:
-        """`score` for checked labels; -1 means no label."""
+        """`score` for checked labels (B,): -1: of log p(y) for that image; None: for all images."""
 
     def score(self, y: Tensor, sigma: Noise | None = None, c: Tensor | int | None = None) -> Tensor:
         """grad log p(y) or grad log p(y|c), per image unit; same shape as y."""

@@ -60,7 +60,8 @@ class ModelOutput:
 
     Attributes:
         energies: energies of an energy model; None if no objective of the stream needs them.
-        score: score (B, C, H, W) for the labels of `Objective.score_labels`; None if not needed.
+        score: score (B, C, H, W), per image unit, for the labels of `Objective.score_labels`; None
+            without `Objective.needs_score`.
         hessian_products: Hessian-vector products H v for each of `Objective.hessian_vectors`.
         forward: function from other images (B, C, H, W) and their noise levels (B,) or None to
             energies, differentiable with respect to the parameters.
@@ -172,7 +173,8 @@ class Objective:
             the recipe, and the stream name to settings that the objective fixes; None: none.
         config: class of its settings; None: it has no settings.
         configure: function from settings to the objective with these settings.
-        section: section of its settings in a run's configuration; None: ``terms.NAME``.
+        section: section of its settings in a run's configuration; None: ``terms.NAME``, on the
+            command line ``objective.NAME``.
     """
 
     description: str
