@@ -43,7 +43,11 @@ from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode  # the meta device has no autocast
+from torch._subclasses.fake_tensor import (  # the meta device has no autocast
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -114,6 +118,9 @@ def trace_step(loss: TrainingLoss, shapes: Shapes, accumulate: int = 1) -> StepT
     """Run forward and backward of ``loss`` on fake batches of ``shapes``; ``loss`` is unchanged.
 
     The eager step is traced, even if ``loss`` is compiled. ``accumulate`` is that of `Budget`.
+
+    Raises:
+        UserError: if an objective or the network reads values of its tensors.
     """
     recorder = Recorder()
     parts_run = min(accumulate, 2)  # all parts after the first are alike
@@ -126,7 +133,14 @@ def trace_step(loss: TrainingLoss, shapes: Shapes, accumulate: int = 1) -> StepT
             for _ in range(parts_run):
                 part = {n: b.rows(slice(-(-len(b.x) // accumulate))) for n, b in batches.items()}
                 for group in [{n: b} for n, b in part.items()] if loss.separate else [part]:
-                    fake(group).total.backward()
+                    try:
+                        fake(group).total.backward()
+                    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+                        raise UserError(
+                            "an objective or the network reads values of its tensors (by if, "
+                            f"float() or .item(): {error}), so the cost of a step cannot be "
+                            "estimated: use tensor operations, such as torch.where"
+                        ) from None
         trained = [(name, p) for name, p in fake.named_parameters() if p.requires_grad]
         gradients = sum(p.grad.nbytes for _, p in trained if p.grad is not None)
         unused = tuple(name for name, p in trained if p.grad is None)

@@ -200,6 +200,18 @@ def test_tracing_does_not_change_the_loss(monkeypatch):
     assert list(rows)[:4] == ["parameters", "ce step", "dsm step", "all 10 steps"]
 
 
+class ReadingBackbone(TinyBackbone):
+    def forward(self, y: torch.Tensor) -> Features:
+        return super().forward(y / float(y.max()))
+
+
+def test_network_that_reads_values_is_named_in_one_sentence():
+    model = ebmkit.JointModel(ReadingBackbone(), LinearQuadraticHead(8, 10))
+    loss = TrainingLoss(model, parse_objective("ce"))
+    with pytest.raises(UserError, match=r"reads values of its tensors .*use tensor operations"):
+        trace_step(loss, {"classify": (2, 1, 8, 8)})
+
+
 def test_traced_cost_of_an_accumulated_step_equals_the_real_cost():
     shapes = {"classify": (6, 1, 16, 16), "denoise": (3, 1, 16, 16)}
     loss = tiny_loss()
