@@ -181,7 +181,7 @@ def circumstances(
         notes.append("little is learnt in so few steps: this scale shows that every row runs")
     return {
         "about": runs.scale.description,
-        "dataset": next((f["data"][0].split(",")[0] for f in facts), ""),
+        "dataset": next((data.split(",")[0] for f in facts for data in f["data"]), ""),
         "notes": notes,
         "command": command,
         "seeds": list(runs.seeds),

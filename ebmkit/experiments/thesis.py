@@ -389,8 +389,8 @@ def _measured(
 
 
 def _with_data(result: VariantResult, data: str) -> VariantResult:
-    facts = result.facts | {"data": [data, *result.facts["data"]]}
-    return replace(result, facts=facts)
+    every = {s: f | {"data": [data, *f["data"]]} for s, f in result.facts_by_seed.items()}
+    return replace(result, facts_by_seed=every)
 
 
 def is_comparable(extractor: str, dataset: str, count: int) -> bool:
