@@ -432,6 +432,8 @@ def _measured(axes: Axes, rows: Sequence[Mapping[str, Any]], metric: str, log: b
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.ticklabel_format(axis="y", useOffset=False)
 
 
 EFFICIENCY_EXPERIMENT = Experiment(
