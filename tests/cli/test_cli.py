@@ -206,10 +206,14 @@ def test_reproduce_that_waits_for_another_process_can_be_stopped(
     tmp_path, monkeypatch, signum, code
 ):
     monkeypatch.setattr("time.sleep", lambda seconds: os.kill(os.getpid(), signum))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # parallel tests ignore it
     command = ("reproduce", "table3", "--scale", "smoke", "--only", "joint", "--out", "out")
     (tmp_path / "out/rows").mkdir(parents=True)
-    with Claim(tmp_path / "out/rows/joint").held():
-        stopped = ebmkit_command(*command, cwd=tmp_path)
+    try:
+        with Claim(tmp_path / "out/rows/joint").held():
+            stopped = ebmkit_command(*command, cwd=tmp_path)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert stopped.returncode == code, stopped.stderr
     assert f"waiting for joint: process {os.getpid()}" in stopped.stdout
     assert "run the same command to resume out" in stopped.stdout
