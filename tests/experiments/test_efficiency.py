@@ -214,4 +214,4 @@ def test_two_rows_are_trained_and_reported_at_smoke_scale(tmp_path):
     assert [path.name for path in paths] == ["efficiency.md", "efficiency.json", "efficiency.png"]
     text = paths[0].read_text()
     assert "60 steps of 64 images to classify" in text
-    assert "| 1,293 | ce+dsm: not run yet |" in text
+    assert "| 1,437 | ce+dsm: not run yet |" in text  # all training images
