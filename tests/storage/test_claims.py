@@ -1,6 +1,7 @@
 """Claims: one process works, and others take over the work of dead processes and machines."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -108,6 +109,15 @@ def test_holder_renews_its_claim(tmp_path):
         assert path.stat().st_mtime > 0
 
 
+@pytest.fixture
+def interruptible():
+    """SIGINT raises KeyboardInterrupt, whatever handler the test process has."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_holder_that_lost_its_claim_is_interrupted(tmp_path):
     """As after a suspension that was longer than the lease."""
     row = tmp_path / "joint"
