@@ -338,7 +338,7 @@ class ExperimentRuns:
             FolderLocked: without `waits`, if other processes work on some of it.
         """
         left, found = list(work), dict[str, T]()
-        pause, begun, told = FIRST_PAUSE, time.monotonic(), -math.inf
+        pause, start_time, last_notice = FIRST_PAUSE, time.monotonic(), -math.inf
         while True:
             taken: list[tuple[str, Callable[[], T]]] = []
             reason: FolderLocked | None = None
@@ -354,11 +354,11 @@ class ExperimentRuns:
                 raise reason
             pause = FIRST_PAUSE if len(taken) < len(left) else min(2 * pause, LONGEST_PAUSE)
             left, now = taken, time.monotonic()
-            if now >= told + NOTICE:
+            if now >= last_notice + NOTICE:
                 names = ", ".join(name for name, _ in taken)
-                since = f" since {format_seconds(now - begun)}" if told > 0 else ""
+                since = f" since {format_seconds(now - start_time)}" if last_notice > 0 else ""
                 self.log(f"waiting{since} for {names}: {reason}")
-                told = now
+                last_notice = now
             time.sleep(pause)
 
     def try_run(self, variant: Variant, protocol: Protocol | None) -> None:

@@ -515,13 +515,7 @@ SIGMA_HAT = (
 def run_table21(
     runs: ExperimentRuns, only: Sequence[str] = (), size: ThesisSize | None = None
 ) -> Report:
-    """Table 2.1: FID of DDIM by eta and number of steps.
-
-    Raises:
-        Interrupted: if training is interrupted; the same call resumes it.
-        UserError: if data, memory or Inception do not suffice. Later failures are listed in
-            ``runs.stopped`` and in the report.
-    """
+    """Table 2.1: FID of DDIM by eta and number of steps; errors are those of `run_table42`."""
     size = size or SIZES[runs.scale.size]
     name = "rcg-table2.1"
     samplers = table_2_1_samplers(size.lengths)

@@ -27,6 +27,7 @@ from ebmkit.experiments.thesis import (
 from ebmkit.models import create_denoiser
 from ebmkit.noise import linear_betas, make_schedule
 from ebmkit.sampling import DDIM
+from ebmkit.storage import FolderLocked
 
 THESIS_2_1 = """
 0.0 13.36 6.84 4.67 4.16 4.04
@@ -161,6 +162,18 @@ def test_an_interrupted_sampler_resumes_and_finished_images_are_not_drawn_again(
 
 
 # --- reports -------------------------------------------------------------------------------------
+
+
+def test_sampler_that_another_process_draws_is_taken_and_not_failed(unguided, monkeypatch):
+    """`ExperimentRuns.share` waits for it; the report must not say that it stopped."""
+
+    def drawn_elsewhere(sampler):
+        raise FolderLocked("another process draws it")
+
+    monkeypatch.setattr(unguided, "_drawn", drawn_elsewhere)
+    with pytest.raises(FolderLocked):
+        unguided.row(table_2_1_samplers((3,))[1], measures)
+    assert not unguided.runs.stopped
 
 
 def document(kind, comparable):
