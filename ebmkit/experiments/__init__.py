@@ -55,7 +55,8 @@ def reproduce(name: str, runs: ExperimentRuns, only: Sequence[str] = ()) -> list
         Interrupted: if training is interrupted; the same call resumes it.
         UserError: if a variant does not exist, or data or memory do not suffice.
     """
-    return write(name, EXPERIMENTS[name].run(runs, only), runs.out)
+    experiment = EXPERIMENTS[name]
+    return write(name, experiment, experiment.run(runs, only), runs.out)
 
 
 def describe(name: str, runs: ExperimentRuns) -> str:

@@ -145,7 +145,7 @@ def run_efficiency(runs: ExperimentRuns, only: Sequence[str]) -> Report:
     about = circumstances(runs, "efficiency", results) | {"budget": _budget(runs, variants)}
     document = efficiency_document(runs.scale.name, results, total, about)
     plot = partial(draw_efficiency, document)
-    return Report(document, efficiency_text(document), {"efficiency.png": plot})
+    return Report(document, {"efficiency.png": plot})
 
 
 def protocol_of(runs: ExperimentRuns, variant: Variant) -> Protocol:
@@ -439,5 +439,6 @@ def _measured(axes: Axes, rows: Sequence[Mapping[str, Any]], metric: str, log: b
 EFFICIENCY_EXPERIMENT = Experiment(
     "accuracy, calibration and robustness by number of training images, ce against joint training",
     run_efficiency,
+    efficiency_text,
     VARIANTS,
 )

@@ -56,6 +56,11 @@ def run_fig1(runs: ExperimentRuns, only: Sequence[str]) -> Report:
         hours = (time.perf_counter() - begun) / 3600
         names = ("git_commit", "torch", "threads", "cores", "platform")
         document["made"] = expected | {"hours": hours} | {name: own[name] for name in names}
+    document["made"]["command"] = runs.command("fig1")
+    return Report(document, {"fig1.png": partial(draw_figure1, document)})
+
+
+def _fig1_text(document: Mapping[str, Any]) -> str:
     made = document["made"]
     constants = "; ".join(
         ", ".join(f"{name} = {curve[name]:g}" for name in ("b_gen", "b_dis", "v_gen", "v_dis"))
@@ -65,14 +70,13 @@ def run_fig1(runs: ExperimentRuns, only: Sequence[str]) -> Report:
     head = "Computed from the constants of equation (4), and measured over many training sets."
     notes = [
         f"the paper's constants, assumed for illustration: {constants}",
-        f"command: `{runs.command('fig1')}`",
-        f"seed: {runs.seed}",
+        f"command: `{made['command']}`",
+        f"seed: {made['seed']}",
         f"hardware: CPU, {made['threads']} of {made['cores']} cores, {made['hours']:.2f} hours; "
         f"PyTorch {made['torch']}; commit {made['git_commit']}",
         "data: drawn from each family",
     ]
-    text = text_of(title, [head, "", *markdown(document).splitlines()], notes)
-    return Report(document, text, {"fig1.png": partial(draw_figure1, document)})
+    return text_of(title, [head, "", *markdown(document).splitlines()], notes)
 
 
 def run_fig3(runs: ExperimentRuns, only: Sequence[str]) -> Report:
@@ -100,7 +104,7 @@ def run_fig3(runs: ExperimentRuns, only: Sequence[str]) -> Report:
     sources = {"fig3.png": own / "jacobian.png", "fig3-spectrum.png": own / "spectrum.png"}
     plots = {"fig3-linearity.png": lambda path: linearity_grid(cells, path, about["dataset"])}
     copies = {name: path for name, path in sources.items() if path.exists()}  # spectra are rare
-    return Report(report, _fig3_text(report), plots, copies)
+    return Report(report, plots, copies)
 
 
 def _fig3_text(report: Mapping[str, Any]) -> str:
@@ -177,7 +181,7 @@ def run_fig4(runs: ExperimentRuns, only: Sequence[str]) -> Report:
         for one in some
         if (path := runs.folder(one.variant) / f"evaluation/{part}/robustness-map.png").exists()
     }
-    return Report(documents | about, _fig4_text(documents, about["notes"]), plots, maps)
+    return Report(documents | about, plots, maps)
 
 
 def _over_seeds(documents: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -197,13 +201,13 @@ def _over_seeds(documents: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {**documents[0], "curves": curves, "seeds": len(documents)}
 
 
-def _fig4_text(documents: Mapping[str, Mapping[str, dict[str, Any]]], notes: Sequence[str]) -> str:
+def _fig4_text(report: Mapping[str, Any]) -> str:
     lines: list[str] = []
-    for part, by_network in documents.items():
+    for part in (name for name in PARTS if name in report):
         lines += [f"### {PARTS[part]}", ""]
-        for name, document in by_network.items():
+        for name, document in report[part].items():
             lines += _attacked_lines(name, document)
-    return text_of("Figure 4: accuracy under attack (CDN figure 4)", lines, notes)
+    return text_of("Figure 4: accuracy under attack (CDN figure 4)", lines, report["notes"])
 
 
 def _attacked_lines(name: str, document: Mapping[str, Any]) -> list[str]:
@@ -242,7 +246,9 @@ def _attacked_lines(name: str, document: Mapping[str, Any]) -> list[str]:
 
 
 FIGURE_EXPERIMENTS = {
-    "fig1": Experiment("bias and variance of generative and discriminative fits", run_fig1),
-    "fig3": Experiment("Jacobian of the denoiser, local linearity", run_fig3, GRID),
-    "fig4": Experiment("accuracy under attack", run_fig4, ATTACKED),
+    "fig1": Experiment(
+        "bias and variance of generative and discriminative fits", run_fig1, _fig1_text
+    ),
+    "fig3": Experiment("Jacobian of the denoiser, local linearity", run_fig3, _fig3_text, GRID),
+    "fig4": Experiment("accuracy under attack", run_fig4, _fig4_text, ATTACKED),
 }

@@ -200,7 +200,7 @@ def run_guidance(
     plots = plots if done else {}
     if any("energy" in own for own in report["classes"]["networks"].values()):
         plots["guidance-class-energies.png"] = partial(energies_by_class, report)
-    return Report(report, guidance_text(report), plots, study.copies)
+    return Report(report, plots, study.copies)
 
 
 # --- drawing -------------------------------------------------------------------------------------
@@ -542,5 +542,8 @@ def _cached(path: Path, key: Any, compute: Callable[[], dict[str, Any]]) -> dict
 
 
 GUIDANCE_EXPERIMENT = Experiment(
-    "guiding a diffusion model by energies (the second paper)", run_guidance, NETWORKS
+    "guiding a diffusion model by energies (the second paper)",
+    run_guidance,
+    guidance_text,
+    NETWORKS,
 )

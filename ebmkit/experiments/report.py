@@ -1,7 +1,8 @@
 """Experiments: train and evaluate a grid of variants, and write the report.
 
-An experiment is a title, its grid, and a function from the runs to a `Report`: a JSON document,
-its text in Markdown, and plots. Every report states command, data, hardware, versions and commits.
+An experiment is a title, its grid, a function from the runs to a `Report` (a JSON document and
+plots), and a function from the JSON document to Markdown, which also renders documents of earlier
+runs. Every report states command, data, hardware, versions and commits.
 """
 
 from __future__ import annotations
@@ -30,16 +31,20 @@ class Report(NamedTuple):
     """Results of an experiment."""
 
     document: dict[str, Any]  # content of the JSON file
-    text: str  # content of the Markdown file
     plots: Mapping[str, Callable[[Path], None]] = {}  # drawing functions by file name
     copies: Mapping[str, Path] = {}  # plots of evaluation suites to copy, by file name
 
 
 class Experiment(NamedTuple):
-    """A table or figure; ``run`` trains, evaluates and reports the named variants (none: all)."""
+    """A table or figure.
+
+    ``run`` trains, evaluates and reports the named variants (none: all); ``text`` is Markdown of
+    the JSON document, as it was written or read again.
+    """
 
     title: str
     run: Callable[[ExperimentRuns, Sequence[str]], Report]
+    text: Callable[[Mapping[str, Any]], str]
     variants: tuple[Variant, ...] = ()  # its grid; empty if nothing is trained
 
 
@@ -243,11 +248,11 @@ def mark(
             axis.plot([found["low"], found["high"]], [place, place], color=colour, linewidth=1.5)
 
 
-def write(name: str, report: Report, folder: Path) -> list[Path]:
+def write(name: str, experiment: Experiment, report: Report, folder: Path) -> list[Path]:
     """Write ``NAME.md``, ``NAME.json`` and the plots into ``folder``; return their paths."""
     paths = [folder / f"{name}.md", folder / f"{name}.json"]
     content = json.dumps(report.document, indent=2, allow_nan=False)  # first: it may fail
-    write_atomically(paths[0], report.text.encode())
+    write_atomically(paths[0], experiment.text(json.loads(content)).encode())
     write_atomically(paths[1], content.encode())
     for file, draw in report.plots.items():
         draw(folder / file)

@@ -168,7 +168,7 @@ def run_table(
     if base is not None:
         document["differences"] = _differences(base, results)
     plots = {f"{table.name}.png": partial(compare_with_paper, document)}
-    return Report(document, table_text(document), plots)
+    return Report(document, plots)
 
 
 def figures_of(result: VariantResult) -> dict[str, dict[str, Any]]:
@@ -396,7 +396,7 @@ def run_claims(runs: ExperimentRuns, only: Sequence[str]) -> Report:
     report = run_table(CLAIMS, runs, only, CLAIM_SIGMAS, base=JOINT)
     plots = dict(report.plots)
     plots["claims-beyond.png"] = partial(beyond_training, report.document)
-    return Report(report.document, claims_text(report.document), plots)
+    return Report(report.document, plots)
 
 
 def claims_text(report: Mapping[str, Any]) -> str:
@@ -497,7 +497,7 @@ def beyond_training(report: dict[str, Any], path: Path, trained: float = 100.0) 
 
 
 TABLE_EXPERIMENTS: dict[str, Experiment] = {
-    name: Experiment(table.title, partial(run_table, table), table.variants)
+    name: Experiment(table.title, partial(run_table, table), table_text, table.variants)
     for name, table in TABLES.items()
 }
-CLAIMS_EXPERIMENT = Experiment(CLAIMS.title, run_claims, CLAIMS.variants)
+CLAIMS_EXPERIMENT = Experiment(CLAIMS.title, run_claims, claims_text, CLAIMS.variants)

@@ -456,7 +456,7 @@ def run_table42(
     test = runs.images(DIFFUSION, "test")
     shown = {row: read_samples(path, test).images[:SHOWN] for row, path in files.items()}
     plots = {f"{name}.png": partial(_draw_samples, shown)} if shown else {}
-    return Report(document, table42_text(document), plots)
+    return Report(document, plots)
 
 
 def table42_text(document: Mapping[str, Any]) -> str:
@@ -522,7 +522,7 @@ def run_table21(
     document = _measured(name, runs, only, size, samplers, _frechet_alone)
     done = [row for row in document["rows"] if "stopped" not in row]
     plots = {f"{name}.png": partial(_draw_table21, document)} if done else {}
-    return Report(document, table21_text(document), plots)
+    return Report(document, plots)
 
 
 def table21_text(document: Mapping[str, Any]) -> str:
@@ -576,7 +576,11 @@ def _draw_table21(document: Mapping[str, Any], path: Path) -> None:
 
 NETWORKS = (DIFFUSION, EVALUATION_CLASSIFIER)
 THESIS_TABLES = {
-    "rcg-table2.1": Experiment("DDIM by eta and number of steps", run_table21, NETWORKS),
-    "rcg-table4.2": Experiment("unguided images by DDPM and DDIM", run_table42, NETWORKS),
+    "rcg-table2.1": Experiment(
+        "DDIM by eta and number of steps", run_table21, table21_text, NETWORKS
+    ),
+    "rcg-table4.2": Experiment(
+        "unguided images by DDPM and DDIM", run_table42, table42_text, NETWORKS
+    ),
 }
 """The tables, by name."""

@@ -346,17 +346,27 @@ def _report(
     notes = [*notes, f"command: `{command}`", f"PyTorch {own['torch']}; commit {own['git_commit']}"]
     document = {
         **document,
+        "title": title,
+        "lines": list(lines),
+        "notes": notes,
         "command": command,
         "made": {k: own[k] for k in ("torch", "git_commit")},
     }
-    return Report(document, text_of(title, lines, notes), {f"{name}.png": partial(draw, document)})
+    return Report(document, {f"{name}.png": partial(draw, document)})
+
+
+def figure_text(document: Mapping[str, Any]) -> str:
+    """The document of a figure as Markdown."""
+    return text_of(document["title"], document["lines"], document["notes"])
 
 
 THESIS_FIGURES = {
-    "rcg-fig2.6": Experiment("naive and annealed Langevin dynamics on a mixture", run_fig26),
-    "rcg-fig2.8": Experiment("linear and cosine noise schedule", run_fig28),
+    "rcg-fig2.6": Experiment(
+        "naive and annealed Langevin dynamics on a mixture", run_fig26, figure_text
+    ),
+    "rcg-fig2.8": Experiment("linear and cosine noise schedule", run_fig28, figure_text),
     **{
-        name: Experiment(about["title"], partial(run_schedules, name))
+        name: Experiment(about["title"], partial(run_schedules, name), figure_text)
         for name, about in SCHEDULE_FIGURES.items()
     },
 }
