@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     for marker, make in MARKERS.items():
         if marker in markdown:
             markdown = markdown.replace(marker, make())
-    return markdown
+    return re.sub("<!-- report: (.+) -->", report, markdown)
 
 
 def balance_table() -> str:
@@ -417,12 +418,17 @@ def denormals_table() -> str:
     return "\n".join(lines)
 
 
-def guidance_report(dataset: str) -> str:
-    """`docs/results/guidance-DATASET.json` as the report of experiment ``guidance``."""
-    from ebmkit.experiments.guidance_report import guidance_text
+def report(match: re.Match[str]) -> str:
+    """The report of `docs/results/NAME.json`, as ``ebmkit reproduce`` writes it.
 
-    path = Path(__file__).parent / "results" / f"guidance-{dataset}.json"
-    return guidance_text(json.loads(path.read_text()))
+    NAME is that of an experiment, or begins with it: ``table1``, ``guidance-digits``.
+    """
+    from ebmkit.experiments import EXPERIMENTS
+
+    name = match[1]
+    (target,) = (target for target in EXPERIMENTS if target in (name, name.partition("-")[0]))
+    path = Path(__file__).parent / "results" / f"{name}.json"
+    return EXPERIMENTS[target].text(json.loads(path.read_text()))
 
 
 def circumstances(environment: dict[str, Any]) -> str:
@@ -452,6 +458,4 @@ MARKERS = {
     "<!-- jem: cifar10 -->": partial(jem_table, "cifar10"),
     "<!-- jem: digits -->": partial(jem_table, "digits"),
     "<!-- mixture -->": mixture_table,
-    "<!-- guidance: cifar10 -->": partial(guidance_report, "cifar10"),
-    "<!-- guidance: digits -->": partial(guidance_report, "digits"),
 }

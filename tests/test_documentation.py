@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import importlib.util
 import re
 from pathlib import Path
 
@@ -26,3 +27,18 @@ def test_imports_of_examples_exist(page):
     for module, name in imports(page):
         found = importlib.import_module(module)
         assert name is None or hasattr(found, name), f"from {module} import {name}"
+
+
+def test_reports_of_committed_results_are_rendered_and_not_typed():
+    """Pages of results have their tables from the JSON files that they name."""
+    spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
+    hooks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hooks)
+    pages = [p for p in (ROOT / "docs" / "results").glob("*.md") if "<!-- report" in p.read_text()]
+    assert pages
+    for page in pages:
+        source = page.read_text()
+        shown = hooks.on_page_markdown(source)
+        assert "<!--" not in shown, page.name
+        assert shown.count("\n## ") > source.count("\n## "), page.name
+        assert "\n|" not in source, f"{page.name} has a table of its own"

@@ -199,6 +199,7 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
             for d, smallest in found.items()
         }
         curves[norm] = {name: curve[d] for name, d in config.curve().items()}
+        context.image_values |= {f"{norm}/{n}": found[d] for n, d in config.curve().items()}
         maps[norm] = [{"sigma": d.sigma, "accuracy": curve[d]} for d in config.rows()]
         checks[norm] = {}
         if config.checks or config.autoattack:

@@ -224,8 +224,8 @@ def evaluate(
             existing wrapper of the model is ignored.
         options: settings by suite, as in ``{"robustness": {"steps": 10}}``.
         plots: write plots.
-        image_values: write the values by image behind the means of the suites ``classify`` and
-            ``denoise``, for `read_image_values`.
+        image_values: write the values by image behind the means of the suites ``classify``,
+            ``denoise`` and ``robustness``, for `read_image_values`.
         progress: show a progress bar.
         world: the processes that share the work; each must call this function.
         data_dir: folder of data sets, for suites that load further ones.
@@ -328,9 +328,10 @@ def read_image_values(document: Mapping[str, Any], folder: Path) -> dict[str, Te
     """Read the values by image behind the means of ``document``, whose file is in ``folder``.
 
     Returns:
-        Columns (N,) in image order: ``right/SIGMA`` of the suite ``classify`` (bool), and
-        ``DENOISER/SIGMA`` of ``denoise`` (PSNR, dB), sigma in 255ths. Empty if they were not
-        written, or are damaged or of another evaluation.
+        Columns (N,) in image order: ``right/SIGMA`` of the suite ``classify`` (bool),
+        ``DENOISER/SIGMA`` of ``denoise`` (PSNR, dB), sigma in 255ths, and ``NORM/DEFENCE`` of
+        ``robustness`` (the smallest strength that breaks the image, image units). Empty if they
+        were not written, or are damaged or of another evaluation.
     """
     path = folder / f"{document['suite']}.safetensors"
     try:

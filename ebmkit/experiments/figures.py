@@ -13,6 +13,9 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ebmkit.compute import environment
 from ebmkit.evaluation.attacks import STEPSIZE
 from ebmkit.evaluation.suite import number
@@ -28,6 +31,7 @@ from ebmkit.experiments.report import (
     text_of,
 )
 from ebmkit.experiments.runs import ExperimentRuns, Protocol, Variant
+from ebmkit.experiments.seeds import compare_rows, p_value, rule
 from ebmkit.experiments.tables import GRID, JEM, JOINT, TABLES
 from ebmkit.experiments.theory import draw_figure1, figure1, markdown
 from ebmkit.noise import in_255ths
@@ -35,6 +39,13 @@ from ebmkit.storage.reading import read_document
 
 ATTACKED = (*(TABLES["table1"].variant(name) for name in ("resnet18", "gradresnet-ce")), JEM, JOINT)
 """The networks of ``fig4``."""
+
+ORDERINGS = (
+    ("joint", "resnet18", "the paper"),
+    ("jem", "joint", "the paper"),
+    ("joint", "gradresnet-ce", "same network, one objective less: not in the paper"),
+)
+"""Rows of `ATTACKED`, the more robust one first, and who says so (CDN section 4.3)."""
 
 PARTS = {
     "fig4": "Direct attacks",
@@ -158,7 +169,8 @@ def run_fig4(runs: ExperimentRuns, only: Sequence[str]) -> Report:
             own = dict(options)
             if variant.task == "joint" and "defences" not in own:
                 own["defences"] = ["direct", "noise", "denoise"]
-            return Protocol(part, ("robustness",), options={"robustness": own})
+            values = ("robustness",) if part == "fig4" else ()
+            return Protocol(part, ("robustness",), options={"robustness": own}, image_values=values)
 
         found[part] = [r for r in run_grid(runs, ATTACKED, only, protocol) if r.status == "done"]
     documents = {
@@ -181,7 +193,32 @@ def run_fig4(runs: ExperimentRuns, only: Sequence[str]) -> Report:
         for one in some
         if (path := runs.folder(one.variant) / f"evaluation/{part}/robustness-map.png").exists()
     }
-    return Report(documents | about, plots, maps)
+    orderings = [] if runs.scale.size == "smoke" else _orderings(results)
+    return Report({**documents, "orderings": orderings, **about}, plots, maps)
+
+
+def _orderings(results: Sequence[VariantResult]) -> list[dict[str, Any]]:
+    """Test `ORDERINGS` at every strength of the direct attacks, in points of accuracy."""
+    by_name, found = {one.variant.name: one for one in results}, []
+    for better, worse, source in ORDERINGS:
+        if not {better, worse} <= by_name.keys():
+            continue
+        document = by_name[better].documents["robustness"]
+        for norm, strengths in document["epsilons"].items():
+            for epsilon in strengths:
+                rows = (_unbroken(by_name[name], norm, epsilon) for name in (better, worse))
+                own = {"better": better, "worse": worse, "source": source, "norm": norm}
+                if tested := compare_rows(*rows):
+                    found.append(own | {"epsilon": epsilon, **tested})
+    return found
+
+
+def _unbroken(result: VariantResult, norm: str, epsilon: float) -> dict[int, NDArray[np.float64]]:
+    """By seed, 100 for each image (N,) that the direct attack of ``epsilon`` leaves right, or 0."""
+    return {
+        seed: 100.0 * (values["robustness"][f"{norm}/direct"] > epsilon).double().numpy()
+        for seed, values in result.image_values.items()
+    }
 
 
 def _over_seeds(documents: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -207,7 +244,30 @@ def _fig4_text(report: Mapping[str, Any]) -> str:
         lines += [f"### {PARTS[part]}", ""]
         for name, document in report[part].items():
             lines += _attacked_lines(name, document)
+    if report["orderings"]:
+        rows = (
+            [
+                *(one["better"], one["worse"], one["source"]),
+                _strength(one["norm"], one["epsilon"]),
+                *(f"{one['ours']:+.1f}", p_value(one), one["verdict"]),
+            ]
+            for one in report["orderings"]
+        )
+        names = ["better", "worse", "says", "attack", "difference", "p", "verdict"]
+        lines += [
+            "### Orderings",
+            "",
+            "Accuracy under direct attacks, first network minus second, in points:",
+            "",
+            *table_lines(names, rows, left=4),
+            "",
+            rule(report["orderings"]),
+        ]
     return text_of("Figure 4: accuracy under attack (CDN figure 4)", lines, report["notes"])
+
+
+def _strength(norm: str, epsilon: float) -> str:
+    return f"{norm} {in_255ths(epsilon)}/255" if norm == "linf" else f"{norm} {epsilon:g}"
 
 
 def _attacked_lines(name: str, document: Mapping[str, Any]) -> list[str]:
@@ -221,7 +281,7 @@ def _attacked_lines(name: str, document: Mapping[str, Any]) -> list[str]:
     ]
     for norm, curves in document["curves"].items():
         strengths = document["epsilons"][norm]
-        shown = [in_255ths(e) + "/255" if norm == "linf" else f"{e:g}" for e in strengths]
+        shown = [_strength(norm, epsilon).removeprefix(f"{norm} ") for epsilon in strengths]
         rows = ([defence, *map(percent, curve)] for defence, curve in curves.items())
         lines += [*table_lines([norm, *shown], rows), ""]
     for key, defence in document["defences"].items():
@@ -229,10 +289,8 @@ def _attacked_lines(name: str, document: Mapping[str, Any]) -> list[str]:
     for norm, checks in document["checks"].items():
         for key, check in checks.items():
             if "autoattack" in check:
-                strength = check["epsilon"]
-                at = f"{in_255ths(strength)}/255" if norm == "linf" else f"{strength:g}"
-                share = percent(check["autoattack"])
-                lines.append(f"- AutoAttack against {key}, {norm} {at}: {share} % accuracy")
+                at, share = _strength(norm, check["epsilon"]), percent(check["autoattack"])
+                lines.append(f"- AutoAttack against {key}, {at}: {share} % accuracy")
     lines += [f"- warning: {warning}" for warning in document["warnings"]]
     options = document["options"]
     size = options["stepsize"] or max(STEPSIZE, 2.5 / options["steps"])

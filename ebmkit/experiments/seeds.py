@@ -91,6 +91,30 @@ def compare(differences: NDArray[np.float64]) -> PairedComparison:
     return PairedComparison(mean, p_seeds, p_images, max(p_seeds, p_images, both))
 
 
+def compare_rows(
+    a: Mapping[int, NDArray[np.float64]], b: Mapping[int, NDArray[np.float64]]
+) -> dict[str, Any] | None:
+    """Test the mean difference a - b of two rows; None if no seed has both.
+
+    Args:
+        a: by seed, values by image (N,), or one mean (1,) if there are none.
+        b: of the other row, of the same images in the same order.
+
+    Returns:
+        ``ours``, the mean difference over the ``seeds`` that both have; the number of ``images``
+        (None: a row has no values by image); and the fields of `PairedComparison.document`.
+    """
+    seeds = [seed for seed in a if seed in b]
+    if not seeds:
+        return None
+    counts = {len(row[seed]) for row in (a, b) for seed in seeds}
+    paired = len(counts) == 1 and counts != {1}
+    gaps = np.stack([a[s] - b[s] if paired else [a[s].mean() - b[s].mean()] for s in seeds])
+    found = compare(gaps)
+    images = gaps.shape[1] if paired else None
+    return {"ours": found.difference, "seeds": seeds, "images": images, **found.document()}
+
+
 def _variance_of_mean(values: NDArray[np.float64]) -> float | None:
     return float(values.var(ddof=1)) / len(values) if len(values) > 1 else None
 

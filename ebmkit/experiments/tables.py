@@ -42,7 +42,7 @@ from ebmkit.experiments.report import (
     text_of,
 )
 from ebmkit.experiments.runs import ExperimentRuns, Protocol, Variant, read_data
-from ebmkit.experiments.seeds import compare, p_value, rule
+from ebmkit.experiments.seeds import compare_rows, p_value, rule
 from ebmkit.noise import in_255ths
 from ebmkit.plots import BLUE, GRAY, ORANGE, annotate, look, new_figure, save_figure
 from ebmkit.registry import find
@@ -283,51 +283,33 @@ def _differences(base: Variant, results: Sequence[VariantResult]) -> list[dict[s
 
 
 def difference(a: VariantResult, b: VariantResult, metric: str) -> dict[str, Any] | None:
-    """Test the difference of two variants, paired by seed and image; None if a value is missing.
-
-    Returns:
-        ``ours``, the mean difference over the ``seeds`` that both have; the number of ``images``
-        (None: values by image are missing); and the fields of
-        `ebmkit.experiments.seeds.PairedComparison.document`.
-    """
-    own, other = (
-        {seed: own[metric]["value"] for seed, own in figures_by_seed(one).items() if metric in own}
-        for one in (a, b)
-    )
-    seeds = [seed for seed in own if seed in other]
-    if not seeds or None in [*own.values(), *other.values()]:
-        return None
-    pairs = [(_by_image(a, metric, seed), _by_image(b, metric, seed)) for seed in seeds]
-    counts = {len(values) for pair in pairs for values in pair}
-    paired = len(counts) == 1 and 0 not in counts
-    if paired:
-        gaps = np.stack([first - second for first, second in pairs])
-    else:
-        gaps = np.array([[own[seed] - other[seed]] for seed in seeds])
-    found = compare(gaps)
-    return {
-        "ours": found.difference,
-        "seeds": seeds,
-        "images": gaps.shape[1] if paired else None,
-        **found.document(),
-    }
+    """`compare_rows` of two variants; None if a value is missing, NaN or Inf."""
+    rows = []
+    for one in (a, b):
+        means = {
+            s: own[metric]["value"] for s, own in figures_by_seed(one).items() if metric in own
+        }
+        if None in means.values():
+            return None
+        rows.append({seed: _by_image(one, metric, seed, mean) for seed, mean in means.items()})
+    return compare_rows(*rows)
 
 
-def _by_image(result: VariantResult, metric: str, seed: int) -> NDArray[np.float64]:
-    """Values by image (N,) behind a figure of `figures_by_seed`; empty if they are missing."""
+def _by_image(result: VariantResult, metric: str, seed: int, mean: float) -> NDArray[np.float64]:
+    """Values by image (N,) behind a figure of `figures_by_seed`, or ``mean`` (1,) without them."""
     suite, column = "denoise", f"{result.variant.reads}/{metric}"
     if metric == "accuracy":
         suite, column = "classify", "right/0"
     values = result.image_values.get(seed, {}).get(suite, {}).get(column)
     if values is None:
-        return np.empty(0)
+        return np.array([mean])
     return values.double().numpy() * (100 if metric == "accuracy" else 1)
 
 
-def table_text(report: Mapping[str, Any]) -> str:
-    """`table_document` as Markdown."""
+def result_table(report: Mapping[str, Any]) -> list[str]:
+    """The rows of `table_document` as a Markdown table."""
     shown = [m for m in METRICS if any(m in {**r["ours"], **r["paper"]} for r in report["rows"])]
-    rows = [
+    rows = (
         [
             row["task"],
             _label(row),
@@ -335,13 +317,18 @@ def table_text(report: Mapping[str, Any]) -> str:
             *(_ours_and_paper(metric, row) for metric in shown),
         ]
         for row in report["rows"]
-    ]
+    )
+    return table_lines(["task", "network", "sigma", *(METRICS[m] for m in shown)], rows, left=3)
+
+
+def table_text(report: Mapping[str, Any]) -> str:
+    """`table_document` as Markdown."""
     seeds = max((len(row["seeds"]) for row in report["rows"]), default=0)
     ours = "ours" if seeds < 2 else f"ours, mean ± standard deviation over {seeds} seeds"
     lines = [
         f"Scale `{report['scale']}`: {report['about']}. Each cell: {ours} (the paper's).",
         "",
-        *table_lines(["task", "network", "sigma", *(METRICS[m] for m in shown)], rows, left=3),
+        *result_table(report),
         "",
         "Column sigma: which noise level the denoiser uses.",
     ]

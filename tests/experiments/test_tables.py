@@ -105,12 +105,14 @@ def test_rows_at_full_scale_are_the_published_recipes_with_the_named_differences
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("target", [name for name, one in EXPERIMENTS.items() if one.variants])
 def test_rows_differ_from_their_recipe_in_nothing_that_they_do_not_list(target, scale):
-    """Some fields follow from others: `class_conditional` from the class dropout of ddpm."""
+    """Some fields follow from others, as settings of Muon from the choice of AdamW."""
     runs = ExperimentRuns(Path("out"), SCALES[scale])
     for row in EXPERIMENTS[target].variants:
         if row.run is None:
             listed = flat(runs.scale.differences(row)).keys()
             follow = {"model.backbone.class_conditional", "dataset.hold_out"}
+            if "optimizer.kind" in listed:
+                follow |= {"optimizer.adamw_lr", "optimizer.nesterov"}
             assert runs.differences(row).keys() <= listed | follow, row.name
 
 
