@@ -9,7 +9,7 @@ scale     data                           network            training of a varian
 ========= ============================== ================== =============================
 smoke     scikit-learn's digits, 8x8     width 8            60 steps: seconds
 cpu       CIFAR-10                       width 16           400 steps of our short recipe
-cpu-cdn   CIFAR-10                       width 16           1,000 steps, the paper's settings
+cpu-cdn   CIFAR-10                       width 16           400 steps, the paper's settings
 full      CIFAR-10 (table 2: ImageNet)   width 64           the published recipes, on a GPU
 ========= ============================== ================== =============================
 
