@@ -12,7 +12,7 @@ import torch
 
 from ebmkit.card import ModelCard
 from ebmkit.evaluation.features import classifier_of
-from ebmkit.experiments import EXPERIMENTS, SCALES, ExperimentRuns
+from ebmkit.experiments import EXPERIMENTS, SCALES, ExperimentRuns, write
 from ebmkit.experiments.guidance import (
     AMOUNTS,
     BY_IMAGE,
@@ -25,6 +25,7 @@ from ebmkit.experiments.guidance import (
     compare_orderings,
     images_folder,
     measure_methods,
+    run_guidance,
 )
 from ebmkit.guidance import make_guidance
 from ebmkit.models import create_denoiser, create_model
@@ -373,8 +374,10 @@ def test_metrics_without_values_by_image_are_measured_again_from_the_images(two_
     path.write_text(json.dumps(stored))
     monkeypatch.setattr(ImageDrawer, "draw", None)
     _, again = measure_methods([random_study(runs, train)])
-    assert again["energy"][0] == values["energy"][0]
-    assert json.loads(path.read_text())["found"]["by_image"] == values["energy"][0]
+    own, before = again["energy"][0], values["energy"][0]
+    assert (own["accuracy"], own["ends"]) == (before["accuracy"], before["ends"])
+    assert own["energy"] == pytest.approx(before["energy"], abs=1e-5)
+    assert json.loads(path.read_text())["found"]["by_image"] == own
 
 
 def test_seed_whose_network_is_not_trained_or_whose_chains_diverge_is_missing(
@@ -474,3 +477,35 @@ def test_orderings_are_tested_by_images_from_the_same_noise():
     nan = values_of((1, 2), 0.5)
     nan[1]["energy"][3] = None  # as stored
     assert not compare_orderings({"dual": nan, "sigmoid 500": nan})
+
+
+@pytest.mark.slow
+def test_two_seeds_are_trained_drawn_and_reported(tmp_path):
+    scale = replace(SCALES["smoke"], size="cpu")  # smoke has no orderings
+    runs = ExperimentRuns(tmp_path, scale, seeds=(0, 1))
+    amount = replace(
+        AMOUNTS["smoke"],
+        per_class=5,
+        steps=5,
+        path={"step": 500},
+        grid={"images": 20, "steps": 2},
+        path_images=20,
+        networks=("diffusion", "judge", "robust-1"),
+        methods=("unguided", "classifier", "energy", "energy clipped"),
+    )
+    report = run_guidance(runs, (), amount)
+    paths = write("guidance", EXPERIMENTS["guidance"], report, tmp_path)
+    document = json.loads((tmp_path / "guidance.json").read_text())
+    assert [(o["greater"], o["smaller"]) for o in document["orderings"]] == [
+        ("classifier", "unguided"),
+        ("energy", "classifier"),
+        ("energy", "energy clipped"),
+    ]
+    assert all((o["seeds"], o["images"]) == ([0, 1], 50) for o in document["orderings"])
+    text = paths[0].read_text()
+    (row,) = [line for line in text.splitlines() if line.startswith("| energy clipped |")]
+    assert row.count("±") == 6  # all figures, and the distance of real images
+    assert "### Orderings of the thesis" in text
+    assert sorted(path.name for path in (tmp_path / "guidance" / "seed-1").glob("*.h5")) == [
+        "classifier.h5", "energy-clipped.h5", "energy.h5", "unguided.h5",
+    ]  # fmt: skip
