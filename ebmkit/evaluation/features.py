@@ -444,7 +444,7 @@ def measure_guided(
         }
     )
     if by_image:
-        values = {name: made.columns[name] for name in ("ends", "energy") if name in made.columns}
+        values = {n: column for n, column in made.columns.items() if n in ("ends", "energy")}
         if judged and labels is not None:
             values["accuracy"] = _recognised(made, labels)
         document["by_image"] = to_json({n: column.tolist() for n, column in values.items()})

@@ -56,7 +56,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ebmkit.compute import pick_device
-from ebmkit.data import ImageSet
+from ebmkit.data import AnyImages, ImageSet
 from ebmkit.data.hdf5 import read_contents
 from ebmkit.energy import EnergyModel, ScoreModel
 from ebmkit.errors import UserError
@@ -386,7 +386,7 @@ class _Study:
     """Measurements of the networks trained with one seed, the first of ``runs``."""
 
     def __init__(
-        self, runs: ExperimentRuns, amount: StudySize, trained: Sequence[Variant], train: Images
+        self, runs: ExperimentRuns, amount: StudySize, trained: Sequence[Variant], train: AnyImages
     ) -> None:
         self.runs, self.amount, self.trained = runs, amount, list(trained)
         self.names = {network.name for network in trained}
@@ -597,7 +597,7 @@ def measure_methods(studies: Sequence[_Study]) -> tuple[list[dict[str, Any]], Im
         for method in study.methods()
     )
     for method in first.methods():
-        each = {
+        each: dict[int, dict[str, Any]] = {
             study.runs.seed: {"stopped": f"not trained: {', '.join(lacking)}"}
             if (lacking := study.untrained(method))
             else found[study.named(method)]
@@ -631,9 +631,18 @@ def compare_orderings(values: ImageValues) -> list[dict[str, Any]]:
         if not gaps or not all(np.isfinite(own).all() for own in gaps.values()):
             continue
         compared = compare(np.stack(list(gaps.values())))
-        about = {"greater": greater, "smaller": smaller, "metric": metric, "source": source}
-        about |= {"ours": compared.difference, "seeds": list(gaps), "images": len(a[min(gaps)])}
-        found.append(about | compared.document())
+        found.append(
+            {
+                "greater": greater,
+                "smaller": smaller,
+                "metric": metric,
+                "source": source,
+                "ours": compared.difference,
+                "seeds": list(gaps),
+                "images": len(a[min(gaps)]),
+                **compared.document(),
+            }
+        )
     return found
 
 
