@@ -31,7 +31,7 @@ from ebmkit.guidance import make_guidance
 from ebmkit.models import create_denoiser, create_model
 from ebmkit.randomness import keyed_generator
 from ebmkit.storage import FolderLocked
-from ebmkit.training.config import differences
+from ebmkit.training.config import differences, merge
 
 NAMES = {row.name for row in NETWORKS}
 
@@ -481,7 +481,10 @@ def test_orderings_are_tested_by_images_from_the_same_noise():
 
 @pytest.mark.slow
 def test_two_seeds_are_trained_drawn_and_reported(tmp_path):
-    scale = replace(SCALES["smoke"], size="cpu")  # smoke has no orderings
+    smoke, steps = SCALES["smoke"], {"steps": 4}
+    tasks = {task: merge(smoke.by_task.get(task, {}), steps) for task in smoke.by_task}
+    layer = {**smoke.layer, "guidance": merge(smoke.layer["guidance"], steps)}
+    scale = replace(smoke, size="cpu", layer=layer, by_task=tasks)  # size smoke has no orderings
     runs = ExperimentRuns(tmp_path, scale, seeds=(0, 1))
     amount = replace(
         AMOUNTS["smoke"],
@@ -504,7 +507,7 @@ def test_two_seeds_are_trained_drawn_and_reported(tmp_path):
     assert all((o["seeds"], o["images"]) == ([0, 1], 50) for o in document["orderings"])
     text = paths[0].read_text()
     (row,) = [line for line in text.splitlines() if line.startswith("| energy clipped |")]
-    assert row.count("±") == 6  # all figures, and the distance of real images
+    assert row.count("±") == 7  # all figures, and the distance of real images
     assert "### Orderings of the thesis" in text
     assert sorted(path.name for path in (tmp_path / "guidance" / "seed-1").glob("*.h5")) == [
         "classifier.h5", "energy-clipped.h5", "energy.h5", "unguided.h5",
