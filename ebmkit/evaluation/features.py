@@ -383,6 +383,7 @@ def measure_guided(
     source: EnergySource = "auto",
     batch_size: int = 250,
     device: torch.device | str | None = None,
+    by_image: bool = False,
 ) -> dict[str, Any]:
     """Compute the metrics of the module docstring for samples of given labels.
 
@@ -397,6 +398,7 @@ def measure_guided(
         source: source of the energies; see `ebmkit.models.heads`.
         batch_size: images per batch.
         device: device of extractor and model; None: the classifier's, or the CPU.
+        by_image: whether to return values by sample.
 
     Returns:
         A dictionary for JSON. Estimates are ``{"value", "low", "high", "count"}`` with 95 %
@@ -406,7 +408,9 @@ def measure_guided(
         ``frechet``, ``kernel``), ``saturation`` (``ends``, and ``colour``, None for gray images,
         each with ``samples`` and ``real``) and ``energy_gap`` (``energy``, and ``joint_energy`` of
         E(x, y), None without labels of the model; None without a model); ``means`` and
-        ``classes``, from `class_means` and `by_class`, None without labels.
+        ``classes``, from `class_means` and `by_class`, None without labels. With ``by_image``, the
+        entry ``by_image`` has lists of length N: ``accuracy`` (whether the label is recognised),
+        ``ends`` and ``energy``, each only if its mean exists.
 
     Raises:
         UserError: if shapes or labels do not match, or a sample has NaN or Inf.
@@ -439,7 +443,17 @@ def measure_guided(
             "classes": classes,
         }
     )
+    if by_image:
+        values = {n: column for n, column in made.columns.items() if n in ("ends", "energy")}
+        if judged and labels is not None:
+            values["accuracy"] = _recognised(made, labels)
+        document["by_image"] = to_json({n: column.tolist() for n, column in values.items()})
     return document
+
+
+def _recognised(samples: FeatureColumns, labels: Tensor) -> Tensor:
+    """Whether each sample is classified as its label, (N,)."""
+    return predict(samples.columns["logits"]) == labels
 
 
 def _checked(samples: Tensor, labels: Tensor | None, real: Images) -> tuple[Tensor, Tensor | None]:
@@ -546,7 +560,7 @@ def _compared(
     baseline = baseline[: len(made)]
     accuracy = None
     if judged and samples.labels is not None:
-        accuracy = statistics.accuracy(predict(samples.columns["logits"]) == samples.labels)
+        accuracy = statistics.accuracy(_recognised(samples, samples.labels))
     return {
         "accuracy": accuracy,
         "frechet": frechet(made, known),

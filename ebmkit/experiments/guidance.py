@@ -21,7 +21,8 @@ are drawn a second time with clipping, which suppresses saturation. Final images
 [0, 1] for storing.
 
 Chain n of every method has the same starting noise and the same random numbers at each step, keyed
-by (seed, batch, step), so methods differ only in their guidance.
+by (seed, batch, step), so methods differ only in their guidance. Statements of the thesis that
+compare two methods (``orderings``) are tested on these pairs of images, over all seeds.
 
 ::
 
@@ -29,8 +30,10 @@ by (seed, batch, step), so methods differ only in their guidance.
     OUT/rows/guidance/NETWORK/   run folders
     OUT/guidance/METHOD.h5       images (N, H, W, C) uint8 and their labels (N,)
     OUT/guidance/METHOD.json     their metrics
+    OUT/guidance/seed-1/         the same, by the networks and the noise of seed 1
 
-A method is drawn again if its settings or the weights of its networks change.
+A method is drawn again if its settings or the weights of its networks change. Images, suites and
+energies by class in the report are of the first seed.
 """
 
 from __future__ import annotations
@@ -47,12 +50,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
 
 from ebmkit.compute import pick_device
-from ebmkit.data import ImageSet
+from ebmkit.data import AnyImages, ImageSet
 from ebmkit.data.hdf5 import read_contents
 from ebmkit.energy import EnergyModel, ScoreModel
 from ebmkit.errors import UserError
@@ -62,6 +66,7 @@ from ebmkit.evaluation.suite import Images
 from ebmkit.experiments.guidance_report import (
     compare_methods,
     energies_by_class,
+    figures_of,
     guidance_text,
     samples_of_methods,
 )
@@ -74,6 +79,7 @@ from ebmkit.experiments.report import (
     run_grid,
 )
 from ebmkit.experiments.runs import ExperimentRuns, Protocol, Variant, read_data
+from ebmkit.experiments.seeds import compare
 from ebmkit.guidance import check_guide, class_energies, guided_model, make_guidance
 from ebmkit.models import load, weights_digest
 from ebmkit.randomness import keyed_generator
@@ -135,6 +141,11 @@ def _with_clipping(methods: Iterable[GuidanceMethod]) -> Iterator[GuidanceMethod
 
 
 METHODS = tuple(_with_clipping(GuidanceMethod(**fields) for fields in _DATA["methods"]))
+ORDERINGS: list[list[str]] = _DATA["orderings"]
+"""Statements of RCG: greater method, smaller method, metric (`BY_IMAGE`), source."""
+BY_IMAGE = {"recognised": ("accuracy", 100), "saturated": ("ends", 100), "gap": ("energy", 1)}
+"""Values by image of `measure_guided` and their unit's factor, by metric. Two methods differ in the
+gap to real images as they do in E(x)."""
 
 
 @dataclass(frozen=True)
@@ -163,11 +174,16 @@ CLASSIFY = Protocol("guidance", ("classify",), images={"classify": 1000})
 BATCH = 100
 """Number of chains per batch."""
 
+DAMAGED = (UserError, ValueError, TypeError, AttributeError)
+"""Errors of reading a damaged file of images."""
+
 
 def run_guidance(
     runs: ExperimentRuns, only: Sequence[str] = (), amount: StudySize | None = None
 ) -> Report:
     """Train the networks named in ``only`` (empty: all); evaluate with all trained networks.
+
+    Methods are measured with every seed, all else but the networks' accuracy with the first.
 
     Raises:
         Interrupted: if training is interrupted; the same call resumes it.
@@ -177,20 +193,32 @@ def run_guidance(
     amount = amount or AMOUNTS[runs.scale.size]
     every = [v for v in NETWORKS if not amount.networks or v.name in amount.networks]
     results = run_grid(runs, every, only, lambda network: None)
-    results = [one for one in results if runs.seed in one.by_seed]  # the seed of all images
-    study = _Study(runs, amount, [one.variant for one in results])
+    results = [one for one in results if runs.seed in one.by_seed]
+    train = runs.images(EVALUATION_CLASSIFIER, "train")
+    studies = [
+        _Study(own, amount, [one.variant for one in results if own.seed in one.by_seed], train)
+        for own in runs.each_seed()
+    ]
+    study = studies[0]
+    for other in studies[1:]:
+        other.energy = study.energy if study.energy in other.names else None
     networks, classifiers = study.networks(results)
+    methods, values = measure_methods(studies)
     report: dict[str, Any] = {
         "networks": networks,
         "grid": study.suite("robustness-grid", ON_GRID, dict(amount.grid), None),
         "path": study.suite("diffusion-path", ON_PATH, dict(amount.path), amount.path_images),
-        "ways": study.methods(),
+        "ways": methods,
+        "orderings": [] if runs.scale.size == "smoke" else compare_orderings(values),
         "classes": study.classes(),
         "amount": {
             n: getattr(amount, n) for n in ("per_class", "steps", "strength", "real", "options")
         },
         **circumstances(runs, "guidance", classifiers, first_seed_shown=True),
     }
+    missing = [pair for m in methods for pair in m["missing_seeds"].items()]
+    notes = (f"seed {seed}: {reason}" for seed, reason in missing if seed != str(runs.seed))
+    report["notes"] += dict.fromkeys(notes)
     done = [method for method in report["ways"] if "stopped" not in method]
     shown = [(method["name"], method["about"], study.shown[method["name"]]) for method in done]
     plots = {
@@ -327,8 +355,7 @@ def _all_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 def _read(path: Path, settings: Mapping[str, Any]) -> DrawnImages | None:
     """Read the images in ``path``; None if there are none with these settings."""
     what = repr(str(path))
-    damaged = (UserError, ValueError, TypeError, AttributeError)
-    with contextlib.suppress(*damaged), open_hdf5(path) as file:
+    with contextlib.suppress(*DAMAGED), open_hdf5(path) as file:
         own = {"clip": True} | json.loads(read_attribute(file, "settings", what))
         if own.get("guidance"):
             own["guidance"] = _all_settings(own["guidance"])
@@ -339,25 +366,40 @@ def _read(path: Path, settings: Mapping[str, Any]) -> DrawnImages | None:
     return None
 
 
+def images_folder(runs: ExperimentRuns) -> Path:
+    """Folder of the images of the first seed: ``guidance`` for seed 0, else ``guidance/seed-SEED``.
+
+    Earlier versions used ``guidance`` for any seed: it belongs to the seed of its images.
+    """
+    folder, owner = runs.out / "guidance", 0
+    for path in sorted(folder.glob("*.h5")):
+        with contextlib.suppress(*DAMAGED), open_hdf5(path) as file:
+            owner = int(read_attribute(file, "seed", repr(str(path))))
+            break
+    return folder if runs.seed == owner else folder / f"seed-{runs.seed}"
+
+
 # --- measuring -----------------------------------------------------------------------------------
 
 
 class _Study:
-    """Measurements of trained networks."""
+    """Measurements of the networks trained with one seed, the first of ``runs``."""
 
-    def __init__(self, runs: ExperimentRuns, amount: StudySize, trained: Sequence[Variant]) -> None:
+    def __init__(
+        self, runs: ExperimentRuns, amount: StudySize, trained: Sequence[Variant], train: AnyImages
+    ) -> None:
         self.runs, self.amount, self.trained = runs, amount, list(trained)
         self.names = {network.name for network in trained}
         self.shown: dict[str, Tensor] = {}  # images for the plot, by method
         self.copies: dict[str, Path] = {}  # plots of suites, by file name
         self._loaded: dict[str, ScoreModel] = {}
         self._classifier: Extractor | None = None
-        self.folder = runs.out / "guidance"
+        self.folder = images_folder(runs)
         self.test = runs.images(EVALUATION_CLASSIFIER, "test").spread(amount.real)
-        self.train, classes = runs.images(EVALUATION_CLASSIFIER, "train"), self.test.num_classes
+        self.train, classes = train, self.test.num_classes
         self.others = self.train.spread(2 * classes * amount.per_class)
         self.drawing = ImageDrawer(
-            self.folder, self._model, self._digest, classes, amount.per_class, runs.seed, self.train
+            self.folder, self._model, self._digest, classes, amount.per_class, runs.seed, train
         )
         energies = [v.name for v in (*reversed(ROBUST), PLAIN) if v in self.trained]
         self.energy = next(iter(energies), None)  # E(x) of the most robust classifier
@@ -459,30 +501,30 @@ class _Study:
         except UserError as error:
             return {"stopped": str(error)}
 
-    def methods(self) -> list[dict[str, Any]]:
-        """Settings and metrics of each method whose networks are trained."""
-        found, work = {}, []
-        for method in METHODS:
-            method = method.times(self.amount.strength).with_options(self.amount.options)
-            if self.amount.methods and method.name not in self.amount.methods:
-                continue
-            used = {method.base, method.guide or method.base, EVALUATION_CLASSIFIER.name}
-            if not used <= self.names:
-                continue
-            skipped = ("description", "fixed")
-            about = {name: value for name, value in asdict(method).items() if name not in skipped}
-            figure = f" (figure {method.figure})" if method.figure else ""
-            about["about"] = method.description + figure
-            found[method.name] = about
-            work.append((method.name, partial(self._shown_and_measured, method)))
-        measured = self.runs.share(work)
-        return [about | measured[name] for name, about in found.items()]
+    def methods(self) -> list[GuidanceMethod]:
+        """The methods of this scale whose networks are trained."""
+        every = (m.times(self.amount.strength).with_options(self.amount.options) for m in METHODS)
+        chosen = (m for m in every if not self.amount.methods or m.name in self.amount.methods)
+        return [method for method in chosen if not self.untrained(method)]
 
-    def _shown_and_measured(self, method: GuidanceMethod) -> dict[str, Any]:
-        """Metrics of ``method``, or the reason why its images cannot be drawn."""
+    def untrained(self, method: GuidanceMethod) -> list[str]:
+        """Names of the networks that ``method`` lacks."""
+        used = (method.base, method.guide or method.base, EVALUATION_CLASSIFIER.name)
+        return [name for name in dict.fromkeys(used) if name not in self.names]
+
+    def named(self, method: GuidanceMethod) -> str:
+        """Name of the images of ``method`` in messages."""
+        return f"{method.name}, seed {self.runs.seed}" if self.runs.seed else method.name
+
+    def measured(self, method: GuidanceMethod) -> dict[str, Any]:
+        """Metrics of ``method``, or the reason why its images cannot be drawn.
+
+        Raises:
+            FolderLocked: if another process draws or measures them.
+        """
         try:
             with self.runs.claimed(self.drawing.path(method)):
-                self.runs.log(f"drawing: {method.name}")
+                self.runs.log(f"drawing: {self.named(method)}")
                 drawn = self.drawing.stored(method, self.amount.steps)
                 self.shown[method.name] = drawn.images[: self.test.num_classes]
                 return self._measured(method, drawn)
@@ -500,6 +542,7 @@ class _Study:
             "real": len(self.test),
             "labelled": True,
             "classes": True,
+            "by_image": True,
         }
         path = self.folder / f"{method.name.replace(' ', '-')}.json"
         return _cached(path, key, partial(self._metrics, drawn))
@@ -513,7 +556,13 @@ class _Study:
         assert model is None or isinstance(model, EnergyModel)
         labels = self.drawing.labels
         found = measure_guided(
-            drawn.images, labels, self.test, self._classifier, model, others=self.others
+            drawn.images,
+            labels,
+            self.test,
+            self._classifier,
+            model,
+            others=self.others,
+            by_image=True,
         ) | {"seconds": drawn.seconds}
         if self.energy is not None:
             images = ImageSet(drawn.images, labels, self.test.class_names, "samples", "test")
@@ -528,6 +577,73 @@ class _Study:
 
     def _digest(self, name: str) -> str:
         return weights_digest(self.runs.folder(_NETWORKS[name]))
+
+
+ImageValues = dict[str, dict[int, dict[str, list[float]]]]
+"""Values by image (N,), by method, seed and name in `BY_IMAGE`."""
+
+
+def measure_methods(studies: Sequence[_Study]) -> tuple[list[dict[str, Any]], ImageValues]:
+    """Draw and measure every method of the first study, with the seed of each study.
+
+    Returns:
+        Settings and metrics (of the first seed) of each method, with the figures of the report
+        ``by_seed`` and the reasons for ``missing_seeds``; and the values by image.
+    """
+    first, documents, values = studies[0], list[dict[str, Any]](), ImageValues()
+    found = first.runs.share(
+        (study.named(method), partial(study.measured, method))
+        for study in studies
+        for method in study.methods()
+    )
+    for method in first.methods():
+        each: dict[int, dict[str, Any]] = {
+            study.runs.seed: {"stopped": f"not trained: {', '.join(lacking)}"}
+            if (lacking := study.untrained(method))
+            else found[study.named(method)]
+            for study in studies
+        }
+        done = {seed: own for seed, own in each.items() if "stopped" not in own}
+        values[method.name] = {seed: own.pop("by_image") for seed, own in done.items()}
+        about = {k: v for k, v in asdict(method).items() if k not in ("description", "fixed")}
+        figure = f" (figure {method.figure})" if method.figure else ""
+        about["about"] = method.description + figure
+        about |= each[first.runs.seed]
+        about["by_seed"] = {str(seed): figures_of(own) for seed, own in done.items()}
+        about["missing_seeds"] = {str(s): o["stopped"] for s, o in each.items() if s not in done}
+        documents.append(about)
+    return documents, values
+
+
+def compare_orderings(values: ImageValues) -> list[dict[str, Any]]:
+    """Test `ORDERINGS` by differences of images from the same noise, over seeds and images.
+
+    Images of two seeds share no noise, so the test over images is of their means over seeds.
+    """
+    found = []
+    for greater, smaller, metric, source in ORDERINGS:
+        column, factor = BY_IMAGE[metric]
+        a, b = (
+            {s: factor * np.array(own[column], float) for s, own in each.items() if column in own}
+            for each in (values.get(greater, {}), values.get(smaller, {}))
+        )
+        gaps = {seed: a[seed] - b[seed] for seed in a if seed in b}
+        if not gaps or not all(np.isfinite(own).all() for own in gaps.values()):
+            continue
+        compared = compare(np.stack(list(gaps.values())))
+        found.append(
+            {
+                "greater": greater,
+                "smaller": smaller,
+                "metric": metric,
+                "source": source,
+                "ours": compared.difference,
+                "seeds": list(gaps),
+                "images": len(a[min(gaps)]),
+                **compared.document(),
+            }
+        )
+    return found
 
 
 def _cached(path: Path, key: Any, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:

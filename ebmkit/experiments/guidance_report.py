@@ -11,8 +11,16 @@ from torch import Tensor
 
 from ebmkit.evaluation.robustness_grid import column_names
 from ebmkit.evaluation.suite import number
-from ebmkit.experiments.report import mark, mean_and_deviation, percent, table_lines, text_of
+from ebmkit.experiments.report import (
+    mark,
+    mean_and_deviation,
+    percent,
+    spread,
+    table_lines,
+    text_of,
+)
 from ebmkit.experiments.runs import read_data
+from ebmkit.experiments.seeds import p_value, rule
 from ebmkit.guidance.guides import CLASSIFIER_FREE
 from ebmkit.plots import (
     BLUE,
@@ -33,6 +41,8 @@ COLUMNS = (
 )  # fmt: skip
 STATED = tuple(method["name"] for method in _DATA["methods"] if "figure" in method)
 """Methods of which the thesis shows images, in the order of its figures."""
+SHOWN = ("recognised", "distance", "diversity", "saturated", "gap")
+"""Figures of a method in the plot."""
 FIGURE_4_15 = ("sigmoid 500", "dual")
 """Methods whose energies by class the thesis shows."""
 
@@ -57,9 +67,10 @@ def guidance_text(report: Mapping[str, Any]) -> str:
         ("grid", "Robust accuracy (RCG table 4.1)", _grid),
         ("path", "Along the diffusion (RCG figures 4.5, 4.6, 4.9)", _path),
         ("ways", "Guidance methods", partial(_methods, report["amount"])),
+        ("orderings", "Orderings of the thesis", _orderings),
     )
     for key, title, section in sections:
-        if report[key]:
+        if report.get(key):
             lines += ["", f"### {title}", "", *section(report[key])]
     title = f"Guidance of a diffusion model, on {report['dataset']} (RCG chapter 4)"
     return text_of(title, lines, report["notes"])
@@ -118,6 +129,11 @@ def _methods(amount: Mapping[str, Any], methods: Sequence[Mapping[str, Any]]) ->
         "*Time*: seconds per image. Scales s are the thesis's times "
         f"{amount['strength']:g}, where they are not 1.",
     ]
+    seeds = max(len(method.get("by_seed", {})) for method in methods)
+    if seeds > 1:
+        lines[0] += (
+            f" Cells are mean ± standard deviation over {seeds} seeds of networks and noise."
+        )
     for guide, own in amount.get("options", {}).items():
         values = ", ".join(f"{name} = {value}" for name, value in own.items())
         lines[0] += f" At this scale {guide} has {values}."
@@ -133,19 +149,69 @@ def _method_cells(method: Mapping[str, Any]) -> list[str]:
     scale = f"{method['settings']['scale']:g}" if method["settings"] else ""
     about = method["about"].replace("|", "\\|")
     clip = "yes" if method.get("clip", True) else "no"  # older reports: always
+    if "stopped" not in method and method.get("missing_seeds"):
+        done, missing = len(method["by_seed"]), len(method["missing_seeds"])
+        about += f", {done} of {done + missing} seeds"
     head = [method["name"], about, scale, f"{method['eta']:g}", clip]
     if "stopped" in method:
         return [*head, method["stopped"], *[""] * (len(COLUMNS) - 4)]
-    means, ends = method["means"], method["saturation"]["ends"]
-    gap = method["energy_gap"]["energy"] if method["energy_gap"] else None
+    found = mean_figures(method)
+    recognised = found["recognised"]
     return [
         *head,
-        percent(method["accuracy"]) if method["accuracy"] else "-",
-        f"{number(means['frechet'], '{:.3g}')} ({number(means['floor'], '{:.3g}')})",
-        number(means["diversity"], "{:.2f}"),
-        f"{100 * _value(ends['samples']):.1f} ({100 * _value(ends['real']):.1f})",
-        number(gap, "{:+.2f}"),
-        f"{method['seconds'] / method['count']:.2g}",
+        "-" if _value(recognised) is None else percent(recognised),
+        f"{spread(found['distance'], '{:.3g}')} ({spread(found['floor'], '{:.3g}')})",
+        spread(found["diversity"], "{:.2f}"),
+        f"{spread(found['saturated'], '{:.1f}')} ({number(found['real'], '{:.1f}')})",
+        spread(found["gap"], "{:+.2f}"),
+        spread(found["time"], "{:.2g}"),
+    ]
+
+
+def figures_of(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Figures of a measured method: numbers or None; ``recognised`` with its interval over images.
+
+    Shares of saturated values, also of ``real`` images, are in percent, ``time`` in seconds per
+    image; ``floor`` is the distance of real images.
+    """
+    means, ends, gap = found["means"], found["saturation"]["ends"], found["energy_gap"]
+    return {
+        "recognised": found["accuracy"],
+        "distance": means["frechet"],
+        "floor": means["floor"],
+        "diversity": means["diversity"],
+        "saturated": 100 * _value(ends["samples"]),
+        "real": 100 * _value(ends["real"]),
+        "gap": _value(gap["energy"]) if gap else None,
+        "time": found["seconds"] / found["count"],
+    }
+
+
+def mean_figures(method: Mapping[str, Any]) -> dict[str, Any]:
+    """`figures_of` ``method``, of several seeds their `mean_and_deviation` (or None)."""
+    each = list(method.get("by_seed", {}).values())
+    if len(each) < 2:
+        return figures_of(method)
+    values = {name: [_value(own[name]) for own in each] for name in each[0]}
+    return {n: None if None in own else mean_and_deviation(own) for n, own in values.items()}
+
+
+def _orderings(orderings: Sequence[Mapping[str, Any]]) -> list[str]:
+    rows = (
+        [
+            *(one["greater"], one["smaller"], one["metric"], one["source"]),
+            *(f"{one['ours']:+.2f}", p_value(one), one["verdict"]),
+        ]
+        for one in orderings
+    )
+    return [
+        "Comparisons of two methods in the thesis, which judges images by eye. *Ours*: mean "
+        "difference of images from the same noise, *greater* minus *smaller* (points of %; gap: "
+        "nats).",
+        "",
+        *table_lines(["greater", "smaller", "metric", "RCG", "ours", "p", "verdict"], rows, left=4),
+        "",
+        rule(orderings, "generated images"),
     ]
 
 
@@ -210,20 +276,16 @@ def compare_methods(methods: Sequence[dict[str, Any]], path: Path) -> None:
     figure = new_figure(14.0, 0.25 * len(methods) + 1.4, layout="constrained")
     axes = figure.subplots(1, 5, sharey=True)
     for at, method in enumerate(methods):
-        means, gap = method["means"], method["energy_gap"]
-        mark(axes[0], at, method["accuracy"])
-        mark(axes[1], at, means["frechet"])
-        mark(axes[1], at, means["floor"], "|", ORANGE, 9)
-        mark(axes[2], at, means["diversity"])
-        ends = method["saturation"]["ends"]
-        mark(axes[3], at, _value(ends["samples"]))
-        mark(axes[3], at, _value(ends["real"]), "|", ORANGE, 9)
-        mark(axes[4], at, _value(gap["energy"]) if gap else None)
+        found = mean_figures(method)
+        for axis, name in zip(axes, SHOWN, strict=True):
+            mark(axis, at, found[name])
+        mark(axes[1], at, _value(found["floor"]), "|", ORANGE, 9)
+        mark(axes[3], at, _value(found["real"]), "|", ORANGE, 9)
     titles = (
         "recognised by the evaluation classifier",
         "distance of a class (bar: real images)",
         "diversity (1: real images)",
-        "saturated values (bar: real images)",
+        "saturated values, % (bar: real images)",
         "energy gap, nats (0: real images)",
     )
     for axis, title in zip(axes, titles, strict=True):
@@ -236,7 +298,8 @@ def compare_methods(methods: Sequence[dict[str, Any]], path: Path) -> None:
     axes[1].set_xlim(left=0)
     axes[0].set_yticks(range(len(methods)), [method["name"] for method in methods], fontsize=7)
     axes[0].invert_yaxis()
-    save_figure(figure, path)
+    several = any(len(method.get("by_seed", {})) > 1 for method in methods)
+    save_figure(figure, path, "Mean and standard deviation over seeds" if several else "")
 
 
 def energies_by_class(report: Mapping[str, Any], path: Path) -> None:

@@ -226,15 +226,15 @@ def mean_and_deviation(values: Sequence[float]) -> dict[str, float]:
     return {"value": value, "sd": sd, "low": value - sd, "high": value + sd, "seeds": len(values)}
 
 
-def spread(estimate: Mapping[str, Any] | None, form: str) -> str:
-    """Format an estimate, with its standard deviation if it is a mean over seeds.
+def spread(estimate: Mapping[str, Any] | float | None, form: str) -> str:
+    """Format a number or an estimate, with its standard deviation if it is a mean over seeds.
 
     >>> spread({"value": 84.71, "sd": 0.26, "seeds": 3}, "{:.1f}")
     '84.7 ± 0.3'
     """
-    deviation = None if estimate is None else estimate.get("sd")
+    deviation = estimate.get("sd") if isinstance(estimate, Mapping) else None
     own = number(estimate, form)
-    return own if deviation is None else f"{own} ± {form.format(deviation)}"
+    return own if deviation is None else f"{own} ± {form.replace('+', '').format(deviation)}"
 
 
 def mark(

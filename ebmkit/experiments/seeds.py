@@ -135,17 +135,17 @@ def p_value(comparison: Mapping[str, Any]) -> str:
     return "-" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def rule(comparisons: Sequence[Mapping[str, Any]]) -> str:
-    """How the verdicts of ``comparisons`` were reached."""
+def rule(comparisons: Sequence[Mapping[str, Any]], images: str = "test images") -> str:
+    """How the verdicts of ``comparisons``, paired by ``images``, were reached."""
     level, several = f"{LEVEL:g}", any(len(one["seeds"]) > 1 for one in comparisons)
     if not several:
         return (
-            "One seed: *p* is of paired differences over test images (t test), and the spread over "
+            f"One seed: *p* is of paired differences over {images} (t test), and the spread over "
             f"training runs is unknown. *open*: p is not below {level}; *open (one seed)*: it is, "
             "but other training runs may differ."
         )
     return (
-        "*p*: the largest p value of paired t tests over seeds, over test images, and over both. "
+        f"*p*: the largest p value of paired t tests over seeds, over {images}, and over both. "
         f"*open*: it is not below {level}, or a test is missing, as over seeds for *one seed*. "
         "Verdicts are not corrected for their number."
     )

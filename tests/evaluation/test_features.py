@@ -202,9 +202,15 @@ def test_each_class_is_compared_with_its_own_images(model_and_images):
     """Samples of the next class: distant in each class, but not over all classes."""
     model, real = model_and_images
     wrong = (real.labels + 1) % 3
-    found = measure_guided(real.images, wrong, real, pixel_extractor(model), model, others=real)
+    found = measure_guided(
+        real.images, wrong, real, pixel_extractor(model), model, others=real, by_image=True
+    )
     assert found["frechet"]["value"] == pytest.approx(0, abs=1e-9)
     assert found["accuracy"]["value"] < 0.1
+    values = found["by_image"]
+    assert values["accuracy"] == (model.logits(real.images, 0.0).argmax(1) == wrong).tolist()
+    assert np.mean(values["ends"]) == pytest.approx(found["saturation"]["ends"]["samples"]["value"])
+    assert len(values["energy"]) == len(wrong)
     shift = 16 * 0.1**2  # squared distance between means of neighbouring classes
     # a mean of 40 has standard error sqrt(0.003 / 40) in each of 16 pixels, in both sets
     error = 2 * (shift**0.5) * (2 * 0.003 / 40) ** 0.5

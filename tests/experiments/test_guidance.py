@@ -6,23 +6,32 @@ from dataclasses import replace
 from pathlib import Path
 
 import h5py
+import numpy as np
 import pytest
 import torch
 
 from ebmkit.card import ModelCard
-from ebmkit.experiments import EXPERIMENTS, SCALES, ExperimentRuns
+from ebmkit.evaluation.features import classifier_of
+from ebmkit.experiments import EXPERIMENTS, SCALES, ExperimentRuns, write
 from ebmkit.experiments.guidance import (
     AMOUNTS,
+    BY_IMAGE,
     METHODS,
     NETWORKS,
+    ORDERINGS,
     GuidanceMethod,
     ImageDrawer,
     _Study,
+    compare_orderings,
+    images_folder,
+    measure_methods,
+    run_guidance,
 )
 from ebmkit.guidance import make_guidance
 from ebmkit.models import create_denoiser, create_model
 from ebmkit.randomness import keyed_generator
-from ebmkit.training.config import differences
+from ebmkit.storage import FolderLocked
+from ebmkit.training.config import differences, merge
 
 NAMES = {row.name for row in NETWORKS}
 
@@ -251,7 +260,7 @@ def test_energies_by_class_are_of_training_images(tmp_path, monkeypatch):
     """RCG figure 4.12: means of -logsumexp of the logits over the training images of a class."""
     plain = next(row for row in NETWORKS if row.name == "plain")
     runs = ExperimentRuns(tmp_path, SCALES["smoke"])
-    study = _Study(runs, AMOUNTS["smoke"], [plain])
+    study = _Study(runs, AMOUNTS["smoke"], [plain], runs.images(plain, "train"))
     torch.manual_seed(0)
     study._loaded["plain"] = create_model("gradresnet18", 10, 1, head="logit", width=8).eval()
     monkeypatch.setattr(_Study, "_digest", lambda self, name: "1")
@@ -299,3 +308,207 @@ def test_images_stored_with_earlier_setting_names_are_read(drawer, tmp_path, mon
         file.attrs["settings"] = json.dumps(settings)
     monkeypatch.setattr(ImageDrawer, "draw", None)
     assert torch.equal(drawer.stored(GUIDED, 2).images, first.images)
+
+
+# --- seeds and orderings -------------------------------------------------------------------------
+
+
+def random_study(runs, train, networks=("diffusion", "judge", "robust-1"), methods=None):
+    """A study of untrained networks, different for each seed."""
+    amount = replace(
+        AMOUNTS["smoke"], per_class=2, steps=2, real=60, methods=methods or ("unguided", "energy")
+    )
+    trained = [row for row in NETWORKS if row.name in networks]
+    study = _Study(runs, amount, trained, train)
+    torch.manual_seed(runs.seed)
+    diffusion = create_denoiser("unet", 1, width=8, multipliers=(1, 1), blocks=1)
+    diffusion.card = ModelCard(
+        image_size=(8, 8), channels=1, sigma_range=diffusion.schedule.sigma_range
+    )
+    study._loaded["diffusion"] = diffusion
+    for name in ("judge", "robust-1"):
+        study._loaded[name] = create_model("gradresnet10", 10, 1, head="logit", width=8)
+    for model in study._loaded.values():
+        model.eval().requires_grad_(False)
+    study._classifier = classifier_of(study._loaded["judge"], "judge")
+    study._digest = study.drawing.digests = lambda name: f"{name} {runs.seed}"
+    return study
+
+
+@pytest.fixture(scope="module")
+def two_seeds(tmp_path_factory):
+    """Runs of two seeds, their training images and `measure_methods` of random networks."""
+    runs = ExperimentRuns(tmp_path_factory.mktemp("guidance"), SCALES["smoke"], seeds=(0, 1))
+    train = runs.images(NETWORKS[0], "train").first(200)
+    return runs, train, measure_methods([random_study(own, train) for own in runs.each_seed()])
+
+
+def test_methods_are_drawn_and_measured_with_each_seed(two_seeds):
+    runs, _, (documents, values) = two_seeds
+    for document in documents:
+        name = document["name"]
+        files = [runs.out / "guidance" / folder / f"{name}.h5" for folder in ("", "seed-1")]
+        seeds = [h5py.File(path).attrs["seed"] for path in files]
+        assert seeds == [0, 1]
+        assert document["missing_seeds"] == {}
+        assert document["by_seed"]["0"] != document["by_seed"]["1"]
+        assert document["accuracy"] == document["by_seed"]["0"]["recognised"]
+        for seed, figures in document["by_seed"].items():
+            own = values[name][int(seed)]
+            assert {len(column) for column in own.values()} == {20}
+            assert figures["recognised"]["value"] == pytest.approx(np.mean(own["accuracy"]))
+            assert figures["saturated"] == pytest.approx(100 * np.mean(own["ends"]))
+        json.dumps(document, allow_nan=False)
+        assert "by_image" not in document
+    assert [document["name"] for document in documents] == ["unguided", "energy"]
+    gaps = [document["by_seed"]["1"]["gap"] for document in documents]
+    energies = [np.mean(values[document["name"]][1]["energy"]) for document in documents]
+    assert gaps[1] - gaps[0] == pytest.approx(energies[1] - energies[0], abs=1e-5)
+
+
+def test_metrics_without_values_by_image_are_measured_again_from_the_images(two_seeds, monkeypatch):
+    runs, train, (_, values) = two_seeds
+    path = runs.out / "guidance" / "energy.json"
+    stored = json.loads(path.read_text())
+    del stored["key"]["by_image"], stored["found"]["by_image"]
+    path.write_text(json.dumps(stored))
+    monkeypatch.setattr(ImageDrawer, "draw", None)
+    _, again = measure_methods([random_study(runs, train)])
+    own, before = again["energy"][0], values["energy"][0]
+    assert (own["accuracy"], own["ends"]) == (before["accuracy"], before["ends"])
+    assert own["energy"] == pytest.approx(before["energy"], abs=1e-5)
+    assert json.loads(path.read_text())["found"]["by_image"] == own
+
+
+def test_seed_whose_network_is_not_trained_or_whose_chains_diverge_is_missing(
+    tmp_path, two_seeds, monkeypatch
+):
+    runs = replace(two_seeds[0], out=tmp_path)
+    first, second = runs.each_seed()
+    studies = [
+        random_study(first, two_seeds[1], methods=("unguided",)),
+        random_study(second, two_seeds[1], ("judge", "robust-1"), methods=("unguided",)),
+    ]
+    ((document,), values) = measure_methods(studies)
+    assert document["missing_seeds"] == {"1": "not trained: diffusion"}
+    assert values["unguided"].keys() == {0}
+    studies[1].names.add("diffusion")
+    with torch.no_grad():
+        studies[1]._loaded["diffusion"].network.conv_out.bias.fill_(float("nan"))
+    ((document,), _) = measure_methods(studies)
+    assert "NaN or Inf" in document["missing_seeds"]["1"]
+
+
+def test_images_that_another_process_draws_are_waited_for(two_seeds, monkeypatch):
+    """`ExperimentRuns.share` tries again; the report must not say that the method stopped."""
+    runs, train, _ = two_seeds
+    study = random_study(runs.at(1), train)
+
+    def drawn_elsewhere(method, steps):
+        raise FolderLocked("another process draws it")
+
+    monkeypatch.setattr(study.drawing, "stored", drawn_elsewhere)
+    with pytest.raises(FolderLocked):
+        study.measured(study.methods()[0])
+
+
+def test_earlier_images_of_another_seed_stay_where_they_are(tmp_path, two_seeds):
+    for path in (two_seeds[0].out / "guidance" / "seed-1").glob("*.h5"):
+        (tmp_path / "guidance").mkdir(exist_ok=True)
+        (tmp_path / "guidance" / path.name).write_bytes(path.read_bytes())
+    runs = replace(two_seeds[0], out=tmp_path)
+    folders = [images_folder(own) for own in runs.each_seed()]
+    assert folders == [tmp_path / "guidance" / "seed-0", tmp_path / "guidance"]
+
+
+def test_orderings_compare_known_methods_by_values_of_images():
+    names = {method.name for method in METHODS}
+    assert len({(a, b, metric) for a, b, metric, _ in ORDERINGS}) == len(ORDERINGS)
+    for greater, smaller, metric, source in ORDERINGS:
+        assert {greater, smaller} <= names
+        assert metric in BY_IMAGE
+        assert source
+
+
+def values_of(seeds, recognised, ends=0.1, energy=0.0, images=200):
+    """Values by image with the share ``recognised``, in another order for each seed."""
+    return {
+        seed: {
+            "accuracy": np.roll(np.arange(images) < recognised * images, 7 * seed).tolist(),
+            "ends": (ends + 0.01 * np.sin(np.arange(images) + seed)).tolist(),
+            "energy": (energy + np.sin(np.arange(images) + seed)).tolist(),
+        }
+        for seed in seeds
+    }
+
+
+def test_orderings_are_tested_by_images_from_the_same_noise():
+    """Saturation varies by 0.7 points over images, its paired differences by nothing."""
+    found = compare_orderings(
+        {
+            "unguided": values_of((0, 1, 2), 0.1, ends=0.10),
+            "accumulated": values_of((2, 1, 5), 0.6, ends=0.101),
+            "accumulated 0.5": values_of((1, 2), 0.8),
+            "sigmoid 500": values_of((1, 2), 0.5, energy=-2.0),
+            "dual": values_of((1, 2), 0.5, energy=-1.5),
+            "step": values_of((1,), 0.5, ends=0.2),
+            "step clipped": values_of((1,), 0.5, ends=0.1),
+            "energy": values_of((1, 2), 0.5),
+            "pgd": values_of((1, 2), 0.5),
+            "classifier": values_of((7,), 0.5),
+            "of-time": {7: {"ends": [0.1]}},  # the evaluation classifier has other classes
+        }
+    )
+    by_pair = {(one["greater"], one["smaller"], one["metric"]): one for one in found}
+    own = by_pair["accumulated", "unguided", "saturated"]
+    assert own["seeds"] == [2, 1]
+    assert own["images"] == 200
+    assert own["ours"] == pytest.approx(0.1)
+    verdicts = {pair: one["verdict"] for pair, one in by_pair.items()}
+    assert verdicts == {
+        ("accumulated", "unguided", "recognised"): "holds",
+        ("accumulated", "unguided", "saturated"): "holds",
+        ("accumulated", "accumulated 0.5", "recognised"): "reversed",
+        ("dual", "sigmoid 500", "gap"): "holds",
+        ("energy", "sigmoid 500", "saturated"): "open",
+        ("energy", "pgd", "saturated"): "open",
+        ("step", "step clipped", "saturated"): "open (one seed)",
+    }
+    nan = values_of((1, 2), 0.5)
+    nan[1]["energy"][3] = None  # as stored
+    assert not compare_orderings({"dual": nan, "sigmoid 500": nan})
+
+
+@pytest.mark.slow
+def test_two_seeds_are_trained_drawn_and_reported(tmp_path):
+    smoke, steps = SCALES["smoke"], {"steps": 4}
+    tasks = {task: merge(smoke.by_task.get(task, {}), steps) for task in smoke.by_task}
+    layer = {**smoke.layer, "guidance": merge(smoke.layer["guidance"], steps)}
+    scale = replace(smoke, size="cpu", layer=layer, by_task=tasks)  # size smoke has no orderings
+    runs = ExperimentRuns(tmp_path, scale, seeds=(0, 1))
+    amount = replace(
+        AMOUNTS["smoke"],
+        per_class=5,
+        steps=5,
+        path={"step": 500},
+        grid={"images": 20, "steps": 2},
+        path_images=20,
+        networks=("diffusion", "judge", "robust-1"),
+        methods=("unguided", "classifier", "energy", "energy clipped"),
+    )
+    report = run_guidance(runs, (), amount)
+    paths = write("guidance", EXPERIMENTS["guidance"], report, tmp_path)
+    document = json.loads((tmp_path / "guidance.json").read_text())
+    assert [(o["greater"], o["smaller"]) for o in document["orderings"]] == [
+        ("classifier", "unguided"),
+        ("energy", "classifier"),
+        ("energy", "energy clipped"),
+    ]
+    assert all((o["seeds"], o["images"]) == ([0, 1], 50) for o in document["orderings"])
+    text = paths[0].read_text()
+    (row,) = [line for line in text.splitlines() if line.startswith("| energy clipped |")]
+    assert row.count("±") == 7  # all figures, and the distance of real images
+    assert "### Orderings of the thesis" in text
+    assert sorted(path.name for path in (tmp_path / "guidance" / "seed-1").glob("*.h5")) == [
+        "classifier.h5", "energy-clipped.h5", "energy.h5", "unguided.h5",
+    ]  # fmt: skip

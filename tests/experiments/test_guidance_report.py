@@ -10,7 +10,9 @@ from ebmkit.data import ImageSet
 from ebmkit.experiments.guidance_report import (
     STATED,
     _pooled,
+    compare_methods,
     energies_by_class,
+    figures_of,
     guidance_text,
     overview,
 )
@@ -54,6 +56,52 @@ def test_saturation_is_beside_that_with_clipping():
     rows = [line for line in text.splitlines() if line.startswith("| energy")]
     assert [row.split(" | ")[4] for row in rows] == ["no", "yes"]
     assert "At this scale pgd has n = 10." in text
+
+
+def test_cells_are_mean_and_deviation_over_seeds():
+    first = committed("cifar10")["ways"][4]
+    figures = figures_of(first)
+    share = figures["recognised"]["value"]
+    other = figures | {
+        "recognised": {"value": share + 0.2, "low": 0.0, "high": 1.0},
+        "saturated": figures["saturated"] + 2,
+        "gap": figures["gap"] + 1,
+        "diversity": None,
+    }
+    method = first | {"by_seed": {"0": figures, "2": other}, "missing_seeds": {"4": "NaN"}}
+    amount = {"per_class": 1, "steps": 2, "strength": 1.0}
+    one = first | {"by_seed": {"0": figures}, "missing_seeds": {}, "name": "one"}
+    report = json.loads(json.dumps(EMPTY | {"ways": [method, one], "amount": amount}))
+    text = guidance_text(report)
+    rows = {line.split(" | ")[0]: line.split(" | ") for line in text.splitlines()}
+    cells, alone = rows[f"| {first['name']}"], rows["| one"]
+    assert cells[1].endswith(", 2 of 3 seeds")
+    assert cells[5] == f"{100 * share + 10:.0f} ± 14"
+    assert cells[7] == "-"
+    saturated, real = figures["saturated"], figures["real"]
+    assert cells[8] == f"{saturated + 1:.1f} ± 1.4 ({real:.1f})"
+    assert cells[9] == f"{figures['gap'] + 0.5:+.2f} ± 0.71"
+    assert "mean ± standard deviation over 2 seeds" in text
+    assert "±" not in " ".join(alone)
+    assert f"{100 * share:.0f} ({100 * first['accuracy']['low']:.0f} to " in alone[5]
+
+
+@pytest.mark.slow
+def test_methods_of_several_seeds_are_plotted(tmp_path):
+    first = committed("cifar10")["ways"][4]
+    figures = figures_of(first)
+    method = first | {"by_seed": {"0": figures, "1": figures | {"gap": None}}}
+    compare_methods([method, first], tmp_path / "ways.png")
+    assert (tmp_path / "ways.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_orderings_are_shown_with_their_source():
+    one = {"greater": "step", "smaller": "energy", "metric": "saturated", "source": "4.5: strong"}
+    one |= {"ours": 1.234, "seeds": [0, 1], "images": 120, "p_seeds": 0.01, "p_images": 0.02}
+    text = guidance_text(EMPTY | {"orderings": [one | {"p": 0.03, "verdict": "holds"}]})
+    assert "| step | energy | saturated | 4.5: strong | +1.23 | 0.030 | holds |" in text
+    assert "over seeds, over generated images, and over both" in text
+    assert "Orderings" not in guidance_text(EMPTY | {"orderings": []})
 
 
 EMPTY = {
