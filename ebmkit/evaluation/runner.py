@@ -241,6 +241,8 @@ def evaluate(
     chosen = {name: find_suite(name) for name in suites}
     if limit is not None and limit < 1:
         raise UserError(f"limit {limit} leaves no images: take 1 or more, or leave it out")
+    if not 0 <= seed < 2**63:
+        raise UserError(f"seed {seed} is not legal: take a whole number from 0 to {2**63 - 1}")
     if batch_size is not None and batch_size < 1:
         raise UserError(f"batch size {batch_size} is not legal: take 1 or more")
     images = match_classes(model, images)

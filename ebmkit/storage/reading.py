@@ -10,7 +10,7 @@ accepts a subset of JSON and YAML:
 - where YAML 1.1 and 1.2 differ, ``on``, ``yes``, ``1:30`` and dates are text, as in YAML 1.2, and
   numbers such as ``010`` are refused;
 - no NUL and no lone surrogates, which break paths and output;
-- no integers beyond 64 bits, which no setting needs and Python may refuse to print;
+- no integers beyond signed 64 bits, which no setting needs and Python may refuse to print;
 - no ``NaN`` and ``Infinity`` if ``finite`` is set.
 
 Every function raises a `UserError` that names the file for other content and for unreadable files.
@@ -49,7 +49,7 @@ YAML_BYTES = MIB // 4
 JSON_BYTES = 64 * MIB
 """Default maximum bytes of a JSON file."""
 
-WHOLE = 2**64
+WHOLE = 2**63
 
 DIGITS = 100
 """Maximum characters of a number, date or similar in YAML; parsing some takes O(n**2) time."""
@@ -233,7 +233,7 @@ def _checked(value: Any, what: str) -> Any:
                 if "\0" in part or surrogates:
                     raise UserError(f"{what} holds text that cannot be written: {part[:40]!a}")
             elif isinstance(part, int) and not -WHOLE < part < WHOLE:
-                raise UserError(f"{what} holds a whole number of more than 64 bits")
+                raise UserError(f"{what} holds a whole number beyond 64 bits with sign")
             elif isinstance(part, dict):
                 inner += part.keys()
                 inner += part.values()

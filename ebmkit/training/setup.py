@@ -49,10 +49,23 @@ def images_of(
 
 
 def build_model(config: TrainConfig, images: AnyImages) -> ScoreModel:
-    """Build the model of ``config`` for ``images``, with initial weights drawn from its seed."""
+    """Build the model of ``config`` for ``images``, with initial weights drawn from its seed.
+
+    Raises:
+        UserError: if the memory is too small for it.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return model_config(config, images).build()
+        try:
+            return model_config(config, images).build()
+        except (RuntimeError, MemoryError) as error:
+            text = str(error).lower()
+            if "memory" not in text and "overflow" not in text:
+                raise
+            raise UserError(
+                f"the memory is too small for network {config.backbone!r}: take a smaller one, or "
+                "reduce its width or depth"
+            ) from None
 
 
 def model_config(config: TrainConfig, images: AnyImages) -> ModelConfig:
