@@ -233,7 +233,7 @@ def _checked(value: Any, what: str) -> Any:
                 if "\0" in part or surrogates:
                     raise UserError(f"{what} holds text that cannot be written: {part[:40]!a}")
             elif isinstance(part, int) and not -WHOLE < part < WHOLE:
-                raise UserError(f"{what} holds a whole number beyond 64 bits with sign")
+                raise UserError(f"{what} holds a whole number of more than 64 bits")
             elif isinstance(part, dict):
                 inner += part.keys()
                 inner += part.values()

@@ -237,7 +237,7 @@ def test_data_folder_is_absolute_wherever_it_is_set(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "a.yaml").write_text("dataset: {data_dir: x}")
     assigned = parse_assignments(["dataset.data_dir=~/x"])
-    for layer in (read_config(tmp_path / "a.yaml"), assigned, {"dataset": {"data_dir": Path("x")}}):
+    for layer in (read_config(tmp_path / "a.yaml"), assigned, {"dataset": {"data_dir": "x"}}):
         assert resolve(layer).dataset.data_dir == tmp_path / "x"
 
 
