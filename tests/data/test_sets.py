@@ -223,6 +223,14 @@ def test_invalid_cifar_arrays_give_a_one_line_error(tmp_path, replaced, message)
     assert "\n" not in str(caught.value)
 
 
+def test_cifar_file_with_classes_in_another_order_is_refused(tmp_path):
+    write_h5(tmp_path / "cifar10-test.h5", 50)
+    with h5py.File(tmp_path / "cifar10-test.h5", "a") as file:
+        file["class_names"] = sorted(CIFAR["cifar10"].class_names, reverse=True)
+    with pytest.raises(UserError, match=r"has class 'truck' where the published .* 'airplane'"):
+        load_dataset("cifar10", tmp_path, "test")
+
+
 def test_truncated_hdf5_file_is_refused(tmp_path):
     path = tmp_path / "cifar10-test.h5"
     write_h5(path, 50)
