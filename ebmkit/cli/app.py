@@ -50,6 +50,10 @@ NOT_COMPUTING = (import_, verify, list_, pack)
 """Commands that never run a network."""
 
 
+LARGEST = 2**31 - 1
+"""Largest magnitude of an integer option; seeds have 63 bits."""
+
+
 def _load_plugins(named: list[str]) -> list[str]:
     if named:  # the module imports pydantic, which would slow down help
         from ebmkit.registry import load_plugins
@@ -79,6 +83,11 @@ def _with_plugins(function: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(function)
     def command(*, plugin: list[str], **options: Any) -> None:
+        for name, value in options.items():
+            if name != "seed" and isinstance(value, int) and abs(value) > LARGEST:
+                raise UserError(
+                    f"--{name.replace('_', '-')} {value} is too large: give at most {LARGEST}"
+                )
         if function not in NOT_COMPUTING:
             from ebmkit.compute import flush_denormals
 

@@ -141,7 +141,9 @@ def evaluate_run(
     """
     from ebmkit.evaluation import evaluate as run_suites
     from ebmkit.evaluation import evaluation_folder, parse_options, parse_suites, tables
+    from ebmkit.evaluation.runner import match_classes
 
+    images = match_classes(model, images)
     names = parse_suites(suites, model, images)
     own = parse_options(options or {}, names)
     folder = world.broadcast(

@@ -88,11 +88,10 @@ def train(
     from ebmkit.distributed import join
     from ebmkit.training import RunFolder, parse_assignments, read_config
     from ebmkit.training.loop import assemble
-    from ebmkit.training.setup import images_of
+    from ebmkit.training.setup import check_test_images, images_of
 
-    where = data_dir.absolute() if data_dir else None  # the run works from any directory
     named = {
-        "dataset": {"name": dataset, "data_dir": where, "image_size": image_size},
+        "dataset": {"name": dataset, "data_dir": data_dir, "image_size": image_size},
         "backbone": backbone,
         "head": head,
         "model": {"backbone": {"width": width}},
@@ -122,6 +121,8 @@ def train(
             stack.enter_context(run.held())
         trainer = assemble(resolved, run, progress=console.is_terminal, world=world)
         test = images_of(resolved.dataset, "test", console.is_terminal) if evaluate else None
+        if test is not None:
+            check_test_images(trainer.train, test)
         if resume is None and world.first:  # write nothing if data or model are illegal
             run = RunFolder.create(out or _fresh_folder(resolved), resolved)
             stack.enter_context(run.held())

@@ -2,8 +2,10 @@
 
 Layouts: ``train/CLASS/*.png`` and ``test/CLASS/*.png`` (or ``val/``, as in ImageNet); or
 ``CLASS/*.png`` alone, where a fixed tenth, chosen by a hash of each file's path, is the test set.
-Without class folders the set has no labels. Labels number the class folders sorted by name;
-subfolders of a class folder belong to its class.
+Without class folders the set has no labels. Labels number the class folders of the training images,
+sorted by name, in every split; a class folder without images is no class. Subfolders of a class
+folder belong to its class. A folder is gray if some file in it is stored as gray and no file has a
+pixel in colour, in any split.
 
 ========  ==================================================================================
 folder    one size: the shorter side is resized to it (bicubic), then the centre is cropped
@@ -21,11 +23,12 @@ the folder, unless the user allows all; the folder itself may be a link.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,7 +40,7 @@ from torch import Tensor
 
 from ebmkit.data import imagesets
 from ebmkit.data.augment import Cut, crop_boxes
-from ebmkit.data.images import MAX_PIXELS_IN_SET, image_header, open_image
+from ebmkit.data.images import MAX_PIXELS_IN_SET, image_header, is_coloured, open_image
 from ebmkit.data.imagesets import (
     HINT,
     AnyImages,
@@ -129,7 +132,7 @@ class FolderReader:
             raise UserError(f"{error}{HINT}") from None
         if opened.is_16_bit:
             raise UserError(f"{str(path)!r} has 16 bits: convert the images of a data set to 8")
-        if self.channels == 1 and opened.image.mode == "RGB":
+        if self.channels == 1 and is_coloured(opened.image):
             raise UserError(f"{str(path)!r} is in colour among gray images: convert it to gray")
         return opened.image
 
@@ -217,10 +220,10 @@ def load_pictures(request: DatasetRequest) -> StreamedSet:
     if faults.skip:
         names, lost = readable(names, lambda name: image_header(root / name), repr(str(root)))
     headers = [image_header(root / name) for name in names]
-    channels, *others = {count for count, _ in headers}
-    if others:
-        odd = next(n for n, (count, _) in zip(names, headers, strict=True) if count == 1)
-        raise UserError(f"{str(root / odd)!r} is gray among images in colour: keep them apart")
+    channels = _channels([root / name for name in names])
+    odd = [name for name, (count, _) in zip(names, headers, strict=True) if count == 1]
+    if odd and channels == 3:
+        raise UserError(f"{str(root / odd[0])!r} is gray among images in colour: keep them apart")
     images = StreamedSet(
         FolderReader(root, names, channels, None),
         torch.arange(len(names)),
@@ -254,7 +257,14 @@ def list_folder(request: DatasetRequest, part: str, side: int | None = None) -> 
         _check_inside(str(root / own), os.path.realpath(root), REMEDY)
     base = _part_folder(root, part) if has_parts(root) else root
     names = find_images(root, base, faults.follow)
-    classes = _classes(base, names)
+    classes, everything = _classes(base, names), [base / name for name in names]
+    empty = sorted(_folders(base) - {_class_of(name) for name in names} if classes else ())
+    if empty:
+        warnings.warn(
+            f"{len(empty)} class folders in {str(base)!r} hold no images and are no classes, such "
+            f"as {empty[0]!r}",
+            stacklevel=4,
+        )
     if base == root and part != "all":
         names = [name for name in names if _is_test(name) == (part == "test")]
     elif base != root:
@@ -263,7 +273,16 @@ def list_folder(request: DatasetRequest, part: str, side: int | None = None) -> 
         raise UserError(
             f"{str(base)!r} holds no {part} images: put files ending in {', '.join(SUFFIXES)} there"
         )
-    channels, size, names, lost = _look(base, names, request)
+
+    def others() -> list[Path]:  # the other split, which has the same channels
+        with contextlib.suppress(UserError), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # those about its files come when it is loaded
+            other = _part_folder(root, "test" if base.name == "train" else "train")
+            return [other / name for name in find_images(root, other, faults.follow)]
+        return []
+
+    size, names, lost = _look(base, names, request)
+    channels = _channels(everything, others if base != root else list, request.progress)
     numbers = {name: i for i, name in enumerate(classes)}
     # bytes of a folder name that are not UTF-8 are written as \xff, so any file can store it
     texts = (os.fsencode(name).decode("utf-8", "backslashreplace") for name in classes)
@@ -323,7 +342,11 @@ def _training_classes(root: Path, base: Path, classes: tuple[str, ...]) -> tuple
     train = root / "train"
     if base == train or not train.is_dir():
         return classes
-    known = {e.name for e in os.scandir(train) if e.is_dir() and not e.name.startswith(".")}
+    known = {
+        name
+        for name in _folders(train)
+        if any(map(_is_image, _walk(str(train / name), None, REMEDY, deep=True)))
+    }
     if known and not classes:
         raise UserError(
             f"{str(base)!r} has loose images and train/ has class folders: sort them into folders "
@@ -332,10 +355,15 @@ def _training_classes(root: Path, base: Path, classes: tuple[str, ...]) -> tuple
     unknown = sorted(set(classes) - known)
     if unknown:
         raise UserError(
-            f"{str(root)!r} has a class {unknown[0]!r} in {base.name}/ that is not in train/: add "
-            "training images of it, or take it out"
+            f"{str(root)!r} has a class {unknown[0]!r} in {base.name}/ of which train/ has no "
+            "images: add training images of it, or take it out"
         )
     return tuple(sorted(known))
+
+
+def _folders(base: Path) -> set[str]:
+    """Names of the folders in ``base`` that are not hidden."""
+    return {e.name for e in os.scandir(base) if e.is_dir() and not e.name.startswith(".")}
 
 
 def _is_test(name: str) -> bool:
@@ -345,18 +373,41 @@ def _is_test(name: str) -> bool:
     return int.from_bytes(digest, "big") % 10 == 0
 
 
+def _channels(
+    paths: Sequence[Path], others: Callable[[], list[Path]] = list, progress: bool = False
+) -> int:
+    """1 if a file is stored as gray and none has a pixel in colour, else 3.
+
+    ``others`` lists further files, which are looked at only if none of a sample of ``paths`` has
+    colour. Unreadable files are ignored here; an error names them when they are read.
+    """
+
+    def coloured(path: Path) -> bool:
+        with contextlib.suppress(UserError):
+            return is_coloured(open_image(path, MAX_PIXELS_IN_SET).image)
+        return False
+
+    if any(map(coloured, paths[:: max(1, len(paths) // 100)])):
+        return 3
+    stored: dict[int, list[Path]] = {1: [], 3: []}
+    for path in progress_bar([*paths, *others()], "looking for colour", progress):
+        with contextlib.suppress(UserError):
+            stored[image_header(path)[0]].append(path)
+    return 3 if not stored[1] or any(map(coloured, stored[3])) else 1
+
+
 def _look(
     base: Path, names: list[str], request: DatasetRequest
-) -> tuple[int, tuple[int, int], list[str], list[str]]:
-    """Channels, size, readable names and error messages of the others.
+) -> tuple[tuple[int, int], list[str], list[str]]:
+    """Size, readable names and error messages of the others.
 
     With an image size only about 100 headers are read, and all names are returned.
     """
-    side, headers = request.image_size, dict[str, tuple[int, tuple[int, int]]]()
+    side, headers = request.image_size, dict[str, tuple[int, int]]()
     step = 1 if side is None else max(1, len(names) // 100)
 
     def look(name: str) -> None:
-        headers[name] = image_header(base / name)
+        headers[name] = image_header(base / name)[1]
 
     lost: list[str] = []
     shown = progress_bar(names[::step], f"looking into {base.name}", request.progress)
@@ -368,18 +419,17 @@ def _look(
                 look(name)
             except UserError as error:
                 raise UserError(f"{error}{HINT}") from None
-    channels = max(found for found, _ in headers.values())
     if side is not None:
-        return channels, (side, side), names, []
+        return (side, side), names, []
     first, *others = headers
-    size = headers[first][1]
-    if odd := next((name for name in others if headers[name][1] != size), None):
-        height, width = headers[odd][1]
+    size = headers[first]
+    if odd := next((name for name in others if headers[name] != size), None):
+        height, width = headers[odd]
         raise UserError(
             f"images in {str(base)!r} differ in size ({first} is {size[0]}x{size[1]}, {odd} "
             f"{height}x{width}): choose one by --image-size"
         )
-    return channels, size, list(headers), lost
+    return size, list(headers), lost
 
 
 def find_images(

@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -159,7 +160,7 @@ def read_contents(path: Path, group: str = "", class_names: tuple[str, ...] = ()
     Args:
         path: HDF5 file.
         group: "" for its root, "train" or "test".
-        class_names: class names; default: those in the file.
+        class_names: class names, which those in the file must equal; default: those in the file.
 
     Raises:
         UserError: if the file is missing or damaged, or its arrays are invalid.
@@ -186,8 +187,14 @@ def read_contents(path: Path, group: str = "", class_names: tuple[str, ...] = ()
                 f"{MAX_PIXELS_IN_SET // 10**6} megapixels: cut them into smaller ones"
             )
         names = class_names
-        if not names and (found := find_array(file, "class_names", what)) is not None:
+        if (found := find_array(file, "class_names", what)) is not None:
             names = read_names(found, what)
+            if class_names and names != class_names:
+                own, expected = next(p for p in zip_longest(names, class_names) if p[0] != p[1])
+                raise UserError(
+                    f"{what} has class {own!r} where the published data set has {expected!r}: "
+                    "number its labels as published, or load it as data set 'hdf5'"
+                )
         labels = _labels(file, group, what, len(images), names)
         if labels is not None and not names:
             # over all groups, so that training and test set have the same classes

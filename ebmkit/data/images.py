@@ -192,6 +192,12 @@ def image_header(path: Path, most: int = MAX_PIXELS_IN_SET) -> tuple[int, tuple[
         return 1 if image.mode in _GRAY else 3, size
 
 
+def is_coloured(image: Image.Image) -> bool:
+    """Whether the channels of a decoded image differ at some pixel."""
+    pixels = np.asarray(image)
+    return image.mode == "RGB" and bool((pixels != pixels[..., :1]).any())
+
+
 @contextlib.contextmanager
 def _opened(path: Path, most: int) -> Iterator[Image.Image]:
     """Open a file of at most ``most`` pixels with Pillow; translates errors to `UserError`."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ebmkit.data.augment import Cut
-from ebmkit.errors import UserError
+from ebmkit.errors import UserError, shown
 from ebmkit.randomness import keyed_generator, seeded_generator
 from ebmkit.terminal import progress_bar
 
@@ -158,6 +158,27 @@ class _ImageSetBase(ABC):
             order = order[place.argsort(stable=True)]
         return self.select(order[:n])
 
+    def with_classes(self, names: Sequence[str]) -> Self:
+        """The same images, with labels numbered as a model does whose classes are ``names``.
+
+        Unchanged if no class of the set is in ``names``, or either has none. If only some of the
+        classes are, the set has no labels, with a warning: numbers would compare other classes.
+        """
+        own = self.class_names
+        if self.labels is None or own == tuple(names) or not {*own} & {*names}:
+            return self
+        unknown = [name for name in own if name not in names]
+        if unknown:
+            warnings.warn(
+                f"the model has no class {unknown[0]!r} of data set {self.name!r}: the images are "
+                f"used without labels; its classes are {shown(list(names))}",
+                stacklevel=3,
+            )
+            return replace(self, labels=None, class_names=())  # type: ignore[type-var]
+        numbers = torch.tensor([names.index(name) for name in own], device=self.labels.device)
+        labels = numbers[self.labels]
+        return replace(self, labels=labels, class_names=tuple(names))  # type: ignore[type-var]
+
     def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Yield batches of ``size`` in order: images (B, C, H, W) in [0, 1], labels (B,) or None.
 
@@ -193,6 +214,7 @@ class _ImageSetBase(ABC):
         if not self.class_names and len(labels):
             names = tuple(str(label) for label in range(1 + int(labels.max())))
             object.__setattr__(self, "class_names", names)
+            warn_of_empty_classes(labels, names, what)
         check_range(labels, self.num_classes, what)
 
 
@@ -398,6 +420,19 @@ def check_range(labels: Tensor, classes: int, what: str) -> None:
         raise UserError(
             f"{what}: label {int(outside[0])} is out of range: labels are 0 to {classes - 1}"
         )
+
+
+def warn_of_empty_classes(labels: Tensor, names: Sequence[str], what: str) -> None:
+    """Warn about classes without an image, such as class 0 of labels that start at 1."""
+    counts = labels.cpu().bincount(minlength=len(names))
+    empty = [name for name, count in zip(names, counts.tolist(), strict=False) if not count]
+    if not empty or len(labels) == 0:
+        return
+    ask = "take out what is no class"
+    if not counts[0] and counts[1:].all():
+        ask = f"if its labels 1 to {len(names) - 1} are all, subtract 1 from each"
+    more = f" and {len(empty) - 1} more" if len(empty) > 1 else ""
+    warnings.warn(f"{what} has no image of class {empty[0]!r}{more}: {ask}", stacklevel=4)
 
 
 def to_floats(images: Tensor) -> Tensor:

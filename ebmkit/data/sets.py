@@ -50,6 +50,7 @@ from ebmkit.data.folders import (
     to_pixels,
 )
 from ebmkit.data.hdf5 import load_hdf5, load_rows, read_contents
+from ebmkit.data.images import is_coloured
 from ebmkit.data.imagesets import (
     SPLITS,
     AnyImages,
@@ -60,6 +61,7 @@ from ebmkit.data.imagesets import (
     StreamedSet,
     shuffled,
     split_rows,
+    warn_of_empty_classes,
 )
 from ebmkit.errors import UserError, first_line, unknown_name
 from ebmkit.registry import Table, find
@@ -339,7 +341,10 @@ def load_dataset(
     request = DatasetRequest(
         name, split, data_dir, image_size, download, progress, faults, hold_out
     )
-    return entry.load(request)
+    images = entry.load(request)
+    if split == "train" and images.labels is not None and not entry.class_names:
+        warn_of_empty_classes(images.labels, images.class_names, f"data set {name!r}")
+    return images
 
 
 # --- packing -------------------------------------------------------------------------------------
@@ -360,7 +365,7 @@ class _Items:
         if not (isinstance(first, tuple) and isinstance(first[0], Image.Image)):
             raise UserError(f"{name!r} does not return images with labels: pack a folder of images")
         self.channels = 1 if first[0].mode in ("1", "L") else 3
-        self.size = (image_size, image_size) if image_size else first[0].size[::-1]
+        self.image_size = (image_size, image_size) if image_size else first[0].size[::-1]
         self.class_names = tuple(str(c) for c in getattr(source, "classes", ()))
 
     def __len__(self) -> int:
@@ -371,11 +376,16 @@ class _Items:
         images, labels, name = [], [], self.name
         for row in rows:
             image, label = self._item(row)
-            if not self.resized and image.size[::-1] != self.size:
+            if not self.resized and image.size[::-1] != self.image_size:
                 raise UserError(f"images of {name!r} differ in size: choose one by --image-size")
             if not isinstance(label, int):
                 raise UserError(f"{name!r} has labels that are not whole numbers, as {label!r}")
-            images.append(to_pixels(image, self.channels, self.size))
+            if self.channels == 1 and is_coloured(image.convert("RGB")):
+                raise UserError(
+                    f"image {row} of {self.name!r} is in colour and the first is gray: pack a "
+                    "folder of its images"
+                )
+            images.append(to_pixels(image, self.channels, self.image_size))
             labels.append(label)
         return torch.stack(images), torch.tensor(labels)
 
@@ -424,6 +434,11 @@ def pack(
     if not out.parent.is_dir():
         raise UserError(f"cannot write {str(out)!r}: there is no folder {str(out.parent)!r}")
     parts = _parts(str(src), image_size, progress, faults or FaultPolicy())
+    if len({(part.channels, part.image_size, part.class_names) for part in parts.values()}) > 1:
+        raise UserError(
+            f"training and test images in {str(src)!r} differ in size, colour or classes: give an "
+            "image size, convert all to one colour, and have the same classes in both"
+        )
     names = list(next(iter(parts.values())).class_names)
     with replacing(out) as temporary, h5py.File(temporary, "w") as file:
         if names:
@@ -489,11 +504,6 @@ def _folder_parts(
         parts[group] = images.select(shuffled(len(images)))
         if faults.skip:
             parts[group] = parts[group].readable(f"{root.name}/{group}", progress, warn=True)
-    if len({(part.channels, part.image_size) for part in parts.values()}) > 1:
-        raise UserError(
-            f"training and test images in {str(root)!r} differ in size or colour: give an image "
-            "size and convert all to one colour"
-        )
     return parts
 
 

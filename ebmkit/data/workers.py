@@ -17,14 +17,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from ebmkit.data.augment import Cut
 from ebmkit.data.imagesets import StreamedSet
-from ebmkit.errors import UserError
+from ebmkit.errors import UserError, first_line
 
 WORKER_TIMEOUT = 900.0
 """Maximum seconds to wait for a batch from a worker."""
+
+SHARED_MEMORY_ADVICE = "enlarge /dev/shm (docker run --shm-size=2g), or set dataset.workers=0"
 
 _WORKERS: set[Any] = set()
 """Worker processes that may still run; they ignore SIGTERM."""
@@ -81,7 +83,7 @@ def _worker_sentence(text: str) -> str | None:
         return f"{ended}: see its output, or reduce dataset.workers"
     cause = "memory may be too small: reduce dataset.workers"
     if "Bus" in reason:
-        cause = "shared memory may be full: enlarge /dev/shm, or reduce dataset.workers"
+        cause = f"shared memory may be full: {SHARED_MEMORY_ADVICE}"
     elif "Segmentation" in reason:
         cause = "a library that decodes images may have crashed on a damaged one"
     return f"a worker process that reads images was killed by a signal, {reason}; {cause}"
@@ -115,7 +117,13 @@ def read_batches(
         worker_init_fn=_leave_ends_to_the_main_process,
         generator=torch.Generator(),  # does not change the global random state
     )
-    items = iter(loader)
+    try:
+        items = iter(loader)
+    except OSError as error:  # of semaphores in /dev/shm, or of a process
+        raise UserError(
+            f"{workers} worker processes that read images cannot be started ({first_line(error)}): "
+            f"{SHARED_MEMORY_ADVICE}"
+        ) from None
     processes = list(getattr(items, "_workers", ()))
     _WORKERS.update(processes)
     try:
@@ -151,9 +159,25 @@ class _Batches(Dataset[Item | UserError]):
         self._source.skipped.clear()
         try:
             images, labels = self._source.read(*request)
+            if get_worker_info() is not None:  # here, as the queue's thread drops what it cannot
+                for tensor in (images, labels):
+                    _share(tensor)
             return images, labels, dict(self._source.skipped)
         except UserError as error:
             return error
+
+
+def _share(tensor: Tensor | None) -> None:
+    """Move ``tensor`` to shared memory."""
+    if tensor is None:
+        return
+    try:
+        tensor.share_memory_()  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        raise UserError(
+            f"a batch of {tensor.nbytes:,} bytes does not fit into shared memory "
+            f"({first_line(error)}): {SHARED_MEMORY_ADVICE}"
+        ) from None
 
 
 def _leave_ends_to_the_main_process(worker: int) -> None:

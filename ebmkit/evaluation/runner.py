@@ -45,7 +45,7 @@ from torch import Tensor
 
 from ebmkit.compile import device_of, make_inference, tf32_restored, unwrapped
 from ebmkit.compute import environment
-from ebmkit.data.imagesets import fingerprint
+from ebmkit.data.imagesets import ImageSet, StreamedSet, fingerprint
 from ebmkit.distributed import DistributedContext
 from ebmkit.energy import EnergyModel, ScoreModel
 from ebmkit.errors import UserError, validated
@@ -241,8 +241,11 @@ def evaluate(
     chosen = {name: find_suite(name) for name in suites}
     if limit is not None and limit < 1:
         raise UserError(f"limit {limit} leaves no images: take 1 or more, or leave it out")
+    if not 0 <= seed < 2**63:
+        raise UserError(f"seed {seed} is not legal: take a whole number from 0 to {2**63 - 1}")
     if batch_size is not None and batch_size < 1:
         raise UserError(f"batch size {batch_size} is not legal: take 1 or more")
+    images = match_classes(model, images)
     used = images if limit is None else images.first(limit)
     _check_images(model, used)
     for suite in chosen.values():
@@ -410,6 +413,12 @@ def _settings_suffix(options: Mapping[type[BaseModel], BaseModel]) -> str:
     if len(short) <= 60:
         return short
     return "-".join([*fields, hashlib.sha256(text.encode()).hexdigest()[:8]])[-60:].lstrip("-_.")
+
+
+def match_classes(model: ScoreModel, images: Images) -> Images:
+    """``images`` with labels numbered as in the training data, see `ImageSet.with_classes`."""
+    names = model.card.class_names if model.card else []
+    return images.with_classes(names) if isinstance(images, (ImageSet, StreamedSet)) else images
 
 
 def _check_images(model: ScoreModel, images: Images) -> None:

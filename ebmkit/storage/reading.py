@@ -7,8 +7,10 @@ accepts a subset of JSON and YAML:
 - no duplicate keys in a mapping, of which parsers silently keep the last;
 - a limited number of values: YAML aliases repeat a part, and nested repetition grows like ``9**n``;
 - no YAML tags other than those of plain values;
+- where YAML 1.1 and 1.2 differ, ``on``, ``yes``, ``1:30`` and dates are text, as in YAML 1.2, and
+  numbers such as ``010`` are refused;
 - no NUL and no lone surrogates, which break paths and output;
-- no integers beyond 64 bits, which no setting needs and Python may refuse to print;
+- no integers beyond signed 64 bits, which no setting needs and Python may refuse to print;
 - no ``NaN`` and ``Infinity`` if ``finite`` is set.
 
 Every function raises a `UserError` that names the file for other content and for unreadable files.
@@ -20,15 +22,16 @@ import contextlib
 import json
 import math
 import os
+import re
 import stat
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
 import yaml
 
-from ebmkit.errors import UserError
+from ebmkit.errors import UserError, shown
 
 MIB = 2**20
 
@@ -46,10 +49,12 @@ YAML_BYTES = MIB // 4
 JSON_BYTES = 64 * MIB
 """Default maximum bytes of a JSON file."""
 
-WHOLE = 2**64
+WHOLE = 2**63
 
 DIGITS = 100
 """Maximum characters of a number, date or similar in YAML; parsing some takes O(n**2) time."""
+
+_OCTAL = re.compile(r"[-+]?0[0-7_]+")
 
 MAX_VALUES = 20_000
 """Maximum number of values of a YAML document with its aliases expanded."""
@@ -145,13 +150,26 @@ def parse_json(content: str | bytes, what: str, finite: bool = False) -> Any:
     return _checked(value, what)
 
 
+class _Loader(yaml.SafeLoader):
+    """SafeLoader without the booleans, dates and numbers that only YAML 1.1 has."""
+
+    def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
+        """Tag of a node without an explicit one."""
+        tag: str = super().resolve(kind, value, implicit)  # type: ignore[no-untyped-call]
+        name = tag.rpartition(":")[2]
+        old = name in ("timestamp", "value") or (name in ("int", "float") and ":" in value)
+        if old or (name == "bool" and value.lower() not in ("true", "false")):
+            return self.DEFAULT_SCALAR_TAG
+        return tag
+
+
 def parse_yaml(content: str | bytes, what: str) -> Any:
-    """Parse YAML; ``what`` is its name in messages."""
+    """Parse YAML; ``what`` is its name in messages. Errors name line and column, from 1."""
     text = _decoded(content, what) if isinstance(content, bytes) else content
     if len(text) > YAML_BYTES:
         raise UserError(f"{what} is not YAML of a legal size: it has {len(text)} characters")
     try:
-        loader = yaml.SafeLoader(text)
+        loader = _Loader(text)
         node = loader.get_single_node()
         if node is None:
             return None
@@ -159,15 +177,33 @@ def parse_yaml(content: str | bytes, what: str) -> Any:
         value: Any = loader.construct_document(node)
     except UserError:
         raise
-    except Exception:  # parsing of numbers and dates raises many classes
-        raise UserError(f"{what} is not YAML with plain values only") from None
+    except yaml.MarkedYAMLError as error:
+        hint = "; indent by spaces" if "'\\t'" in (error.problem or "") else ""
+        reason = f"{_place(error.problem_mark)}{error.problem}{hint}"
+        raise UserError(f"{what} is not YAML with plain values only: {reason}") from None
+    except Exception as error:  # parsing of numbers raises many classes
+        reason = ""
+        if isinstance(error, yaml.reader.ReaderError):
+            before = text[: error.position].splitlines() or [""]
+            place = f"line {len(before)}, column {len(before[-1]) + 1}"
+            reason = f": {place}: the character {shown(text[error.position])} is not allowed"
+        raise UserError(f"{what} is not YAML with plain values only{reason}") from None
     return _checked(value, what)
+
+
+def _place(mark: yaml.Mark | None) -> str:
+    return f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
 
 
 def _expanded(node: yaml.Node, what: str, known: dict[int, int], depth: int) -> int:
     """Number of values of ``node`` with its aliases expanded."""
     if isinstance(node, yaml.ScalarNode) and len(node.value) > DIGITS and "str" not in node.tag:
         raise UserError(f"{what} holds a value of {len(node.value)} characters that is not text")
+    if node.tag.endswith(":int") and _OCTAL.fullmatch(node.value):
+        raise UserError(
+            f"{what}: {_place(node.start_mark)}{node.value} starts with 0, which YAML 1.1 reads as "
+            "octal and YAML 1.2 as decimal: leave out the 0, or quote it if it is text"
+        )
     if depth > DEPTH or known.get(id(node), 1) == 0:  # 0: it contains itself
         _deep(what)
     if id(node) in known or isinstance(node, yaml.ScalarNode):
@@ -176,7 +212,7 @@ def _expanded(node: yaml.Node, what: str, known: dict[int, int], depth: int) -> 
     mapping = isinstance(node, yaml.MappingNode)
     parts = [part for pair in node.value for part in pair] if mapping else node.value
     keys = [k for k in parts[::2] if mapping and isinstance(k, yaml.ScalarNode) and k.value != "<<"]
-    _check_names([(key.tag, key.value) for key in keys], what)
+    _check_names([(key.tag, key.value) for key in keys], what, [key.start_mark for key in keys])
     total = 1
     for part in parts:
         total += _expanded(part, what, known, depth + 1)
@@ -213,11 +249,15 @@ def _deep(what: str) -> NoReturn:
     raise UserError(f"{what} is nested deeper than {DEPTH} levels")
 
 
-def _check_names(names: list[tuple[str, str]], what: str) -> None:
+def _check_names(
+    names: list[tuple[str, str]], what: str, marks: Sequence[yaml.Mark | None] = ()
+) -> None:
     """Check that no key (tag, name) of a mapping is duplicated."""
     if len(set(names)) < len(names):
-        (_, name), _ = Counter(names).most_common(1)[0]
-        raise UserError(f"{what} has {name[:40]!r} twice in one mapping: remove one of them")
+        twice, _ = Counter(names).most_common(1)[0]
+        last = len(names) - 1 - names[::-1].index(twice)
+        place = f"{what}: {_place(marks[last])}it" if marks else what
+        raise UserError(f"{place} has {twice[1][:40]!r} twice in one mapping: remove one of them")
 
 
 def check_links(folder: Path, home: Path | None = None) -> None:

@@ -10,6 +10,7 @@ defaults that keep the earlier behaviour.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib.resources import files
@@ -18,6 +19,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -88,6 +90,10 @@ SAVED_FIELDS = RUN_FIELDS | {"draw_from", "device"}
 Schedule = Literal["cosine", "constant", "milestones", "linear", "warmup-stable-decay"]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, BeforeValidator(parse_share)]
+AbsolutePath = Annotated[
+    Path, AfterValidator(lambda path: Path(os.path.expanduser(path)).absolute())
+]
+"""A path by which a run finds a folder from any working directory."""
 DecayShare = Annotated[float, BeforeValidator(partial(parse_share, of_decay=True))]
 
 
@@ -101,7 +107,7 @@ class DataConfig(_Config):
     """The training images."""
 
     name: str = Field("digits", description="a name from `ebmkit list datasets`")
-    data_dir: Path | None = Field(None, description="folder or file of the data set")
+    data_dir: AbsolutePath | None = Field(None, description="folder or file of the data set")
     image_size: int | None = Field(None, ge=1)
     """image height and width, in pixels; images in a folder are resized and cropped to it"""
     workers: int = Field(0, ge=0)

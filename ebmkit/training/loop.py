@@ -34,6 +34,7 @@ from ebmkit.objectives import parse_objective
 from ebmkit.objectives.likelihood import Negatives
 from ebmkit.objectives.loss import check_labels
 from ebmkit.randomness import keyed_seed
+from ebmkit.storage.reading import read_document
 from ebmkit.training import nonfinite
 from ebmkit.training.config import TrainConfig
 from ebmkit.training.cost import Budget, RunStats, Stopwatch
@@ -50,6 +51,7 @@ from ebmkit.training.rollback import Rollback
 from ebmkit.training.run_folder import RunFolder
 from ebmkit.training.setup import (
     build_model,
+    check_classes,
     check_compiled,
     check_terms,
     images_of,
@@ -524,6 +526,8 @@ def assemble(
     with run.held() if run is not None else nullcontext():
         checkpoint = world.broadcast(run.load_checkpoint() if run is not None else None)
         if checkpoint is not None:
+            if run is not None:
+                check_classes(read_document(run.path / "model.json"), train)
             trainer.load_state_dict(checkpoint)
         elif run is not None:
             run.truncate_metrics(0)

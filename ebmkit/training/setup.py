@@ -14,7 +14,7 @@ from ebmkit.data import AnyImages, load_dataset
 from ebmkit.data.imagesets import FaultPolicy
 from ebmkit.data.schedule import Stage
 from ebmkit.energy import EnergyModel, ScoreModel
-from ebmkit.errors import UserError
+from ebmkit.errors import UserError, shown
 from ebmkit.models import ModelConfig
 from ebmkit.objectives import Scale, TrainingLoss, parse_objective
 from ebmkit.objectives.loss import check_labels
@@ -49,10 +49,23 @@ def images_of(
 
 
 def build_model(config: TrainConfig, images: AnyImages) -> ScoreModel:
-    """Build the model of ``config`` for ``images``, with initial weights drawn from its seed."""
+    """Build the model of ``config`` for ``images``, with initial weights drawn from its seed.
+
+    Raises:
+        UserError: if the memory is too small for it.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return model_config(config, images).build()
+        try:
+            return model_config(config, images).build()
+        except (RuntimeError, MemoryError) as error:
+            text = str(error).lower()
+            if "memory" not in text and "overflow" not in text:
+                raise
+            raise UserError(
+                f"the memory is too small for network {config.backbone!r}: take a smaller one, or "
+                "reduce its width or depth"
+            ) from None
 
 
 def model_config(config: TrainConfig, images: AnyImages) -> ModelConfig:
@@ -119,6 +132,38 @@ def check_terms(loss: TrainingLoss, config: TrainConfig, images: AnyImages) -> N
                 f"objective {term.name!r} learns from noise, and stream {name!r} has none: set "
                 f"streams.{name}.noise.kind and max, for example to squared-uniform and 100/255"
             )
+
+
+def check_test_images(train: AnyImages, test: AnyImages) -> None:
+    """Check that the trained model can be evaluated on ``test``.
+
+    Raises:
+        UserError: if channels or classes differ from those of the training images.
+    """
+    for what, before, now in (
+        ("channels", train.channels, test.channels),
+        ("classes", list(train.class_names), list(test.class_names)),
+    ):
+        if before != now:
+            raise UserError(
+                f"the training images of data set {train.name!r} have the {what} {shown(before)} "
+                f"and its test images {shown(now)}: make them the same, or use --no-evaluate"
+            )
+
+
+def check_classes(recorded: object, train: AnyImages) -> None:
+    """Check that the data of a run has the classes in its model card, as when it was started.
+
+    Raises:
+        UserError: if they differ.
+    """
+    card = recorded.get("card") if isinstance(recorded, dict) else None
+    names = card.get("class_names") if isinstance(card, dict) else None
+    if names and names != list(train.class_names):
+        raise UserError(
+            f"data set {train.name!r} has the classes {shown(list(train.class_names))}, and the "
+            f"run was started with {shown(names)}: restore them, or start a new run"
+        )
 
 
 def _no_hessian(model: ScoreModel) -> str | None:

@@ -169,8 +169,8 @@ def test_invalid_arguments_are_refused(folder, tmp_path, src, out, message):
 
 def test_training_and_test_images_of_different_kinds_are_refused(tmp_path):
     image_folder(tmp_path / "src" / "train", 3)
-    image_folder(tmp_path / "src" / "test", 3, mode="L")
-    with pytest.raises(UserError, match="differ in size or colour"):
+    image_folder(tmp_path / "src" / "test", 3, size=(9, 9))
+    with pytest.raises(UserError, match="differ in size, colour or classes"):
         pack(tmp_path / "src", tmp_path / "out.h5", progress=False)
 
 

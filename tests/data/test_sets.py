@@ -4,6 +4,7 @@ import os
 import pickle
 from collections import Counter
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -20,7 +21,7 @@ from PIL import Image
 
 from ebmkit.data import DATASETS, DatasetEntry, ImageSet, StreamedSet, imagesets, load_dataset
 from ebmkit.data.folders import FolderReader
-from ebmkit.data.sets import CIFAR
+from ebmkit.data.sets import CIFAR, pack
 from ebmkit.errors import UserError
 
 
@@ -222,6 +223,14 @@ def test_invalid_cifar_arrays_give_a_one_line_error(tmp_path, replaced, message)
     assert "\n" not in str(caught.value)
 
 
+def test_cifar_file_with_classes_in_another_order_is_refused(tmp_path):
+    write_h5(tmp_path / "cifar10-test.h5", 50)
+    with h5py.File(tmp_path / "cifar10-test.h5", "a") as file:
+        file["class_names"] = sorted(CIFAR["cifar10"].class_names, reverse=True)
+    with pytest.raises(UserError, match=r"has class 'truck' where the published .* 'airplane'"):
+        load_dataset("cifar10", tmp_path, "test")
+
+
 def test_truncated_hdf5_file_is_refused(tmp_path):
     path = tmp_path / "cifar10-test.h5"
     write_h5(path, 50)
@@ -290,14 +299,61 @@ def test_mixed_sizes_are_resized_and_center_cropped(tmp_path):
         load_dataset("folder", tmp_path, "train")
     parts = [load_dataset("folder", tmp_path, split, image_size=8) for split in SPLITS[:2]]
     for part in parts:
-        assert part.channels == 3
+        assert part.channels == 1  # the file stored in colour has none
         assert ((part.images.float() - 200).abs() < 2)[..., 1:-1].all()
 
 
 def test_colour_image_in_a_gray_set_is_refused_when_read(tmp_path):
-    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
     with pytest.raises(UserError, match=r"a\.png.*convert it to gray"):
         FolderReader(tmp_path, ["a.png"], 1, (8, 8)).read([0])
+
+
+def test_empty_class_folder_shifts_no_label(tmp_path):
+    image_folder(tmp_path / "train", 9, classes=("cat", "dog", "eel"))
+    image_folder(tmp_path / "test", 3, classes=("cat", "dog"))
+    (tmp_path / "train" / "@eaDir").mkdir()
+    with pytest.warns(UserWarning, match="hold no images and are no classes, such as '@eaDir'"):
+        train = load_dataset("folder", tmp_path, "train")
+    test = load_dataset("folder", tmp_path, "test")
+    assert train.class_names == test.class_names == ("cat", "dog", "eel")
+    assert test.labels.bincount().tolist() == [3, 3]
+    with pytest.warns(UserWarning, match="@eaDir"):
+        pack(tmp_path, tmp_path / "a.h5", progress=False)
+    packed = load_dataset("hdf5", tmp_path / "a.h5", "test")
+    assert packed.class_names == ("cat", "dog", "eel")
+    assert packed.labels.bincount().tolist() == [3, 3]
+
+
+@pytest.mark.parametrize(("colour", "channels"), [("gray", 1), ("red", 3)])
+@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize("size", [None, 8])
+def test_channels_are_decided_by_the_pixels_of_all_splits(tmp_path, colour, channels, split, size):
+    for part in ("train", "test"):
+        image_folder(tmp_path / part, 110, mode="L")
+    Image.new("RGBA", (8, 8), colour).save(tmp_path / split / "ant" / "051.png")
+    parts = [load_dataset("folder", tmp_path, part, image_size=size) for part in ("train", "test")]
+    assert [part.channels for part in parts] == [channels, channels]
+
+
+def test_labels_that_start_at_1_give_a_warning(tmp_path):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["images"] = np.zeros((200, 8, 8, 1), np.uint8)
+        file["labels"] = 1 + np.arange(200) % 10
+    with pytest.warns(UserWarning, match=r"no image of class '0': .* 1 to 10 .* subtract 1"):
+        load_dataset("hdf5", tmp_path / "a.h5", "train")
+    with pytest.warns(UserWarning, match="subtract 1"):
+        ImageSet(torch.zeros(4, 1, 8, 8, dtype=torch.uint8), torch.tensor([1, 2, 2, 1]))
+
+
+def test_labels_are_numbered_as_in_a_model():
+    images = torch.zeros(3, 1, 8, 8, dtype=torch.uint8)
+    own = ImageSet(images, torch.tensor([0, 1, 1]), ("cat", "eel"))
+    matched = own.with_classes(["eel", "dog", "cat"])
+    assert (matched.labels.tolist(), matched.num_classes) == ([2, 0, 0], 3)
+    assert own.with_classes(["0", "1"]) is own  # no name in common
+    with pytest.warns(UserWarning, match="the model has no class 'eel'"):
+        assert own.with_classes(["cat", "dog"]).labels is None
 
 
 def test_files_that_are_not_images_give_a_warning(tmp_path):

@@ -232,6 +232,15 @@ def test_invalid_settings_are_reported_in_one_line(layer, message):
     assert "\n" not in str(caught.value)
 
 
+def test_data_folder_is_absolute_wherever_it_is_set(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.yaml").write_text("dataset: {data_dir: x}")
+    assigned = parse_assignments(["dataset.data_dir=~/x"])
+    for layer in (read_config(tmp_path / "a.yaml"), assigned, {"dataset": {"data_dir": "x"}}):
+        assert resolve(layer).dataset.data_dir == tmp_path / "x"
+
+
 def test_assignments_and_files_that_do_not_parse_are_refused(tmp_path):
     for text in ("lr", "=1", "a..b=1"):
         with pytest.raises(ebmkit.UserError, match="key=value"):

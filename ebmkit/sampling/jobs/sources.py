@@ -27,7 +27,7 @@ from ebmkit.guidance import (
 from ebmkit.models import load, weights_digest
 from ebmkit.sampling.base import clean_level
 from ebmkit.sampling.entry import ReplayBuffer
-from ebmkit.sampling.jobs.settings import BUFFER, SamplingSettings
+from ebmkit.sampling.jobs.settings import BUFFER, SamplingSettings, class_names_of
 from ebmkit.storage.hdf5 import holds, open_hdf5
 from ebmkit.training import DataConfig, RunFolder, resolve
 from ebmkit.training.setup import images_of
@@ -64,6 +64,7 @@ def sources_for(
     note = ""
     if settings.start in ("data", "class_gaussian", "mean"):
         images = _training_images(data_of(run, dataset, data_dir), data_dir, progress)
+        images = images.with_classes(class_names_of(model))
         train = _first_batch(images.spread(MAX_TRAIN), MAX_TRAIN, settings)
     if settings.start == BUFFER:
         buffer = buffer_of(run, model)
