@@ -135,8 +135,6 @@ def train(
             run = RunFolder.create(out or _fresh_folder(resolved), resolved)
             stack.enter_context(run.held())
             trainer.run = run
-            if trainer.initial is not None:
-                run.write_document("init.json", trainer.initial.document())
         if trainer.initial is not None:
             console.say(trainer.initial.sentence())
         path = world.broadcast(run.path if run else Path())

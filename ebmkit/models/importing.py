@@ -213,9 +213,18 @@ def is_recognised(state: State) -> bool:
 def read_plain_state(
     source: str | Path, averaged: bool = True, rename: Sequence[tuple[str, str]] = ()
 ) -> dict[str, Tensor]:
-    """Weights of a file, with the rules ``rename`` applied (`read_checkpoint`), and without the
-    prefixes ``module.`` of DataParallel and ``model.`` of Lightning modules."""
-    state = _renamed(read_state(locate_file(str(source)), averaged), rename)
+    """Weights of a file, without the prefixes ``module.`` of DataParallel and ``model.`` of
+    Lightning modules (unless a rule is for them), renamed by the rules (`read_checkpoint`)."""
+    state = read_state(locate_file(str(source)), averaged)
+    if not any(old.startswith(_WRAPPERS) for old, _ in rename):
+        state = _unwrapped(state)
+    return _renamed(state, rename)
+
+
+_WRAPPERS = ("module.", "model.")
+
+
+def _unwrapped(state: State) -> dict[str, Tensor]:
     names = [name.removeprefix("module.") for name in state]
     while all(name.startswith("model.") for name in names) and not all(map(_DENOISER.match, names)):
         names = [name.removeprefix("model.") for name in names]

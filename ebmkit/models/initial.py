@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -48,10 +48,6 @@ class Initialization(NamedTuple):
                 more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
                 parts.append(f"{what}: {', '.join(map(plain, names[:SHOWN]))}{more}")
         return "; ".join(parts)
-
-    def document(self) -> dict[str, Any]:
-        """The fields, for ``init.json``."""
-        return self._asdict()
 
 
 def read_weights(source: str) -> dict[str, Tensor]:

@@ -243,6 +243,8 @@ class Trainer:
         holding = nullcontext() if self.run is None else self.run.held()
         where_saved = (lambda: "") if self.run is None else self.run.where_saved
         with translate_worker_errors(where_saved), holding, stop_requested() as stop:
+            if self.initial is not None and self.run is not None:
+                self.run.write_document("init.json", self.initial._asdict())
             while self.step < config.steps:
                 self._advance(batches, stop())
                 log, validate, save = (
