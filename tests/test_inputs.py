@@ -104,7 +104,7 @@ def test_other_images_are_refused_in_one_sentence(model, method, images, message
 
 @pytest.mark.parametrize("images", [CHW, LEVELS])
 def test_forward_converts_nothing_and_names_what_does(model, images):
-    with pytest.raises(UserError, match="forward takes a tensor of floats.*logits, score"):
+    with pytest.raises(UserError, match=r"forward takes a tensor of floats.*logits, score"):
         model(images)
 
 

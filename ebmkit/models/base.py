@@ -241,8 +241,9 @@ class _Mean(torch.autograd.Function):
         if shape is None:
             return x.mean(dim=(2, 3))
         even = (x / (shape[2] * shape[3]))[:, :, None, None].expand(shape)
-        layout = torch.channels_last if last else torch.contiguous_format
-        return even.contiguous(memory_format=layout)
+        if not last:
+            return even.contiguous()
+        return even.movedim(1, -1).contiguous().movedim(-1, 1)  # `vmap` knows no channels_last
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
