@@ -57,14 +57,10 @@ def model():
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", IMAGES)
 def test_images_of_other_types_give_the_values_of_float_tensors(model, method, kind):
-    y = IMAGES[kind]()
-    expected = METHODS[method](
-        model, (CHW / 255).to(y.dtype).float() if kind == "bfloat16" else CHW / 255
-    )
-    found = METHODS[method](model, y).float()
-    torch.testing.assert_close(
-        found, expected, rtol=2e-2 if kind == "bfloat16" else 1e-4, atol=1e-3
-    )
+    expected = METHODS[method](model, CHW / 255)
+    found = METHODS[method](model, IMAGES[kind]()).float()
+    error = 0.02 if kind == "bfloat16" else 1e-4  # of 8 bits of mantissa, and of rounding
+    assert (found - expected).norm() <= error * expected.norm()
 
 
 def test_pil_images_and_single_arrays_are_batches_of_one(model):
@@ -189,7 +185,7 @@ def test_models_of_half_precision_denoise_alike(name, dtype):
     expected = model.denoise(y, 0.1) - y
     found = model.to(dtype).denoise(y, 0.1)
     assert found.dtype == torch.float32
-    assert (found - y - expected).norm() <= 0.1 * expected.norm()
+    assert (found - y - expected).norm() <= 0.1 * expected.norm() + 0.01 * y.norm()
 
 
 @pytest.mark.filterwarnings("ignore:a score is differentiated through")

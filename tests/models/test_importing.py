@@ -1,5 +1,6 @@
 """Importing checkpoints of other programs: the outputs are equal, invalid input is refused."""
 
+import itertools
 import json
 import sys
 import types
@@ -371,10 +372,12 @@ def test_input_std_of_zero_or_below_is_refused(std):
 
 
 def dncnn_state(scale=1.0):
-    """A published DnCNN without norms: three convolutions, as in KAIR's files."""
-    shapes = {"model.0": (4, 1, 3, 3), "model.2": (4, 4, 3, 3), "model.4": (1, 4, 3, 3)}
-    state = {f"{name}.weight": scale * torch.randn(shape) for name, shape in shapes.items()}
-    return state | {f"{name}.bias": torch.randn(shape[0]) for name, shape in shapes.items()}
+    """A published DnCNN of width 4 without norms, with names as in KAIR's files."""
+    channels, state = (1, *(4,) * 16, 1), {}
+    for i, (before, after) in enumerate(itertools.pairwise(channels)):
+        state[f"model.{2 * i}.weight"] = scale * torch.randn(after, before, 3, 3) / 6
+        state[f"model.{2 * i}.bias"] = scale * torch.randn(after)
+    return state
 
 
 @pytest.mark.parametrize(
