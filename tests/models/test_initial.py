@@ -6,6 +6,7 @@ import torch
 import ebmkit
 from ebmkit import UserError
 from ebmkit.models import ModelConfig, create_model
+from ebmkit.models.config import find_backbone
 from ebmkit.models.initial import initialize, read_weights
 
 
@@ -15,10 +16,8 @@ def network(classes=3, width=8, backbone="gradresnet10"):
 
 @pytest.fixture
 def run(tmp_path):
-    config = ModelConfig.model_validate(
-        {"backbone": {"kind": "gradresnet", "width": 8, "blocks": [1, 1, 1, 1]}}
-        | {"num_classes": 3, "in_channels": 1}
-    )
+    backbone = find_backbone("gradresnet10").config.model_copy(update={"width": 8})
+    config = ModelConfig(backbone=backbone, num_classes=3, in_channels=1)
     (tmp_path / "run").mkdir()
     ebmkit.save_model(tmp_path / "run", config.build(), config, ebmkit.ModelCard())
     return tmp_path / "run"
