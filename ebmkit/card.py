@@ -30,8 +30,10 @@ class ModelCard(BaseModel):
     sigma_range: tuple[float, float] | None = Field(
         None,
         description="lowest and highest noise level of the denoising stream, image units; "
-        "None: not trained to denoise",
+        "None: not trained to denoise, or unknown",
     )
+    published_denoiser: bool = False
+    """whether it is a published denoiser, trained to denoise even if its range is unknown"""
     classifies: bool = Field(False, description="whether the model was trained on labels")
     energies: Literal["model", "logits"] | None = Field(
         None,
@@ -42,6 +44,11 @@ class ModelCard(BaseModel):
     plugins: list[Plugin] = Field([], description="plugins that define its components")
     attack: str = ""
     """norm and radius of the attack in training, for example l2 0.5; empty: no attack"""
+
+    @property
+    def denoises(self) -> bool:
+        """Whether the model was trained to denoise."""
+        return self.sigma_range is not None or self.published_denoiser
 
     @property
     def energy_source(self) -> Literal["model", "logits"]:

@@ -45,7 +45,6 @@ from ebmkit.energy import (
     wants_grad,
 )
 from ebmkit.errors import UserError, first_line
-from ebmkit.noise import check_sigma
 
 MAX_SIZES = 8
 """Maximum number of compiled input sizes per function."""
@@ -160,10 +159,9 @@ class WrappedModel(ScoreModel):
     def denoise(
         self, y: Tensor, sigma: Noise | None = None, c: Tensor | int | None = None
     ) -> Tensor:
-        check_sigma(sigma)
         if sigma is None:
             return self.denoise_blind(y, c)[0]
-        return self._run(self.model.denoise, y, sigma, self._labels(c, y))
+        return self._run(self.model.denoise, *self.inputs(y, sigma, c))
 
     def denoise_blind(
         self,
@@ -172,14 +170,16 @@ class WrappedModel(ScoreModel):
         sigma_range: tuple[float, float] | None = None,
     ) -> tuple[Tensor, Tensor]:
         self._check_blind()
+        y, _, labels = self.inputs(y, None, c)
 
         def blind(y: Tensor, sigma: Noise | None, c: Tensor | None) -> tuple[Tensor, Tensor]:
             return self.model.denoise_blind(y, c, sigma_range)
 
-        return self._run(blind, y, None, self._labels(c, y), key=("denoise_blind", sigma_range))
+        return self._run(blind, y, None, labels, key=("denoise_blind", sigma_range))
 
     def estimate_sigma(self, y: Tensor) -> Tensor:
         self._check_blind()
+        y, *_ = self.inputs(y, None)
         return self._run(lambda y, sigma: self.model.estimate_sigma(y), y, None, key=("sigma",))
 
     def _run(

@@ -112,7 +112,7 @@ def pick_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"unknown device {name!r}: use auto, cpu, cuda or cuda:1")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device {name!r} is not on this machine: use --device cpu or auto")
+        raise UserError(f"device {name!r} is not on this machine: use cpu or auto")
     return device
 
 
@@ -253,6 +253,21 @@ def _subsample(
 def upcast(x: Tensor) -> Tensor:
     """Convert bfloat16 and float16 to float32; return other types unchanged."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def to_weights(x: Tensor, network: nn.Module) -> Tensor:
+    """Convert ``x`` to the type of the first parameter of ``network``, as after `half`."""
+    first = next(network.parameters(), None)
+    return x if first is None or not first.is_floating_point() else x.to(first.dtype)
+
+
+def in_functional_transform() -> bool:
+    """Whether a `torch.func` transform is active: these forbid `requires_grad_`."""
+    try:
+        torch.empty(0).requires_grad_()
+    except RuntimeError:
+        return True
+    return False
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[object]:

@@ -30,6 +30,7 @@ CDN stands for "Classification-denoising networks" (arXiv 2410.03505) here and i
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from abc import ABC, abstractmethod
@@ -41,14 +42,16 @@ import torch
 from torch import Tensor, nn
 
 from ebmkit.card import ModelCard
-from ebmkit.compute import upcast
+from ebmkit.compute import in_functional_transform, upcast
 from ebmkit.errors import UserError
-from ebmkit.noise import Schedule, check_sigma
+from ebmkit.inputs import class_labels, image_batch, noise_level
+from ebmkit.noise import Schedule
 
 Noise = float | Tensor
 """A noise level in image units: a float for the whole batch, or a tensor (B,)."""
 
 V = TypeVar("V", bound=float | Tensor)
+S = TypeVar("S", bound=Noise | None)
 
 
 class Energies(NamedTuple):
@@ -145,7 +148,7 @@ def value_and_grads(
     Returns:
         Energies, and one gradient per target, of the shape of ``y``.
     """
-    if torch.compiler.is_compiling() or not use_autograd or _in_functional_transform():
+    if torch.compiler.is_compiling() or not use_autograd or in_functional_transform():
         return _by_vjp(model, y, sigma, targets)
     if torch.is_inference_mode_enabled():  # tensors made in that mode can never be differentiated
         with torch.inference_mode(False), torch.no_grad():
@@ -183,7 +186,7 @@ def hessian_products(
     H and v. H is assumed symmetric, and each output to depend on its own image only. At kinks of
     the network (ReLU), H ignores the kink. Results can be differentiated by the parameters.
     """
-    if torch.compiler.is_compiling() or not use_autograd or _in_functional_transform():
+    if torch.compiler.is_compiling() or not use_autograd or in_functional_transform():
 
         def score_of(image: Tensor) -> tuple[Tensor, Energies]:
             energies, (score,) = _by_vjp(model, image, sigma, (LogDensity(),))
@@ -251,15 +254,6 @@ def _by_vjp(
     ]
 
 
-def _in_functional_transform() -> bool:
-    """Whether a `torch.func` transform is active: these forbid `requires_grad_`."""
-    try:
-        torch.empty(0).requires_grad_()
-    except RuntimeError:
-        return True
-    return False
-
-
 # --- models --------------------------------------------------------------------------------------
 
 
@@ -287,9 +281,10 @@ class ScoreModel(nn.Module, ABC):
     The score of an `EnergyModel` is the gradient of its log-density; that of a plain denoiser
     (`ebmkit.models.DirectDenoiser`) is (D(y) - y) / sigma^2. Methods take noisy images y
     (B, C, H, W), their noise level sigma (a float or (B,), in image units; optional for a blind
-    model), and labels c (an integer or (B,)). They raise `UserError` if a label is out of range or
-    the model has no labels, and if a noise-conditional model denoises or estimates the noise level
-    without sigma.
+    model), and labels c (an integer or class name, or (B,)). They convert 8-bit tensors, NumPy
+    arrays and PIL images (`ebmkit.inputs`); `forward` does not. They raise `UserError` for other
+    types, for a sigma such as 25 in place of 25/255, if a label is out of range or the model has no
+    labels, and if a noise-conditional model denoises or estimates the noise level without sigma.
 
     Denoising with an `EnergyModel` is one forward pass and one gradient of log p(y) with respect to
     y: `denoise` calls `_score`, which calls the function `value_and_grads`, which calls `forward`;
@@ -323,8 +318,8 @@ class ScoreModel(nn.Module, ABC):
 
     def score(self, y: Tensor, sigma: Noise | None = None, c: Tensor | int | None = None) -> Tensor:
         """grad log p(y) or grad log p(y|c), per image unit; same shape as y."""
-        check_sigma(sigma, at_zero=True)
-        return self._score(y, sigma, self._labels(c, y))
+        y, sigma, labels = self.inputs(y, sigma, c, at_zero=True)
+        return self._score(y, sigma, labels)
 
     def denoise(
         self, y: Tensor, sigma: Noise | None = None, c: Tensor | int | None = None
@@ -338,8 +333,8 @@ class ScoreModel(nn.Module, ABC):
         """
         if sigma is None:
             return self.denoise_blind(y, c)[0]
-        check_sigma(sigma)
-        return tweedie(y, self._score(y, sigma, self._labels(c, y)), sigma)
+        y, sigma, labels = self.inputs(y, sigma, c)
+        return tweedie(y, self._score(y, sigma, labels), sigma)
 
     def denoise_blind(
         self,
@@ -352,7 +347,7 @@ class ScoreModel(nn.Module, ABC):
         ``sigma_range`` limits the estimate, which is large if the score is small.
         """
         self._check_blind()
-        labels = self._labels(c, y)
+        y, _, labels = self.inputs(y, None, c)
         score = self._score(y, None, None)
         sigma = sigma_of_score(score)
         if sigma_range is not None:
@@ -365,32 +360,24 @@ class ScoreModel(nn.Module, ABC):
         """Noise level estimated from the score of a blind model, sqrt(d) / ||score||, (B,)."""
         return self.denoise_blind(y)[1]
 
+    def inputs(
+        self, y: Tensor, sigma: S, c: Tensor | int | None = None, at_zero: bool = False
+    ) -> tuple[Tensor, S, Tensor | None]:
+        """Convert and check the arguments of a public method; ``at_zero``: sigma may be 0."""
+        like = next(itertools.chain(self.parameters(), self.buffers()), None)
+        y = image_batch(y, self.in_channels, like)
+        known = self.card.sigma_range or (0.0, 1.0) if self.card and not self.schedule else None
+        sigma = noise_level(sigma, len(y), at_zero, known[1] if known else None)
+        return y, sigma, None if c is None else self.check_labels(c, y)
+
     def check_labels(self, c: Tensor | int, y: Tensor) -> Tensor:
-        """Check labels and return them as an int64 tensor (B,) on y's device.
+        """Check labels (an integer or class name, or (B,)); return int64 (B,) on y's device.
 
         Raises:
-            UserError: if the model has no labels, or a label is outside 0 .. num_classes - 1.
+            UserError: if the model has no labels, or a label is unknown or out of range.
         """
-        if self.num_classes == 0:
-            raise UserError("this model was trained without labels: leave the label out")
-        labels = torch.as_tensor(c, device=y.device)
-        if labels.is_floating_point() or labels.dtype == torch.bool:
-            raise UserError(f"labels must be whole numbers, not {labels.dtype}")
-        labels = labels.long().reshape(-1).expand(len(y)) if labels.ndim == 0 else labels.long()
-        if labels.shape != y.shape[:1]:
-            raise UserError(f"{len(y)} images need {len(y)} labels, not {tuple(labels.shape)}")
-        if torch.compiler.is_compiling():  # the caller of the compiled function checks the values
-            return labels
-        outside = labels[(labels < 0) | (labels >= self.num_classes)]
-        if len(outside):
-            raise UserError(
-                f"label {int(outside[0])} is out of range: this model knows "
-                f"0 to {self.num_classes - 1}"
-            )
-        return labels.clone() if labels.is_inference() else labels
-
-    def _labels(self, c: Tensor | int | None, y: Tensor) -> Tensor | None:
-        return None if c is None else self.check_labels(c, y)
+        names = self.card.class_names if self.card else ()
+        return class_labels(c, y, self.num_classes, names)
 
     def _check_blind(self) -> None:
         if self.noise_conditional:
@@ -473,19 +460,22 @@ class EnergyModel(DensityModel):
         self, y: Tensor, sigma: Noise | None = None, c: Tensor | int | None = None
     ) -> tuple[Tensor, Tensor]:
         """log p(y) or log p(y|c), up to a constant, (B,), and its gradient, in one forward pass."""
-        target = LogDensity(self._labels(c, y))
+        y, sigma, labels = self.inputs(y, sigma, c, at_zero=True)
+        target = LogDensity(labels)
         energies, (score,) = self.value_and_grads(y, sigma, target)
         return target(upcast_energies(energies)), score
 
     def energies(self, y: Tensor, sigma: Noise | None = None) -> Energies:
         """The output of `forward`, in float32 at least."""
+        y, sigma, _ = self.inputs(y, sigma, at_zero=True)
         return upcast_energies(self(y, sigma))
 
     def log_density(
         self, y: Tensor, sigma: Noise | None = None, c: Tensor | int | None = None
     ) -> Tensor:
         """log p(y) or log p(y|c), up to a constant, (B,), in nats."""
-        return LogDensity(self._labels(c, y))(self.energies(y, sigma))
+        y, sigma, labels = self.inputs(y, sigma, c, at_zero=True)
+        return LogDensity(labels)(upcast_energies(self(y, sigma)))
 
     def logits(self, y: Tensor, sigma: Noise | None = None) -> Tensor:
         """log p(c|y) up to a constant in c, (B, C)."""
@@ -498,7 +488,9 @@ class EnergyModel(DensityModel):
     def label_density_and_score(
         self, y: Tensor, c: Tensor | int, sigma: Noise | None = None
     ) -> tuple[Tensor, Tensor]:
-        target = LabelLogProbability(self.check_labels(c, y))
+        y, sigma, labels = self.inputs(y, sigma, c, at_zero=True)
+        assert labels is not None
+        target = LabelLogProbability(labels)
         energies, (gradient,) = self.value_and_grads(y, sigma, target)
         return target(upcast_energies(energies)), gradient
 
@@ -521,7 +513,7 @@ class EnergyModel(DensityModel):
 
 def wants_grad(model: nn.Module, y: Tensor, sigma: Noise | None) -> bool:
     """Whether results of ``model`` at ``y`` need a gradient."""
-    if torch.compiler.is_compiling() or _in_functional_transform():
+    if torch.compiler.is_compiling() or in_functional_transform():
         return True
     if not torch.is_grad_enabled():
         return False

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ebmkit.energy import ScoreModel, sigma_of_score, tweedie
 from ebmkit.errors import UserError
-from ebmkit.noise import check_sigma, require_sigma
+from ebmkit.noise import require_sigma
 
 TILE = 256
 """Crop size, in pixels, if the training size is unknown."""
@@ -56,7 +56,8 @@ def denoise_image(
 
     Args:
         model: a blind or noise-conditional model.
-        y: the noisy image (C, H, W), image units.
+        y: the noisy image (C, H, W), image units; or an 8-bit tensor, NumPy array (also (H, W, C))
+            or PIL image (`ebmkit.inputs.image_batch`).
         sigma: noise level of ``y``, image units; None: estimated from the score of the whole image.
         c: label, for the class-conditional denoiser.
         tile: crop size, pixels; None: twice the training size, or `TILE` for plain denoisers and
@@ -69,7 +70,8 @@ def denoise_image(
     """
     if model.noise_conditional:
         require_sigma(sigma)
-    check_sigma(sigma)
+    batch, sigma, _ = model.inputs(y[None] if isinstance(y, Tensor) else y, sigma, c)
+    y = batch[0]
     if model.ignores_sigma or not model.is_energy_based:
 
         def change(crops: Tensor) -> Tensor:

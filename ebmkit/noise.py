@@ -47,6 +47,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from numbers import Integral
 from typing import Annotated, Literal, TypeVar, get_args
 
 import torch
@@ -88,15 +89,19 @@ def check_positive(
     return value
 
 
-def check_sigma(sigma: float | Tensor | None, at_zero: bool = False) -> None:
+def check_sigma(
+    sigma: float | Tensor | None, at_zero: bool = False, trained_to: float | None = None
+) -> None:
     """Check that ``sigma`` is a noise level or None; values of tensors are not checked.
 
     Args:
         sigma: noise level, image units.
         at_zero: whether 0 is legal.
+        trained_to: highest level of the training, if known.
 
     Raises:
-        UserError: if a float is not finite and above 0, or a tensor is not floating-point.
+        UserError: if a number is not finite and above 0, or seems to be in 255ths: an integer above
+            1, or a whole float above 1 and ``trained_to``; or if a tensor is not floating-point.
     """
     if isinstance(sigma, Tensor):
         if not sigma.is_floating_point():
@@ -104,6 +109,12 @@ def check_sigma(sigma: float | Tensor | None, at_zero: bool = False) -> None:
             raise UserError(f"{wrong}; pass labels as c=...")
     elif sigma is not None:
         check_positive("sigma", sigma, at_zero, example="25/255")
+        beyond = isinstance(sigma, Integral) or (trained_to is not None and sigma > trained_to)
+        if sigma > 1 and beyond and float(sigma).is_integer():
+            raise UserError(
+                f"sigma {sigma} is beyond the range of an image, 0 to 1: did you mean "
+                f"{sigma:g}/255? (if not, pass torch.tensor({float(sigma)}))"
+            )
 
 
 def require_sigma(sigma: N | None) -> N:

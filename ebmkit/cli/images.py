@@ -339,9 +339,9 @@ def _warn_range(model: ScoreModel, sigma: float | None) -> None:
 
     if model.card is None:
         return
-    if model.card.sigma_range is None:
+    if not model.card.denoises:
         warn("this model was never trained to denoise")
-    elif sigma is not None:
+    elif sigma is not None and model.card.sigma_range is not None:
         low, high = model.card.sigma_range
         if not low <= sigma <= high:
             warn(

@@ -37,6 +37,7 @@ def import_(
     std: str | None = None,
     image_size: int | None = None,
     dataset: str | None = None,
+    averaged: bool = True,
     set_: list[str] | None = None,
 ) -> None:
     """Convert a checkpoint to a run folder, to evaluate it or sample from it.
@@ -58,6 +59,8 @@ def import_(
         std: standard deviation to divide by after that
         image_size: height and width of the training images, in pixels
         dataset: training data set, for example cifar10; sets the class names
+        averaged: of a file with raw and averaged weights (params_ema, state_dict_ema), import the
+            averaged ones
         set_: configuration field for a state dict, for example model.backbone.width=32; repeatable
     """
     from ebmkit.data import DATASETS
@@ -87,6 +90,7 @@ def import_(
         dataset=dataset or "",
         class_names=find("data set", DATASETS, dataset).class_names if dataset else (),
         sigma_range=(levels[0], levels[-1]) if levels else None,
+        averaged=averaged,
     )
     count = sum(p.numel() for p in model.parameters())
     kind = type(getattr(model, "network", getattr(model, "backbone", model))).__name__
@@ -139,7 +143,7 @@ def export(
 
     size = None if image_size is None else _parse_size(image_size)
     model = load(run, weights=weights)
-    if what != "classifier" and model.card and model.card.sigma_range is None:
+    if what != "classifier" and model.card and not model.card.denoises:
         warn("this model was never trained to denoise")
     with errors.status(f"exporting {out.name}"):
         done = export_model(model, out, what, size, batch=batch)

@@ -53,6 +53,7 @@ def train(
     device: str | None = None,
     precision: str | None = None,
     compile_: str | None = None,
+    init: str | None = None,
     resume: Path | None = None,
     evaluate: bool = True,
     tensorboard: Annotated[bool, Option("--tensorboard/--no-tensorboard")] = False,
@@ -80,6 +81,8 @@ def train(
         precision: precision of training: auto, fp32, tf32, bf16 [default: set by the configuration,
             auto]
         compile_: compile the step: auto, on, off [default: auto]
+        init: start from the weights of this run, file, or OWNER/NAME:FILE on the Hugging Face hub;
+            the head may have another size
         resume: run folder to resume
         evaluate: evaluate on the test images and write plots at the end
         tensorboard: also write TensorBoard events
@@ -96,6 +99,7 @@ def train(
         "head": head,
         "model": {"backbone": {"width": width}},
         "objective": objective,
+        "init": str(Path(init).absolute()) if init and Path(init).exists() else init,
         "steps": steps,
         "seed": seed,
         "device": device,
@@ -107,6 +111,11 @@ def train(
         TensorBoard.check()
     if resume is not None and (out is not None or recipe is not None):
         raise UserError("--resume writes into its own folder: leave out --out and --recipe")
+    if resume is not None and init is not None:
+        raise UserError(
+            f"--init {init!r} sets the weights of a new run, and --resume those of its checkpoint: "
+            "leave out one of them"
+        )
     if resume is not None and RunFolder.is_empty_or_aborted(resume):
         console.say(f"nothing was saved in {resume} yet: the run starts from the beginning")
         out, resume = resume, None
@@ -127,6 +136,8 @@ def train(
             run = RunFolder.create(out or _fresh_folder(resolved), resolved)
             stack.enter_context(run.held())
             trainer.run = run
+        if trainer.initial is not None:
+            console.say(trainer.initial.sentence())
         path = world.broadcast(run.path if run else Path())
         _fit(trainer, path, tensorboard)
         if test is not None:

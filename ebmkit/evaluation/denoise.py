@@ -45,6 +45,8 @@ from ebmkit.evaluation.suite import (
     EvaluationBatch,
     EvaluationContext,
     Suite,
+    SuiteConfig,
+    Unique,
     interval,
     new_table,
     noise_warnings,
@@ -52,7 +54,7 @@ from ebmkit.evaluation.suite import (
     number,
 )
 from ebmkit.metrics import predict, psnr
-from ebmkit.noise import in_255ths
+from ebmkit.noise import Sigma, in_255ths
 
 LABELS = {
     "noisy": "noisy input",
@@ -144,13 +146,25 @@ def ssim(estimate: Tensor, clean: Tensor) -> Tensor:
     return values.reshape(len(clean))
 
 
+class DenoiseConfig(SuiteConfig):
+    """Settings of the suite ``denoise``."""
+
+    sigmas: Unique[Sigma] = ()
+    """noise levels, image units; empty: 15/255, 25/255 and 50/255"""
+
+
+def levels(context: EvaluationContext) -> tuple[float, ...]:
+    """Noise levels of the suite, image units."""
+    return context.option(DenoiseConfig).sigmas or context.sigmas
+
+
 def measure(context: EvaluationContext) -> dict[str, Any]:
     """Measure PSNR and SSIM at every noise level; return the document."""
     denoisers: dict[str, dict[str, Any]] = {}
     sigmas: dict[str, Any] = {}
     accuracies: dict[str, Any] = {}
-    warnings = noise_warnings(context.model, context.sigmas)
-    for sigma in context.sigmas:
+    warnings = noise_warnings(context.model, levels(context))
+    for sigma in levels(context):
         key = in_255ths(sigma)
         columns = context.columns(sigma, partial(_measure, context, sigma))
         for name in [name for name, quantity in columns if quantity == "psnr"]:
@@ -170,7 +184,7 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
             sigmas[key] = {"true": sigma, "std": std, **statistics.mean(noise).document()}
         if (right := columns.get(("", "right"))) is not None:
             accuracies[key] = statistics.accuracy(right)
-    document: dict[str, Any] = {"sigmas": context.sigmas}
+    document: dict[str, Any] = {"sigmas": levels(context)}
     for quantity in ("psnr", "ssim"):
         plain, noisy = (denoisers[name][quantity] for name in ("unconditional", "noisy"))
         document[quantity] = {key: e.value for key, e in plain.items()}
@@ -209,18 +223,18 @@ def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> 
     from torchvision.transforms.functional import center_crop
 
     plot_psnr(document["denoisers"], folder / "psnr.png")
-    first, levels = context.images.first(SHOWN), {}
-    for sigma in context.sigmas:
+    first, shown = context.images.first(SHOWN), {}
+    for sigma in levels(context):
         batches = list(noisy_batches(first, sigma, context.seed, SHOWN, context.device))
         # images of different sizes come in batches of one; crop their centres to a common size
         size = [min(batch.x.shape[side] for batch in batches) for side in (-2, -1)]
         pairs = [center_crop(torch.stack([batch.x, batch.y]), size) for batch in batches]
         clean, y = torch.cat(pairs, dim=1)
         found, _, _ = estimates(context.model, y, sigma)
-        levels[sigma] = {"noisy": y, "$D_u$": found["unconditional"]}
+        shown[sigma] = {"noisy": y, "$D_u$": found["unconditional"]}
         if "conditional_predicted" in found:
-            levels[sigma]["$D_c$"] = found["conditional_predicted"]
-    plot_images(clean, levels, folder / "denoising.png", NOTE)
+            shown[sigma]["$D_c$"] = found["conditional_predicted"]
+    plot_images(clean, shown, folder / "denoising.png", NOTE)
 
 
 def plot_images(
@@ -286,6 +300,7 @@ DENOISE = Suite(
     measure=measure,
     plot=plot,
     table=table,
-    passes=lambda context: len(context.sigmas),
+    passes=lambda context: len(levels(context)),
+    options=DenoiseConfig,
     standard=True,
 )

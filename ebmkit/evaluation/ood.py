@@ -500,7 +500,7 @@ def _histogram(columns: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _warnings(model: ScoreModel, options: OodConfig) -> list[str]:
-    if model.card is not None and model.card.sigma_range is None and options.sigmas:
+    if model.card is not None and not model.card.denoises and options.sigmas:
         return [
             f"this model was not trained to denoise (its objective is {model.card.objective!r}): "
             "the scores residual and noise-level mean little"

@@ -399,7 +399,7 @@ def _warnings(
     return found + [
         f"{name}: this model was not trained to denoise (its objective is {card.objective!r})"
         for name, defence in config.curve().items()
-        if defence.denoises and card is not None and card.sigma_range is None
+        if defence.denoises and card is not None and not card.denoises
     ]
 
 

@@ -436,7 +436,7 @@ def _check_finite(model: ScoreModel, images: Images) -> None:
     first = images.first(min(4, len(images)))
     x = next(iter(first.batches(len(first))))[0].to(device_of(model))
     found = []
-    if model.card is None or model.card.sigma_range is not None:
+    if model.card is None or model.card.denoises:
         found.append(model.denoise(x, 25 / 255))
     if isinstance(model, EnergyModel):
         found.append(model.energies(x, 25 / 255).logits)

@@ -362,11 +362,13 @@ def noise_warnings(model: ScoreModel, sigmas: Sequence[float]) -> list[str]:
     card = model.card
     if card is None:
         return []
-    if card.sigma_range is None:
+    if not card.denoises:
         return [
             f"this model was not trained to denoise (its objective is {card.objective!r}): its "
             "score is not meaningful; add dsm to the objective"
         ]
+    if card.sigma_range is None:
+        return []
     outside = outside_range(sigmas, card.sigma_range)
     low, high = map(format_sigma, card.sigma_range)
     sentence = (

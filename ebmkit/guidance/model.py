@@ -136,7 +136,8 @@ class GuidedModel(CompositeModel, ScoreModel):
         """The guided estimate of the clean image, shape of y; without ``c`` the base's."""
         if c is None:
             return self.base.denoise(y, sigma)
-        labels = self.check_labels(c, y)
+        y, sigma, labels = self.inputs(y, sigma, c)
+        assert labels is not None
         guidance = self.guidance(labels)
         if self.guide is not None:
             return guided_denoiser(self.base.denoise, guidance)(y, sigma)
@@ -156,6 +157,7 @@ class GuidedModel(CompositeModel, ScoreModel):
     ) -> tuple[Tensor, Tensor]:
         if c is None:
             return self.base.denoise_blind(y, None, sigma_range)
+        y, _, c = self.inputs(y, None, c)
         sigma = self.base.estimate_sigma(y)
         if sigma_range is not None:
             sigma = sigma.clamp(*sigma_range)
@@ -163,15 +165,6 @@ class GuidedModel(CompositeModel, ScoreModel):
 
     def estimate_sigma(self, y: Tensor) -> Tensor:
         return self.base.estimate_sigma(y)
-
-    def check_labels(self, c: Tensor | int, y: Tensor) -> Tensor:
-        try:
-            return super().check_labels(c, y)
-        except UserError as error:
-            names = self.card.class_names if self.card else []
-            if "out of range" not in str(error) or not names:
-                raise
-            raise UserError(f"{error} ({', '.join(names)})") from None
 
 
 class GuidedDensityModel(GuidedModel, DensityModel):
@@ -183,6 +176,7 @@ class GuidedDensityModel(GuidedModel, DensityModel):
         self, y: Tensor, sigma: Noise | None = None, c: Tensor | int | None = None
     ) -> tuple[Tensor, Tensor]:
         """The guided log-density (B,), up to a constant, and the guided score, shape of y."""
+        y, sigma, c = self.inputs(y, sigma, c, at_zero=True)
         value, score = self.base.density_and_score(y, sigma)
         if c is None:
             return value, score
@@ -193,6 +187,7 @@ class GuidedDensityModel(GuidedModel, DensityModel):
         self, y: Tensor, sigma: Noise | None = None, c: Tensor | int | None = None
     ) -> Tensor:
         """The guided log-density, up to a constant, (B,), in nats; without ``c`` the base's."""
+        y, sigma, c = self.inputs(y, sigma, c, at_zero=True)
         value = self.base.log_density(y, sigma)
         return value if c is None else value + self.label_density_and_score(y, c, sigma)[0]
 
@@ -200,7 +195,8 @@ class GuidedDensityModel(GuidedModel, DensityModel):
         self, y: Tensor, c: Tensor | int, sigma: Noise | None = None
     ) -> tuple[Tensor, Tensor]:
         """The terms that guidance to ``c`` adds to log-density, (B,), and score, shape of y."""
-        labels = self.check_labels(c, y)
+        y, sigma, labels = self.inputs(y, sigma, c, at_zero=True)
+        assert labels is not None
         guidance = self.guidance(labels)
         if self.guide is None:  # guidance by the classifier of the base is classifier-free
             guidance = replace(guidance, guide=label_density_of(self.base, labels))

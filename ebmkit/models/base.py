@@ -173,11 +173,19 @@ def check_images(y: Tensor, channels: int | None = None) -> None:
     Raises:
         UserError: if it is not.
     """
+    if not isinstance(y, Tensor) or not y.is_floating_point():
+        wrong = getattr(y, "dtype", type(y).__name__)
+        raise UserError(
+            f"forward takes a tensor of floats, not {wrong}: methods such as logits, score and "
+            "denoise convert images"
+        )
+    shape = tuple(y.shape)
     if y.ndim != 4:
-        shape = tuple(y.shape)
-        raise UserError(f"images must be (batch, channels, height, width), not {shape}")
-    if channels is not None and y.shape[1] != channels:
-        raise UserError(f"this model takes images of {channels} channel(s), not {y.shape[1]}")
+        one = f": a batch of one is y[None], {(1, *shape)}" if y.ndim == 3 else ""
+        raise UserError(f"images must be (batch, channels, height, width), not {shape}{one}")
+    if channels is not None and shape[1] != channels:
+        last = ": move the channels by y.movedim(-1, 1)" if shape[3] == channels else ""
+        raise UserError(f"this model takes images of {channels} channel(s), not {shape[1]}{last}")
 
 
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
@@ -233,15 +241,16 @@ class _Mean(torch.autograd.Function):
         if shape is None:
             return x.mean(dim=(2, 3))
         even = (x / (shape[2] * shape[3]))[:, :, None, None].expand(shape)
-        layout = torch.channels_last if last else torch.contiguous_format
-        return even.contiguous(memory_format=layout)
+        if not last:
+            return even.contiguous()
+        return even.movedim(1, -1).contiguous().movedim(-1, 1)  # `vmap` knows no channels_last
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
         x, ctx.spread, _ = inputs
         if ctx.spread is None:
             ctx.shape = x.shape
-            ctx.last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+            ctx.last = x.stride(1) == 1 and not x.is_contiguous()  # channels last; as in `vmap`
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]

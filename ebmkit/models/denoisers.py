@@ -33,11 +33,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ebmkit.compute import subsample_before_1x1
+from ebmkit.compute import subsample_before_1x1, to_weights, upcast
 from ebmkit.energy import Energies, EnergyModel, Noise, ScoreModel, per_image
 from ebmkit.errors import UserError
 from ebmkit.models.base import check_images
-from ebmkit.noise import check_sigma, require_sigma
+from ebmkit.noise import require_sigma
 
 
 class ImpliedLevelModel(ScoreModel):
@@ -61,7 +61,7 @@ class ImpliedLevelModel(ScoreModel):
         sigma_range: tuple[float, float] | None = None,
     ) -> tuple[Tensor, Tensor]:
         self._check_blind()
-        self._labels(c, y)
+        y, *_ = self.inputs(y, None, c)
         clean, change = self._clean_and_change(y)
         sigma = implied_sigma(change)
         return clean, sigma if sigma_range is None else sigma.clamp(*sigma_range)
@@ -95,7 +95,7 @@ class DirectDenoiser(ImpliedLevelModel):
         check_images(y, self.in_channels)
         if self.noise_conditional:
             require_sigma(sigma)
-        clean: Tensor = self.network(y, sigma)
+        clean: Tensor = self.network(to_weights(y, self), sigma)
         return clean
 
     if TYPE_CHECKING:  # nn.Module does not declare the type of its call
@@ -115,12 +115,11 @@ class DirectDenoiser(ImpliedLevelModel):
         Raises:
             UserError: if sigma is missing or not above 0, or a label is given.
         """
-        check_sigma(sigma)
-        self._labels(c, y)
+        y, sigma, _ = self.inputs(y, sigma, c)
         return self(y, sigma).to(y.dtype)
 
     def _clean_and_change(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        clean = self.denoise(y)
+        clean = self(y).to(y.dtype)
         return clean, clean - y
 
 
@@ -150,7 +149,7 @@ class GradientStep(ImpliedLevelModel, EnergyModel):
         check_images(y, self.in_channels)
         if sigma is None:
             raise UserError("the log-density of this model is -g(y) / sigma^2: give sigma")
-        g: Tensor = self.potential(y, sigma)
+        g = upcast(self.potential(to_weights(y, self), sigma))
         variance = sigma.to(g) ** 2 if isinstance(sigma, Tensor) else sigma**2
         return Energies(g.new_zeros(len(y), 0), -g / variance)
 

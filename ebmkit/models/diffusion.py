@@ -44,11 +44,11 @@ import torch
 from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from ebmkit.compute import subsample_before_1x1
+from ebmkit.compute import subsample_before_1x1, to_weights
 from ebmkit.energy import Noise, ScoreModel, per_image
 from ebmkit.errors import UserError
 from ebmkit.models.base import DenoiserConfig, check_images, pad_to_multiple
-from ebmkit.noise import SCHEDULES, Schedule, check_sigma, linear_betas, require_sigma
+from ebmkit.noise import SCHEDULES, Schedule, linear_betas, require_sigma
 
 INSTALL = 'uv sync --extra diffusion, or pip install "ebmkit-vision[diffusion]"'
 
@@ -127,7 +127,7 @@ class DiffusionModel(ScoreModel):
         root_abar = (1 + spread.square()).rsqrt()
         root_rest = spread * root_abar
         u = ((high - low) * y + low) * root_abar
-        predicted = self._predict(u, self.timestep(level), c).to(y.dtype)
+        predicted = self._predict(to_weights(u, self), self.timestep(level), c).to(y.dtype)
         noise: Tensor = _TO_NOISE[self.prediction](predicted, u, root_abar, root_rest)
         return noise
 
@@ -146,10 +146,10 @@ class DiffusionModel(ScoreModel):
         Raises:
             UserError: if sigma is missing or not above 0, or a label is out of range.
         """
-        check_sigma(sigma)
+        y, sigma, labels = self.inputs(y, sigma, c)
         given, level = self._levels(y, sigma)
         change = per_image(given, y) ** 2 / per_image(level, y)
-        clean: Tensor = y - change * self(y, sigma, self._labels(c, y))
+        clean: Tensor = y - change * self(y, sigma, labels)
         return clean
 
     def label_score(self, y: Tensor, c: Tensor | int, sigma: Noise | None = None) -> Tensor:

@@ -30,7 +30,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ebmkit.compute import upcast, without_autocast
+from ebmkit.compute import to_weights, upcast, without_autocast
 from ebmkit.energy import Noise, per_image
 from ebmkit.errors import UserError
 from ebmkit.models.base import DenoiserConfig, pad_to_multiple
@@ -182,7 +182,7 @@ class DRUNet(nn.Module):
         h = self.m_up3(self.m_body(x4) + x4)
         h = self.m_up1(self.m_up2(h + x3) + x2) + x1
         with without_autocast(h):  # bfloat16 is too coarse for images
-            clean: Tensor = self.m_tail(upcast(h))
+            clean: Tensor = self.m_tail(to_weights(upcast(h), self))
         return clean[..., : y.shape[-2], : y.shape[-1]]
 
 

@@ -24,7 +24,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from ebmkit.compute import without_autocast
+from ebmkit.compute import to_weights, upcast, without_autocast
 from ebmkit.models.base import BackboneConfig, Features, mean_over_windows
 from ebmkit.models.convolution import Conv2d
 from ebmkit.models.layers import GELU, NormName, make_norm
@@ -180,5 +180,7 @@ class GradResNet(nn.Module):
         with without_autocast(maps[0]):
             for i, h in enumerate(maps):
                 mean = mean_over_windows(h, grid)
-                pooled.append(self.side[i](mean) if i < len(maps) - 1 else mean)
+                if i < len(maps) - 1:
+                    mean = upcast(self.side[i](to_weights(mean, self)))
+                pooled.append(mean)
             return torch.cat(pooled, dim=2)

@@ -96,6 +96,7 @@ def read_checkpoint(
     dataset: str = "",
     class_names: Sequence[str] = (),
     sigma_range: tuple[float, float] | None = None,
+    averaged: bool = True,
 ) -> tuple[ScoreModel, ModelConfig]:
     """The model in a checkpoint, frozen and in evaluation mode, and its configuration.
 
@@ -114,6 +115,7 @@ def read_checkpoint(
         dataset: name of the training set.
         class_names: class names in label order.
         sigma_range: lowest and highest noise level of the training, image units.
+        averaged: of a file with raw and averaged weights, take the averaged ones.
 
     Raises:
         UserError: if the file cannot be read or would run code, or the weights do not fit.
@@ -139,7 +141,7 @@ def read_checkpoint(
         return unet, config
     if path.is_dir():
         raise UserError(f"{str(source)!r} is a folder: name the file of weights in it")
-    state = _renamed(read_state(locate_file(str(source))), rename)
+    state = read_plain_state(source, averaged, rename)
     kind = kind or ("state" if backbone else _kind_of(state))
     if kind is None:
         names = ", ".join(plain(name) for name in list(state)[:4])
@@ -156,8 +158,7 @@ def read_checkpoint(
         chosen = {name: value for name, value in chosen.items() if value is not None}
         config, weights, size = _convert_state(state, backbone, classes, chosen)
     else:
-        stripped = {name.removeprefix("module."): value for name, value in state.items()}
-        config, weights, size = _CONVERTED[kind](stripped, mean, std)
+        config, weights, size = _CONVERTED[kind](state, mean, std)
     size = image_size or size
     if classes is not None and classes != config.num_classes:
         raise UserError(
@@ -182,6 +183,7 @@ def read_checkpoint(
         sigma_range=sigma_range,
         classifies=config.num_classes > 0,
         energies="model",
+        published_denoiser=kind == "denoiser",
     )
     return model.eval().requires_grad_(False), config
 
@@ -191,15 +193,42 @@ def read_checkpoint(
 
 def _kind_of(state: State) -> str | None:
     """The name in `KINDS` that the parameter names identify; None: unknown."""
-    names = [name.removeprefix("module.") for name in state]
+    names = list(state)
     if any(name.startswith(("normalizer.new_mean", "attacker.model.")) for name in names):
         return "robustness"
     if {"class_output.weight", "f.conv1.weight"} <= set(names):
         return "jem"
-    if all(name.startswith(("model.", "dncnn.", "in_conv", "conv_list", "out_conv", "m_"))
-           for name in names):  # fmt: skip
-        return "denoiser"
-    return None
+    return "denoiser" if all(map(_DENOISER.match, names)) else None
+
+
+_DENOISER = re.compile(r"(model|dncnn)\.\d+\.|in_conv|conv_list|out_conv|m_")
+"""Parameter names of published DnCNNs and DRUNets."""
+
+
+def is_recognised(state: State) -> bool:
+    """Whether the parameter names identify the network."""
+    return _kind_of(state) is not None
+
+
+def read_plain_state(
+    source: str | Path, averaged: bool = True, rename: Sequence[tuple[str, str]] = ()
+) -> dict[str, Tensor]:
+    """Weights of a file, without the prefixes ``module.`` of DataParallel and ``model.`` of
+    Lightning modules (unless a rule is for them), renamed by the rules (`read_checkpoint`)."""
+    state = read_state(locate_file(str(source)), averaged)
+    if not any(old.startswith(_WRAPPERS) for old, _ in rename):
+        state = _unwrapped(state)
+    return _renamed(state, rename)
+
+
+_WRAPPERS = ("module.", "model.")
+
+
+def _unwrapped(state: State) -> dict[str, Tensor]:
+    names = [name.removeprefix("module.") for name in state]
+    while all(name.startswith("model.") for name in names) and not all(map(_DENOISER.match, names)):
+        names = [name.removeprefix("model.") for name in names]
+    return dict(zip(names, state.values(), strict=True))
 
 
 def _renamed(state: State, rules: Iterable[tuple[str, str]]) -> dict[str, Tensor]:

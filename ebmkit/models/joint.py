@@ -37,7 +37,7 @@ import torch
 from einops import rearrange, reduce
 from torch import Tensor, nn
 
-from ebmkit.compute import subsample_before_1x1, upcast, without_autocast
+from ebmkit.compute import subsample_before_1x1, to_weights, upcast, without_autocast
 from ebmkit.energy import Energies, EnergyModel, Noise
 from ebmkit.errors import UserError
 from ebmkit.models.base import Backbone, Features, Head, WindowedBackbone, check_images
@@ -177,6 +177,7 @@ class JointModel(EnergyModel):
             y = y / self.get_buffer("_input_std")
         elif self.input_std != 1:
             y = y / self.input_std
+        y = to_weights(y, self.backbone)
         if not self.noise_conditional:
             features: Features = self.backbone(y)
             return features
@@ -185,8 +186,13 @@ class JointModel(EnergyModel):
         return conditional
 
     def _energies(self, pooled: Tensor) -> Energies:
-        with without_autocast(pooled):
-            energies: Energies = self.head(upcast(pooled))
+        with without_autocast(pooled):  # in float32, also if the parameters are not
+            weights = {name: p for name, p in self.head.named_parameters() if upcast(p) is not p}
+            if weights:
+                wide = {name: upcast(p) for name, p in weights.items()}
+                energies: Energies = torch.func.functional_call(self.head, wide, upcast(pooled))
+            else:
+                energies = self.head(upcast(pooled))
         if energies.logits.ndim != 2 or energies.log_density.ndim != 1:
             raise UserError(
                 f"head {type(self.head).__name__} gives logits {tuple(energies.logits.shape)} and "

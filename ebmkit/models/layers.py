@@ -103,7 +103,8 @@ class GroupNorm(nn.Module):
         with without_autocast(x):
             wide = upcast(x)
             norm = nn.functional.group_norm if self.keep_scale or self.plain else group_norm
-            y = norm(wide, self.num_groups, self.weight, self.bias, self.eps)
+            bias = None if self.bias is None else upcast(self.bias)
+            y = norm(wide, self.num_groups, upcast(self.weight), bias, self.eps)
             if self.keep_scale:
                 groups = wide.reshape(x.shape[0], self.num_groups, -1)
                 deviation = (groups.var(dim=2, unbiased=False) + self.eps).sqrt()

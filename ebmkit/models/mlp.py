@@ -31,7 +31,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from ebmkit.compute import upcast, without_autocast
+from ebmkit.compute import to_weights, upcast, without_autocast
 from ebmkit.models.base import BackboneConfig, Features, MeanPooled
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
@@ -141,4 +141,4 @@ class MLP(MeanPooled):
             u = 0.5 * (level.square() + SIGMA_0**2).log() - math.log(SIGMA_1)
             waves = u[:, None] * torch.arange(1, self.frequencies + 1, device=u.device).to(u)
             plain = torch.stack([torch.ones_like(u), u], dim=1)
-            return torch.cat([plain, waves.cos(), waves.sin()], dim=1)
+            return to_weights(torch.cat([plain, waves.cos(), waves.sin()], dim=1), self)

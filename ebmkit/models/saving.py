@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from ebmkit.card import ModelCard
+from ebmkit.compute import pick_device
 from ebmkit.energy import ScoreModel
 from ebmkit.errors import UserError, validated
 from ebmkit.models.config import ModelConfig
@@ -93,10 +94,11 @@ def weights_file(model: ScoreModel) -> bytes:
     return safetensors.torch.save(state, metadata={"sha256": digest(state)})
 
 
+@torch.inference_mode(False)
 def load(
     run: str | os.PathLike[str],
     model: ScoreModel | None = None,
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
     weights: str = "last",
     plugins: Sequence[str | os.PathLike[str]] = (),
 ) -> ScoreModel:
@@ -105,7 +107,7 @@ def load(
     Args:
         run: a run folder, or any folder with ``model.safetensors`` and ``model.json``.
         model: the network to load weights into; needed only for a model composed by hand.
-        device: device of the model.
+        device: device of the model: cpu, cuda, cuda:1, or auto.
         weights: ``last``, or ``best`` by validation.
         plugins: plugins to import first (`ebmkit.registry`), for a model with components of them.
 
@@ -113,13 +115,14 @@ def load(
         The model, with its model card as ``card``. A warning names weights that are NaN or Inf.
 
     Raises:
-        UserError: if the folder contains no such model or the files do not fit together.
+        UserError: if the folder contains no such model, the files do not fit together, or there is
+            no such device.
 
     >>> model = load("runs/digits")                                      # doctest: +SKIP
     >>> model.denoise(y, sigma=25 / 255)                                 # doctest: +SKIP
     """
     load_plugins(plugins)
-    folder = Path(run)
+    folder, place = Path(run), pick_device(str(device))
     if not folder.is_dir():
         raise UserError(f"there is no run folder {str(folder)!r}")
     if weights not in FILES:
@@ -149,7 +152,7 @@ def load(
     _warn_non_finite(model, path)
     model.card = document.card
     model.weights_sha256 = hashlib.sha256(content[FILES[weights]]).hexdigest()
-    return model.eval().requires_grad_(False).to(device)
+    return model.eval().requires_grad_(False).to(place)
 
 
 def load_weights(network: nn.Module, state: dict[str, Tensor], path: Path, what: str) -> None:

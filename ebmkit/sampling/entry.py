@@ -435,7 +435,7 @@ def missing(model: ScoreModel, needs: Sequence[Need]) -> str | None:
     lacking: dict[Need, str] = {
         "density": "" if isinstance(model, DensityModel) else plain,
         "labels": "" if takes_labels(model) else "it was trained without labels",
-        "levels": untrained if model.card and model.card.sigma_range is None else "",
+        "levels": untrained if model.card and not model.card.denoises else "",
         "blind": given if model.noise_conditional else "",
     }
     return next((lacking[need] for need in needs if lacking.get(need)), None)

@@ -40,6 +40,7 @@ import math
 import stat
 import struct
 import sys
+import warnings
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -287,12 +288,32 @@ def _read_legacy(whole: _Bounded) -> Any:
 NESTED = ("model_state_dict", "state_dict", "params", "model", "net")
 """Common keys of the weights in checkpoints of other projects."""
 
+AVERAGED = ("state_dict_ema", "params_ema", "model_ema", "ema_state_dict", "ema")
+"""Common keys of weights that were averaged during the training (timm, BasicSR and others)."""
 
-def read_state(path: Path) -> dict[str, Tensor]:
-    """Read the tensors of a ``.pth`` or ``.safetensors`` file, by name."""
+
+def read_state(path: Path, averaged: bool = True) -> dict[str, Tensor]:
+    """Read the tensors of a ``.pth`` or ``.safetensors`` file, by name.
+
+    A file with raw and averaged weights gives the averaged ones and a warning, or the raw ones if
+    ``averaged`` is False.
+    """
     if path.suffix == ".safetensors":
         return read_tensors(path)[0]
     content = read_torch_file(path)
+    if isinstance(content, Mapping):
+        raw, mean = (
+            next((n for n in names if isinstance(content.get(n), Mapping)), None)
+            for names in (NESTED, AVERAGED)
+        )
+        if raw and mean and averaged:
+            warnings.warn(
+                f"{str(path)!r} holds raw ({raw}) and averaged weights ({mean}): the averaged ones "
+                "are read; for the others use --no-averaged (averaged=False)",
+                stacklevel=2,
+            )
+        if mean and (averaged or not raw):
+            content = content[mean]
     for name in NESTED:
         if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
             content = content[name]

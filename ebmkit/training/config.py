@@ -231,6 +231,8 @@ class TrainConfig(_Config):
     optimizer: OptimizerConfig = OptimizerConfig()
     negatives: NegativesConfig = NegativesConfig()
     rollback: RollbackConfig = RollbackConfig()
+    init: str | None = None
+    """run, file or name on the Hugging Face hub with the initial weights; null: random"""
     steps: int = Field(1000, ge=1, description="number of optimiser steps")
     seed: int = Field(0, ge=0, lt=2**63)
     """random seed of initial weights, data order, augmentation and noise"""

@@ -29,6 +29,7 @@ from ebmkit.distributed import DistributedContext, device_of_rank
 from ebmkit.energy import ScoreModel
 from ebmkit.errors import Interrupted, UserError
 from ebmkit.models import ModelConfig
+from ebmkit.models.initial import Initialization, initialize, read_weights
 from ebmkit.models.saving import model_files
 from ebmkit.objectives import parse_objective
 from ebmkit.objectives.likelihood import Negatives
@@ -128,6 +129,7 @@ class Trainer:
         state: the part of a checkpoint that is the same for all objectives.
         preparations: objective -> function that adds columns to its batches.
         rollback: divergence detection, if an objective needs negatives.
+        initial: what `assemble` loaded from ``config.init``, if anything.
 
     Raises:
         UserError: if the images do not fit the model or an objective, a batch cannot be divided
@@ -174,6 +176,7 @@ class Trainer:
             check_compiled(self.stages)
         self.state = TrainingState(self.update, SkippedSamples(self.train, self.streams, world))
         self.first_step, self.stopwatch = 0, Stopwatch()
+        self.initial: Initialization | None = None
         self.budget = Budget(
             self.loss,
             [(stage, shapes(stage, self.train, world.size)) for stage in self.stages],
@@ -242,6 +245,8 @@ class Trainer:
         holding = nullcontext() if self.run is None else self.run.held()
         where_saved = (lambda: "") if self.run is None else self.run.where_saved
         with translate_worker_errors(where_saved), holding, stop_requested() as stop:
+            if self.initial is not None and self.run is not None:
+                self.run.write_document("init.json", self.initial._asdict())
             while self.step < config.steps:
                 self._advance(batches, stop())
                 log, validate, save = (
@@ -520,11 +525,17 @@ def assemble(
     if config.validation_images:
         validation = images_of(config.dataset, "validation").first(config.validation_images)
     model, built_from = build_model(config, train), model_config(config, train)
+    with run.held() if run is not None else nullcontext():
+        checkpoint = world.broadcast(run.load_checkpoint() if run is not None else None)
+    initial = None
+    if config.init is not None and checkpoint is None:
+        state = world.broadcast(read_weights(config.init) if world.first else None)
+        initial = initialize(model, config.init, state)
     trainer = Trainer(model, config, train, validation, run, built_from, reporter, world)
+    trainer.initial = initial
     if trainer.device.type == "cpu":  # where the system kills a process that runs out of memory
         trainer.budget.check()
     with run.held() if run is not None else nullcontext():
-        checkpoint = world.broadcast(run.load_checkpoint() if run is not None else None)
         if checkpoint is not None:
             if run is not None:
                 check_classes(read_document(run.path / "model.json"), train)

@@ -163,6 +163,11 @@ class RunFolder:
         what = f"cannot resume {str(self.path)!r} with another configuration"
         check_same(self.config(), config, what, "leave it out or start a new run")
 
+    def write_document(self, name: str, document: Mapping[str, Any]) -> None:
+        """Write a JSON file beside the configuration, or raise a `UserError`."""
+        with self.held():
+            self._write({name: json.dumps(document, indent=2).encode()})
+
     def log(self, row: dict[str, Any]) -> None:
         """Append ``row`` to ``metrics.jsonl``, or raise a `UserError`."""
         self.log_file.append(row)

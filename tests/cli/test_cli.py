@@ -135,6 +135,8 @@ def test_list_shows_the_tables(home, kind):
         (["--resume", "nowhere"], "no run folder"),
         (["--resume", "run", "--seed", "5"], "seed was 0 and is now 5"),
         (["--resume", "run", "--out", "other"], "leave out --out"),
+        (["--resume", "run", "--init", "run"], "leave out one of them"),
+        (["--init", "nowhere"], "nowhere"),
     ],
 )
 def test_train_refuses_invalid_options_in_one_sentence(home, arguments, message):

@@ -180,6 +180,16 @@ def test_sigma_outside_trained_range_gives_warning(network, random_images, tmp_p
     assert "not trained to denoise" in line
 
 
+def test_published_denoiser_of_unknown_range_gives_no_warning(network, random_images, tmp_path):
+    network.card.sigma_range, network.card.published_denoiser = None, True
+    assert measure(network, random_images, tmp_path)["warnings"] == []
+
+
+def test_sigmas_are_a_setting_of_the_suite(network, random_images, tmp_path):
+    document = measure(network, random_images, tmp_path, options={"denoise": {"sigmas": ["7/255"]}})
+    assert list(document["psnr"]) == ["7"]
+
+
 def test_infinite_psnr_is_null_and_gives_warning(mixture, tmp_path):
     class Oracle(type(mixture)):
         def forward(self, y, sigma=None):  # the score is -y / sigma^2

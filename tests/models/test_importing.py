@@ -1,5 +1,6 @@
 """Importing checkpoints of other programs: the outputs are equal, invalid input is refused."""
 
+import itertools
 import json
 import sys
 import types
@@ -251,12 +252,12 @@ def test_wrong_renaming_error_lists_names_and_suggests_a_map(tmp_path):
     torchvision_state(tmp_path)
     options = {"backbone": "resnet18", "settings": {"backbone": {"width": 4}}}
     with pytest.raises(UserError) as caught:
-        load_checkpoint(tmp_path / "net.pth", **options)
+        load_checkpoint(tmp_path / "net.pth", **options, rename=[("module.", "net.")])
     message = str(caught.value)
-    assert "unknown: module.conv1.weight, module.bn1.weight" in message
+    assert "unknown: net.conv1.weight, net.bn1.weight" in message
     assert "missing: conv1.weight, bn1.weight" in message
     assert message.count("and 94 more") == 2  # of 102 parameters and statistics
-    assert "--map 'module.='" in message
+    assert "--map 'net.='" in message
     assert "\n" not in message
     with pytest.raises(UserError) as caught:
         load_checkpoint(tmp_path / "net.pth", **options, rename=[("module.", "")])
@@ -368,3 +369,51 @@ def test_import_command_reads_a_diffusers_pipeline(tmp_path):
 def test_input_std_of_zero_or_below_is_refused(std):
     with pytest.raises(UserError, match=r"input_std = .* is not legal: .*above 0"):
         validated(ModelConfig, {"input_std": std}, "model")
+
+
+def dncnn_state(scale=1.0):
+    """A published DnCNN of width 4 without norms, with names as in KAIR's files."""
+    channels, state = (1, *(4,) * 16, 1), {}
+    for i, (before, after) in enumerate(itertools.pairwise(channels)):
+        state[f"model.{2 * i}.weight"] = scale * torch.randn(after, before, 3, 3) / 6
+        state[f"model.{2 * i}.bias"] = scale * torch.randn(after)
+    return state
+
+
+@pytest.mark.parametrize(
+    ("raw", "mean"), [("params", "params_ema"), ("state_dict", "state_dict_ema")]
+)
+def test_averaged_weights_are_imported_by_default_with_a_warning(tmp_path, raw, mean):
+    content, x = {raw: dncnn_state(), mean: dncnn_state(0.1)}, torch.rand(1, 1, 8, 8)
+    for name in ("both", raw, mean):
+        torch.save(content if name == "both" else {name: content[name]}, tmp_path / name)
+    expected = {name: load_checkpoint(tmp_path / name).denoise(x) for name in (raw, mean)}
+    with pytest.warns(
+        UserWarning, match=f"raw .{raw}. and averaged weights .{mean}.*--no-averaged"
+    ):
+        found = load_checkpoint(tmp_path / "both")
+    assert torch.equal(found.denoise(x), expected[mean])
+    found = load_checkpoint(tmp_path / "both", averaged=False)
+    assert torch.equal(found.denoise(x), expected[raw])
+
+
+def test_lightning_prefix_is_removed(tmp_path):
+    model, bias = torchvision_state(tmp_path)
+    state = torch.load(tmp_path / "net.pth")
+    state = {name.replace("module.", "model."): value for name, value in state.items()}
+    torch.save({"state_dict": state, "pytorch-lightning_version": "2"}, tmp_path / "lit.ckpt")
+    with pytest.raises(UserError, match="do not identify the network: set --backbone"):
+        load_checkpoint(tmp_path / "lit.ckpt")
+    options = {"backbone": "resnet18", "settings": {"backbone": {"width": 4}}}
+    rename, x = [("fc.", "head.classifier.")], torch.rand(1, 3, 8, 8)
+    found = load_checkpoint(tmp_path / "lit.ckpt", **options, rename=rename)
+    torch.testing.assert_close(found.logits(x), model.logits(x) + bias)
+
+
+def test_lightning_module_around_a_denoiser_is_recognised(tmp_path):
+    state = dncnn_state()
+    torch.save(state, tmp_path / "plain.pth")
+    torch.save({"state_dict": {f"model.{n}": v for n, v in state.items()}}, tmp_path / "lit.ckpt")
+    x = torch.rand(1, 1, 8, 8)
+    plain, lit = (load_checkpoint(tmp_path / name) for name in ("plain.pth", "lit.ckpt"))
+    assert torch.equal(plain.denoise(x), lit.denoise(x))

@@ -452,3 +452,22 @@ def test_run_of_an_earlier_version_without_validation_keeps_its_images(tmp_path)
     resumed.fit()
     for name, value in copied_state(resumed).items():
         assert torch.equal(value, whole.model.state_dict()[name])
+
+
+def test_run_starts_from_the_weights_of_another_and_records_it(tmp_path):
+    first = start(tmp_path, "first", {"steps": 1})
+    first.fit()
+    weights = copied_state(first)
+    second = start(tmp_path, "second", {"steps": 1, "seed": 1, "init": str(tmp_path / "first")})
+    assert all(torch.equal(v, weights[name]) for name, v in copied_state(second).items())
+    second.fit()
+    document = json.loads((tmp_path / "second/init.json").read_text())
+    assert document["source"] == str(tmp_path / "first")
+    assert sorted(document["loaded"]) == sorted(weights)
+    assert (document["missing"], document["unused"], document["reshaped"]) == ([], [], {})
+    run = RunFolder.open(tmp_path / "second")
+    assert run.config()["init"] == str(tmp_path / "first")
+    os.rename(tmp_path / "first", tmp_path / "moved")  # a resumed run needs its checkpoint only
+    resumed = assemble(resolve(run.config()), run)
+    assert resumed.initial is None
+    assert all(torch.equal(v, copied_state(second)[n]) for n, v in copied_state(resumed).items())
