@@ -162,7 +162,7 @@ class WrappedModel(ScoreModel):
     ) -> Tensor:
         check_sigma(sigma)
         if sigma is None:
-            return self.denoise_blind(y, c)[0]
+            return self._denoise_blind_checked(y, c)
         return self._run(self.model.denoise, y, sigma, self._labels(c, y))
 
     def denoise_blind(

@@ -40,6 +40,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeGuard, TypeVar, runt
 import torch
 from torch import Tensor, nn
 
+from ebmkit.blind import calibrated, reliability_warnings
 from ebmkit.card import ModelCard
 from ebmkit.compute import upcast
 from ebmkit.errors import UserError
@@ -331,13 +332,14 @@ class ScoreModel(nn.Module, ABC):
     ) -> Tensor:
         """E[x|y] or E[x|y, c] by Tweedie's formula (CDN eq. 7), not clipped; same shape as y.
 
-        Without sigma, the noise level is estimated from the score (`estimate_sigma`).
+        Without sigma, the noise level is estimated from the score (`estimate_sigma`), with a
+        warning if that is unreliable (`ebmkit.blind`).
 
         Raises:
             UserError: also if a float sigma is not above 0.
         """
         if sigma is None:
-            return self.denoise_blind(y, c)[0]
+            return self._denoise_blind_checked(y, c)
         check_sigma(sigma)
         return tweedie(y, self._score(y, sigma, self._labels(c, y)), sigma)
 
@@ -349,12 +351,13 @@ class ScoreModel(nn.Module, ABC):
     ) -> tuple[Tensor, Tensor]:
         """E[x|y] or E[x|y, c] at the estimated noise level, and that level, (B,).
 
-        ``sigma_range`` limits the estimate, which is large if the score is small.
+        ``sigma_range`` limits the estimate, which is large if the score is small. Results are not
+        checked; `denoise` and `ebmkit.inference.denoise_image` warn if they are unreliable.
         """
         self._check_blind()
         labels = self._labels(c, y)
         score = self._score(y, None, None)
-        sigma = sigma_of_score(score)
+        sigma = calibrated(sigma_of_score(score), y, self.card)
         if sigma_range is not None:
             sigma = sigma.clamp(*sigma_range)
         if labels is not None:
@@ -362,8 +365,25 @@ class ScoreModel(nn.Module, ABC):
         return tweedie(y, score, sigma), sigma
 
     def estimate_sigma(self, y: Tensor) -> Tensor:
-        """Noise level estimated from the score of a blind model, sqrt(d) / ||score||, (B,)."""
+        """Noise level estimated from the score of a blind model, sqrt(d) / ||score||, (B,).
+
+        It is calibrated if the card has a calibration (`ebmkit.blind`).
+        """
         return self.denoise_blind(y)[1]
+
+    @property
+    def depends_on_size(self) -> bool:
+        """Whether the score depends on the image size, as that of a sum over features does."""
+        return self.is_energy_based and not self.ignores_sigma
+
+    def _denoise_blind_checked(self, y: Tensor, c: Tensor | int | None) -> Tensor:
+        """`denoise_blind`, with a warning if the result is unreliable."""
+        clean, sigma = self.denoise_blind(y, c)
+        if not (torch.compiler.is_compiling() or _in_functional_transform()):
+            found = reliability_warnings(self.card, y, clean, sigma, self.depends_on_size)
+            for sentence in found:
+                warnings.warn(sentence, stacklevel=3)
+        return clean
 
     def check_labels(self, c: Tensor | int, y: Tensor) -> Tensor:
         """Check labels and return them as an int64 tensor (B,) on y's device.

@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ebmkit.blind import calibrated
 from ebmkit.compute import subsample_before_1x1
 from ebmkit.energy import Energies, EnergyModel, Noise, ScoreModel, per_image
 from ebmkit.errors import UserError
@@ -63,7 +64,7 @@ class ImpliedLevelModel(ScoreModel):
         self._check_blind()
         self._labels(c, y)
         clean, change = self._clean_and_change(y)
-        sigma = implied_sigma(change)
+        sigma = calibrated(implied_sigma(change), y, self.card)
         return clean, sigma if sigma_range is None else sigma.clamp(*sigma_range)
 
 
@@ -116,11 +117,13 @@ class DirectDenoiser(ImpliedLevelModel):
             UserError: if sigma is missing or not above 0, or a label is given.
         """
         check_sigma(sigma)
+        if sigma is None and not self.noise_conditional:
+            return self._denoise_blind_checked(y, c)
         self._labels(c, y)
         return self(y, sigma).to(y.dtype)
 
     def _clean_and_change(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        clean = self.denoise(y)
+        clean = self(y).to(y.dtype)
         return clean, clean - y
 
 
