@@ -37,6 +37,10 @@ from ebmkit.noise import SLACK, format_sigma
 POINTS = 16
 """Maximum number of points of a calibration."""
 
+MARGIN = 1.25
+"""Factor by which an estimate exceeds its bound before it is called unreliable: in images like
+those of training estimates vary by about a tenth."""
+
 MAX_CORRELATION = 0.1
 """Correlation of neighbouring entries of a residual, beside 3 standard errors, up to which it is
 taken for noise."""
@@ -71,15 +75,22 @@ def calibrated(raw: Tensor, y: Tensor, card: ModelCard | None) -> Tensor:
     """
     if card is None or not card.sigma_calibration:
         return raw
+    level, bound = _interpolated(raw, card), noise_bound(y)
+    return level if bound is None else torch.minimum(level, bound.to(raw))
+
+
+def _interpolated(raw: Tensor, card: ModelCard) -> Tensor:
+    """Calibrated levels (B,) without the bound; ``raw`` if there is no calibration."""
+    if not card.sigma_calibration:
+        return raw
     points = [(math.log(a), math.log(b)) for a, b in card.sigma_calibration]
     slopes = [(d - b) / (c - a) for (a, b), (c, d) in itertools.pairwise(points)]
     slopes = [1.0, *slopes, 1.0]
     u = raw.log()
     level = points[0][1] + u - points[0][0]
-    for (knot, _), before, after in zip(points, slopes, slopes[1:], strict=True):
+    for (knot, _), (before, after) in zip(points, itertools.pairwise(slopes), strict=True):
         level = level + (after - before) * (u - knot).clamp_min(0)
-    bound = noise_bound(y)
-    return level.exp() if bound is None else torch.minimum(level.exp(), bound.to(raw))
+    return level.exp()
 
 
 def noise_bound(y: Tensor) -> Tensor | None:
@@ -99,7 +110,7 @@ def noise_bound(y: Tensor) -> Tensor | None:
 
 
 def reliability_warnings(
-    card: ModelCard | None, y: Tensor, clean: Tensor, sigma: Tensor, sized: bool
+    card: ModelCard | None, y: Tensor, clean: Tensor, sigma: Tensor, by_score: bool
 ) -> list[str]:
     """Sentences on why results of blind denoising are unreliable, and what to do; mostly none.
 
@@ -108,7 +119,8 @@ def reliability_warnings(
         y: noisy images (B, C, H, W).
         clean: denoised images, not clipped.
         sigma: estimated noise levels (B,).
-        sized: whether the output of the model depends on the image size, as for joint models.
+        by_score: whether the model denoises by Tweedie's formula, as joint models do. Their scores
+            depend on the image size, and the raw estimate is sigma^2 / ||y - D(y)||.
     """
     if card is None:
         return []
@@ -123,12 +135,15 @@ def reliability_warnings(
     level, residual = sigma.float(), (y - clean).float()
     rms = residual.flatten(1).square().mean(1).sqrt()
     if (bound := noise_bound(y.float())) is not None:
-        largest = torch.maximum(level, rms)
+        tiny = torch.finfo(rms.dtype).tiny
+        raw = level.square() / rms.clamp_min(tiny) if by_score else rms
+        claim = torch.maximum(_interpolated(raw.clamp_min(tiny), card), rms)
         check(
-            largest > 0.999 * bound,  # a calibrated level is at most the bound
+            claim > MARGIN * bound,
             lambda k: (
-                f"the model takes more for noise than the finest details of the image allow, "
-                f"{format_sigma(float(bound[k]))}: the result may be worse than the input"
+                f"the model takes {format_sigma(float(claim[k]))} for noise, and the finest details "
+                f"allow at most {format_sigma(float(bound[k]))}: the result may be worse than the "
+                "input"
             ),
         )
     if card.sigma_range is not None:
@@ -151,7 +166,7 @@ def reliability_warnings(
                 f"{float(correlation[k]):.2f}"
             ),
         )
-    if sized and card.image_size is not None and tuple(card.image_size) != tuple(y.shape[-2:]):
+    if by_score and card.image_size is not None and tuple(card.image_size) != tuple(y.shape[-2:]):
         height, width = card.image_size
         found.append(
             f"the noise level of an image of {y.shape[-2]}x{y.shape[-1]} is estimated by a model "

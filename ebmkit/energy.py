@@ -372,15 +372,15 @@ class ScoreModel(nn.Module, ABC):
         return self.denoise_blind(y)[1]
 
     @property
-    def depends_on_size(self) -> bool:
-        """Whether the score depends on the image size, as that of a sum over features does."""
+    def denoises_by_score(self) -> bool:
+        """Whether `denoise` uses Tweedie's formula, and not a denoiser that ignores sigma."""
         return self.is_energy_based and not self.ignores_sigma
 
     def _denoise_blind_checked(self, y: Tensor, c: Tensor | int | None) -> Tensor:
         """`denoise_blind`, with a warning if the result is unreliable."""
         clean, sigma = self.denoise_blind(y, c)
         if not (torch.compiler.is_compiling() or _in_functional_transform()):
-            found = reliability_warnings(self.card, y, clean, sigma, self.depends_on_size)
+            found = reliability_warnings(self.card, y, clean, sigma, self.denoises_by_score)
             for sentence in found:
                 warnings.warn(sentence, stacklevel=3)
         return clean

@@ -99,7 +99,7 @@ def denoise_image(
 def _checked(model: ScoreModel, y: Tensor, clean: Tensor, sigma: float) -> Denoised:
     """Result of blind denoising, with its warnings."""
     level = torch.full((1,), sigma, device=y.device)
-    found = reliability_warnings(model.card, y[None], clean[None], level, model.depends_on_size)
+    found = reliability_warnings(model.card, y[None], clean[None], level, model.denoises_by_score)
     return Denoised(clean, sigma, tuple(found))
 
 
