@@ -141,9 +141,9 @@ def reliability_warnings(
         check(
             claim > MARGIN * bound,
             lambda k: (
-                f"the model takes {format_sigma(float(claim[k]))} for noise, and the finest details "
-                f"allow at most {format_sigma(float(bound[k]))}: the result may be worse than the "
-                "input"
+                f"the model takes {format_sigma(float(claim[k]))} for noise, and the finest "
+                f"details allow at most {format_sigma(float(bound[k]))}: the result may be worse "
+                "than the input"
             ),
         )
     if card.sigma_range is not None:
