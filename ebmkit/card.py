@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from ebmkit.registry import Plugin
 
@@ -12,6 +13,8 @@ LABEL_OBJECTIVES = {"ce", "adv", "trades"}
 """Objectives without a density, in cards that do not record `ModelCard.energies`."""
 
 Side = Annotated[int, Field(ge=1, le=2**14)]
+
+Level = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class ModelCard(BaseModel):
@@ -42,8 +45,21 @@ class ModelCard(BaseModel):
         "ebmkit.models.heads.energy_source)",
     )
     plugins: list[Plugin] = Field([], description="plugins that define its components")
+    sigma_calibration: list[tuple[Level, Level]] = Field(
+        [],
+        max_length=64,
+        description="(estimate of the noise level, calibrated level) in increasing order, image "
+        "units (see ebmkit.blind); empty: estimates are used as they are",
+    )
     attack: str = ""
     """norm and radius of the attack in training, for example l2 0.5; empty: no attack"""
+
+    @field_validator("sigma_calibration")
+    @classmethod
+    def _increasing(cls, points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+        if any(b[0] <= a[0] or b[1] < a[1] for a, b in itertools.pairwise(points)):
+            raise ValueError("the points must increase")
+        return points
 
     @property
     def denoises(self) -> bool:

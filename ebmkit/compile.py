@@ -160,7 +160,7 @@ class WrappedModel(ScoreModel):
         self, y: Tensor, sigma: Noise | None = None, c: Tensor | int | None = None
     ) -> Tensor:
         if sigma is None:
-            return self.denoise_blind(y, c)[0]
+            return self._denoise_blind_checked(y, c)
         return self._run(self.model.denoise, *self.inputs(y, sigma, c))
 
     def denoise_blind(

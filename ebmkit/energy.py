@@ -41,6 +41,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeGuard, TypeVar, runt
 import torch
 from torch import Tensor, nn
 
+from ebmkit.blind import calibrated, reliability_warnings
 from ebmkit.card import ModelCard
 from ebmkit.compute import in_functional_transform, upcast
 from ebmkit.errors import UserError
@@ -326,13 +327,14 @@ class ScoreModel(nn.Module, ABC):
     ) -> Tensor:
         """E[x|y] or E[x|y, c] by Tweedie's formula (CDN eq. 7), not clipped; same shape as y.
 
-        Without sigma, the noise level is estimated from the score (`estimate_sigma`).
+        Without sigma, the noise level is estimated from the score (`estimate_sigma`), with a
+        warning if that is unreliable (`ebmkit.blind`).
 
         Raises:
             UserError: also if a float sigma is not above 0.
         """
         if sigma is None:
-            return self.denoise_blind(y, c)[0]
+            return self._denoise_blind_checked(y, c)
         y, sigma, labels = self.inputs(y, sigma, c)
         return tweedie(y, self._score(y, sigma, labels), sigma)
 
@@ -344,12 +346,13 @@ class ScoreModel(nn.Module, ABC):
     ) -> tuple[Tensor, Tensor]:
         """E[x|y] or E[x|y, c] at the estimated noise level, and that level, (B,).
 
-        ``sigma_range`` limits the estimate, which is large if the score is small.
+        ``sigma_range`` limits the estimate, which is large if the score is small. Results are not
+        checked; `denoise` and `ebmkit.inference.denoise_image` warn if they are unreliable.
         """
         self._check_blind()
         y, _, labels = self.inputs(y, None, c)
         score = self._score(y, None, None)
-        sigma = sigma_of_score(score)
+        sigma = calibrated(sigma_of_score(score), y, self.card)
         if sigma_range is not None:
             sigma = sigma.clamp(*sigma_range)
         if labels is not None:
@@ -357,7 +360,10 @@ class ScoreModel(nn.Module, ABC):
         return tweedie(y, score, sigma), sigma
 
     def estimate_sigma(self, y: Tensor) -> Tensor:
-        """Noise level estimated from the score of a blind model, sqrt(d) / ||score||, (B,)."""
+        """Noise level estimated from the score of a blind model, sqrt(d) / ||score||, (B,).
+
+        It is calibrated if the card has a calibration (`ebmkit.blind`).
+        """
         return self.denoise_blind(y)[1]
 
     def inputs(
@@ -369,6 +375,21 @@ class ScoreModel(nn.Module, ABC):
         known = self.card.sigma_range or (0.0, 1.0) if self.card and not self.schedule else None
         sigma = noise_level(sigma, len(y), at_zero, known[1] if known else None)
         return y, sigma, None if c is None else self.check_labels(c, y)
+
+    @property
+    def denoises_by_score(self) -> bool:
+        """Whether `denoise` uses Tweedie's formula, and not a denoiser that ignores sigma."""
+        return self.is_energy_based and not self.ignores_sigma
+
+    def _denoise_blind_checked(self, y: Tensor, c: Tensor | int | None) -> Tensor:
+        """`denoise_blind`, with a warning if the result is unreliable."""
+        y, _, labels = self.inputs(y, None, c)
+        clean, sigma = self.denoise_blind(y, labels)
+        if not (torch.compiler.is_compiling() or in_functional_transform()):
+            found = reliability_warnings(self.card, y, clean, sigma, self.denoises_by_score)
+            for sentence in found:
+                warnings.warn(sentence, stacklevel=3)
+        return clean
 
     def check_labels(self, c: Tensor | int, y: Tensor) -> Tensor:
         """Check labels (an integer or class name, or (B,)); return int64 (B,) on y's device.

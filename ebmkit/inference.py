@@ -7,9 +7,9 @@ The score of a large image is a weighted mean of the scores of overlapping crops
 with weights :math:`w_t` that fall linearly to 0 over the overlap. Crops have twice the training
 size and overlap by half, as in the model's log-density of large images (`ebmkit.models.joint`,
 "tiles"). The result is nearly the gradient of that log-density, but smoother, and only a few crops
-are in memory at a time. The noise level :math:`\hat\sigma = \sqrt d/\|s\|`, if none is given, and
-:math:`D(y) = y + \sigma^2 s(y)` are computed from this score. For plain denoisers and gradient-step
-denoisers, :math:`D(y) - y` is averaged instead.
+are in memory at a time. The noise level :math:`\hat\sigma = \sqrt d/\|s\|`, calibrated
+(`ebmkit.blind`), if none is given, and :math:`D(y) = y + \sigma^2 s(y)` are computed from this
+score. For plain denoisers and gradient-step denoisers, :math:`D(y) - y` is averaged instead.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ebmkit.blind import calibrated, reliability_warnings
 from ebmkit.energy import ScoreModel, sigma_of_score, tweedie
 from ebmkit.errors import UserError
 from ebmkit.noise import require_sigma
@@ -36,10 +37,14 @@ Progress = Callable[[int, int], None]
 
 
 class Denoised(NamedTuple):
-    """A denoised image (C, H, W), not clipped, and the noise level, given or estimated."""
+    """A denoised image (C, H, W), not clipped, and the noise level, given or estimated.
+
+    ``warnings`` say why the result is unreliable, if sigma was estimated (`ebmkit.blind`).
+    """
 
     image: Tensor
     sigma: float
+    warnings: tuple[str, ...] = ()
 
 
 @torch.no_grad()
@@ -75,18 +80,29 @@ def denoise_image(
     if model.ignores_sigma or not model.is_energy_based:
 
         def change(crops: Tensor) -> Tensor:
+            if sigma is None:
+                return model.denoise_blind(crops, c)[0] - crops
             return model.denoise(crops, sigma, c) - crops
 
         moved = _assemble(change, y, tile or TILE, overlap, progress)
         if sigma is None:
-            sigma = float(moved.square().mean().sqrt())
+            raw = moved.square().mean().sqrt()
+            return _checked(model, y, y + moved, float(calibrated(raw[None], y[None], model.card)))
         return Denoised(y + moved, sigma)
     score = image_score(model, y, sigma, c, tile, overlap, progress)
     if sigma is None:
         # the noise level is estimated from the unconditional score
         plain = score if c is None else image_score(model, y, None, None, tile, overlap)
-        sigma = float(sigma_of_score(plain[None]))
+        level = float(calibrated(sigma_of_score(plain[None]), y[None], model.card))
+        return _checked(model, y, tweedie(y, score, level), level)
     return Denoised(tweedie(y, score, sigma), sigma)
+
+
+def _checked(model: ScoreModel, y: Tensor, clean: Tensor, sigma: float) -> Denoised:
+    """Result of blind denoising, with its warnings."""
+    level = torch.full((1,), sigma, device=y.device)
+    found = reliability_warnings(model.card, y[None], clean[None], level, model.denoises_by_score)
+    return Denoised(clean, sigma, tuple(found))
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
     ("errors", "registry", "randomness", "terminal", "__init__"),
     ("noise", "storage", "metrics"),
-    ("distributed", "compute", "card"),
+    ("distributed", "compute", "card", "blind"),
     ("inputs",),
     ("energy", "analytic"),
     ("compile",),

@@ -79,6 +79,9 @@ def denoise(
 ) -> None:
     """Remove Gaussian noise from images of any size, in tiles.
 
+    Without --sigma the model estimates the noise level, and the command warns if the estimate is
+    unreliable: the image is unlike the training images, or what is removed is not noise.
+
     Writes each image under its own name to --out, and never overwrites a file. If the model is for
     colour, the output for a gray image is the mean over channels.
 
@@ -115,8 +118,8 @@ def denoise(
         removed = f"removed noise of level {format_sigma(found.sigma)}"
         how = "given" if level is not None else "estimated"
         console.say(f"{one_line(str(target))}: {removed} ({how})")
-        if level is None:
-            _warn_range(model, found.sigma)
+        for sentence in found.warnings:
+            warn(f"{one_line(path.name)}: {sentence}")
 
 
 def restore(
@@ -183,7 +186,8 @@ def restore(
     computed = f"{place.type}, {inference.precision}, compile {inference.mode}"
     job = RestoreJob(model, chosen, options, config, measured, samples, seed, c, str(run), computed)
     folder = job.begin(images, out)
-    table = Table("image", "dB", *(["mean, dB"] if samples > 1 else []), "simple methods, dB")
+    mean = ["mean image, dB"] if samples > 1 else []
+    table = Table("image", "restored, dB", *mean, "simple methods, dB")
     with folder.alone("restoring"), stop_requested() as stop:
         for number, path in enumerate(images):
             try:
@@ -194,7 +198,7 @@ def restore(
             for sentence in document["warnings"]:
                 warn(sentence)
             if document["psnr"] is not None:
-                table.add_row(shown_name(path.name), *_cells(document["psnr"]))
+                table.add_row(shown_name(path.name), *_cells(document))
         folder.finish()
     if table.row_count:
         console.print(table)
@@ -382,9 +386,12 @@ def _sized(model: ScoreModel, image: Tensor) -> Tensor:
     return small[:, top : top + size[0], left : left + size[1]]
 
 
-def _cells(psnr: dict[str, Any]) -> list[str]:
-    known = [value for value in psnr["samples"] if value is not None]
-    cells = [f"{sum(known) / len(known):.2f}" if known else "-"]
+def _cells(document: dict[str, Any]) -> list[str]:
+    """PSNR of the images in ``NAME-comparison.png``: of the first chain that did not diverge, and
+    of the mean; and of all simple methods."""
+    psnr, lost = document["psnr"], document["lost"]
+    first = next(v for k, v in enumerate(psnr["samples"]) if k not in lost)
+    cells = ["-" if first is None else f"{first:.2f}"]
     if "mean_of_samples" in psnr:
         cells.append(f"{psnr['mean_of_samples']:.2f}")
     simple = psnr["baselines"].items()

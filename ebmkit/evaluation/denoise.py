@@ -6,8 +6,8 @@ The suite computes these estimates of x from :math:`y = x + \sigma\epsilon` (CDN
 - ``conditional_true``: :math:`D_c(y, c) = y + \sigma^2 s(y, c)` with the true label;
 - ``conditional_predicted``: the same with the label predicted from y;
 - ``blind``: :math:`y + \hat\sigma^2 s(y)` with the estimate
-  :math:`\hat\sigma = \sqrt d/\|s(y)\|` (not for noise-conditional models, which take sigma as an
-  input).
+  :math:`\hat\sigma = \sqrt d/\|s(y)\|`, calibrated by `ebmkit.blind` (not for noise-conditional
+  models, which take sigma as an input).
 
 A plain denoiser has one estimate, ``unconditional``. For comparison the suite reports the ``noisy``
 input and the ``clipped`` input: on images with much black or white, clipping alone raises PSNR,
@@ -31,6 +31,7 @@ from rich.table import Table
 from torch import Tensor
 
 from ebmkit import plots
+from ebmkit.blind import calibrated
 from ebmkit.energy import (
     Energies,
     LogDensity,
@@ -111,7 +112,7 @@ def estimates(
     if scores:
         found = {name: tweedie(y, score, sigma) for name, score in scores.items()}
         if not model.noise_conditional:
-            noise = sigma_of_score(scores["unconditional"])
+            noise = calibrated(sigma_of_score(scores["unconditional"]), y, model.card)
             found["blind"] = tweedie(y, scores["unconditional"], noise)
     else:
         found = {"unconditional": model.denoise(y, sigma)}

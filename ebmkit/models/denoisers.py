@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ebmkit.blind import calibrated
 from ebmkit.compute import subsample_before_1x1, to_weights, upcast
 from ebmkit.energy import Energies, EnergyModel, Noise, ScoreModel, per_image
 from ebmkit.errors import UserError
@@ -63,7 +64,7 @@ class ImpliedLevelModel(ScoreModel):
         self._check_blind()
         y, *_ = self.inputs(y, None, c)
         clean, change = self._clean_and_change(y)
-        sigma = implied_sigma(change)
+        sigma = calibrated(implied_sigma(change), y, self.card)
         return clean, sigma if sigma_range is None else sigma.clamp(*sigma_range)
 
 
@@ -115,6 +116,8 @@ class DirectDenoiser(ImpliedLevelModel):
         Raises:
             UserError: if sigma is missing or not above 0, or a label is given.
         """
+        if sigma is None and not self.noise_conditional:
+            return self._denoise_blind_checked(y, c)
         y, sigma, _ = self.inputs(y, sigma, c)
         return self(y, sigma).to(y.dtype)
 

@@ -52,6 +52,7 @@ from ebmkit.training.rollback import Rollback
 from ebmkit.training.run_folder import RunFolder
 from ebmkit.training.setup import (
     build_model,
+    calibrate_sigma,
     check_classes,
     check_compiled,
     check_terms,
@@ -317,12 +318,17 @@ class Trainer:
     def save(self, rolled_back: tuple[int, dict[str, Any]] | None = None) -> None:
         """Write the checkpoint, the model and the best weights so far, all or nothing.
 
+        After the last step, first calibrate the noise levels that the model estimates.
+
         ``rolled_back`` is that of `RunFolder.save_checkpoint`.
 
         Raises:
             UserError: if they cannot be written; the earlier files stay intact.
         """
         self.card.steps = self.step
+        if self.step == self.config.steps:  # in all processes alike, as all evaluate with the model
+            held_out = self.validation is not None and len(self.validation) > 0
+            calibrate_sigma(self.trained, self.validation if held_out else self.train, self.card)
         if self.run is None:
             return
         best = self.state.best

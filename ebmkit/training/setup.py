@@ -7,8 +7,10 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
+import numpy as np
 import torch
 
+from ebmkit.blind import fit_calibration
 from ebmkit.card import ModelCard
 from ebmkit.data import AnyImages, load_dataset
 from ebmkit.data.imagesets import FaultPolicy
@@ -18,8 +20,13 @@ from ebmkit.errors import UserError, shown
 from ebmkit.models import ModelConfig
 from ebmkit.objectives import Scale, TrainingLoss, parse_objective
 from ebmkit.objectives.loss import check_labels
+from ebmkit.randomness import keyed_generator
 from ebmkit.registry import loaded_plugins
 from ebmkit.training.config import DataConfig, TrainConfig
+
+CALIBRATION_IMAGES, CALIBRATION_BATCH, CALIBRATION_LEVELS = 100, 25, 16
+"""Maximum number of images, their number at a time, and number of noise levels, uniform in
+log(sigma), of `calibrate_sigma`."""
 
 Split = Literal["train", "validation", "test"]
 
@@ -103,6 +110,34 @@ def make_card(loss: TrainingLoss, config: TrainConfig, images: AnyImages) -> Mod
         energies="model" if any(t.objective.trains_density for t in loss.terms) else "logits",
         **{name: text for term in loss.terms for name, text in term.objective.card.items()},
     )
+
+
+@torch.no_grad()
+def calibrate_sigma(model: ScoreModel, images: AnyImages, card: ModelCard) -> None:
+    """Fit the calibration of the noise levels that ``model`` estimates, and store it in ``card``.
+
+    It uses at most `CALIBRATION_IMAGES` of ``images``, cropped to the training size, and noise that
+    depends on nothing else. Models that take the noise level, or were not trained to denoise, get
+    none; nor do runs shorter than `MIN_STEPS`.
+    """
+    if model.noise_conditional or card.sigma_range is None or card.steps < MIN_STEPS:
+        return
+    from torchvision.transforms.functional import center_crop
+
+    low, high = card.sigma_range
+    levels = np.geomspace(max(low, high / 1000), high, CALIBRATION_LEVELS).tolist()
+    generator, card.sigma_calibration = keyed_generator("cpu", 0, "sigma calibration"), []
+    training, raw, true = model.training, list[float](), list[float]()
+    model.eval()
+    for x, _ in images.spread(CALIBRATION_IMAGES).batches(CALIBRATION_BATCH):
+        size = card.image_size or x.shape[-2:]
+        x = center_crop(x, [min(pair) for pair in zip(size, x.shape[-2:], strict=True)])
+        for sigma in levels:
+            eps = torch.randn(x.shape, generator=generator).to(x)
+            raw += model.estimate_sigma(x + sigma * eps).tolist()
+            true += [sigma] * len(x)
+    model.train(training)
+    card.sigma_calibration = fit_calibration(raw, true)
 
 
 def check_terms(loss: TrainingLoss, config: TrainConfig, images: AnyImages) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 
 import h5py
@@ -13,6 +14,7 @@ from ebmkit_tests.support.sampling_runs import save_run
 from PIL import Image
 
 from ebmkit.sampling.entry import ReplayBuffer
+from ebmkit.sampling.jobs import restore
 from ebmkit.sampling.jobs.chains import Record
 from ebmkit.sampling.jobs.job import SamplingJob
 from ebmkit.training import RunFolder
@@ -140,13 +142,20 @@ def test_invalid_arguments_are_refused_in_one_sentence(home, arguments, message)
     assert not (home / "never").exists()
 
 
-def test_restore_writes_images_and_baselines(home):
+def test_restore_writes_images_and_baselines(home, monkeypatch):
+    shown = []  # values in gray-comparison.png
+    rows = restore.image_rows
+    monkeypatch.setattr(
+        restore, "image_rows", lambda *a, **k: shown.extend(v for _, v in a[0][0]) or rows(*a, **k)
+    )
     result = ebmkit_command(
         "restore", "run", "gray.png", "--task", "superres", "--samples", 2, *QUICK, "--out", "r",
         cwd=home,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "bicubic" in result.stdout
+    first, mean = (value.removesuffix(" dB") for value in shown[-2:])
+    assert re.search(rf"{first} .*{mean} .*nearest", result.stdout), (shown, result.stdout)
     kinds = ("measured", "restored-1", "restored-2", "mean", "comparison")
     assert {p.name for p in (home / "r").iterdir()} == {
         "gray.json", *(f"gray-{kind}.png" for kind in kinds)
