@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -322,7 +323,9 @@ def sample(
     sources = sources_for(run, model, settings, dataset, data_dir, progress=True)
     job = SamplingJob(model, settings, JobFolder(out), sources)
     job.folder.begin(settings)
-    expected = forecast(job, lambda: training_images(run, settings, dataset, data_dir))
+    with counting("trial of a few chains") as progress:
+        spare = partial(training_images, run, settings, dataset, data_dir)
+        expected = forecast(job, spare, progress)
     if expected is not None and expected.caution is not None:
         job.cautions.append(expected.caution)
     for sentence in job.cautions:

@@ -29,7 +29,7 @@ from ebmkit.sampling.base import trained_range
 from ebmkit.sampling.diagnostics import finite_or_none
 from ebmkit.sampling.diffusion import DDIM_ENTRY
 from ebmkit.sampling.entry import SamplerConfig, SamplerEntry
-from ebmkit.sampling.jobs.chains import Record, run_chains
+from ebmkit.sampling.jobs.chains import Hook, Record, run_chains
 
 if TYPE_CHECKING:
     from ebmkit.sampling.jobs.job import SamplingJob
@@ -101,12 +101,15 @@ def describe(noise: dict[str, Any]) -> str:
     )
 
 
-def forecast(job: SamplingJob, train: Callable[[], Train]) -> Forecast | None:
+def forecast(
+    job: SamplingJob, train: Callable[[], Train], progress: Hook = lambda done, total: None
+) -> Forecast | None:
     """Try whether the chains of ``job`` arrive, and how long it takes, in a short trial.
 
     ``train`` loads training images, to try DDIM from ``class_gaussian`` if the trial fails; it may
-    raise a `UserError`. None if there is nothing to try: the model estimates no level, the chains
-    start from images or have a single level, or the job is little longer than its trial.
+    raise a `UserError`. ``progress`` is called with (steps done, all steps). None if there is
+    nothing to try: the model estimates no level, the chains start from images or have a single
+    level, or the job is little longer than its trial.
     """
     settings, entry = job.settings, job.entry
     if (
@@ -120,7 +123,7 @@ def forecast(job: SamplingJob, train: Callable[[], Train]) -> Forecast | None:
         return None
     held_out = job.sources.held_out
     data = None if held_out is None else noise_level(job.model, held_out, settings.batch_size)
-    found, steps, seconds = _trial(job, entry, job.config, job.sources.train, data)
+    found, steps, seconds = _trial(job, entry, job.config, job.sources.train, data, progress)
     seconds *= job.length * settings.count
     if 2 * found["arrived"] >= found["samples"]:
         return Forecast(seconds, None)
@@ -132,7 +135,7 @@ def forecast(job: SamplingJob, train: Callable[[], Train]) -> Forecast | None:
     offer = "train with higher noise (`ebmkit list recipes`)"
     with contextlib.suppress(UserError):  # no images, too few of a class, or a model without DDIM
         config = DDIM_ENTRY.config(start="class_gaussian")
-        other, _, _ = _trial(job, DDIM_ENTRY, config, train(), data)
+        other, _, _ = _trial(job, DDIM_ENTRY, config, train(), data, progress)
         if 2 * other["arrived"] >= other["samples"]:
             level = _shown(other["level_of_samples"])
             offer = (
@@ -151,6 +154,7 @@ def _trial(
     config: SamplerConfig,
     train: Train | None,
     data: Tensor | None,
+    progress: Hook,
 ) -> tuple[dict[str, Any], int, float]:
     """`arrival` of a few chains, the steps taken, and seconds of a step of one chain."""
     device, count = job.device, min(CHAINS, job.settings.batch_size)
@@ -170,6 +174,7 @@ def _trial(
         length,
         lambda step: generator,
         record,
+        lambda step: progress(step, length),
     )
     limit = 0.0
     if (ideal := getattr(sampler, "level_after", None)) is not None:
