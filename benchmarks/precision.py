@@ -20,7 +20,6 @@ from unittest import mock
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
 
 from ebmkit.compile import Inference
 from ebmkit.compute import Precision, environment
@@ -29,6 +28,7 @@ from ebmkit.energy import EnergyModel
 from ebmkit.evaluation.suite import noisy_batches
 from ebmkit.metrics import psnr
 from ebmkit.storage import write_atomically
+from ebmkit.terminal import COUNT, ProgressBar
 from ebmkit.training import resolve
 from ebmkit.training.loop import assemble
 from ebmkit.training.setup import images_of
@@ -71,7 +71,7 @@ def measure(layer: dict[str, Any], recipe: str) -> dict[str, Any]:
     """Train by ``recipe`` and evaluate the model on test images."""
     config = resolve(layer, recipe=recipe)
     trainer = assemble(config)
-    with Progress(transient=True) as bar:
+    with ProgressBar(COUNT, transient=True) as bar:
         task = bar.add_task(f"{recipe} {config.compute.precision}", total=config.steps)
 
         class Shown:

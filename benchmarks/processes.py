@@ -20,10 +20,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from rich.progress import track
-
 from ebmkit.compute import environment
 from ebmkit.storage import write_atomically
+from ebmkit.terminal import progress_bar
 
 BATCH = 64
 
@@ -40,7 +39,7 @@ def main() -> None:
         parser.error(f"--out {options.out} exists: give a new name")
     cases = {"one": (1, 1), "two, same batch": (2, 1), "two, double batch": (2, 2)}
     seconds: dict[str, list[float]] = {name: [] for name in cases}
-    for turn in track(range(options.rounds), "rounds"):
+    for turn in progress_bar(range(options.rounds), "rounds", True):
         order = list(cases) if turn % 2 == 0 else list(reversed(cases))
         for name in order:
             processes, scale = cases[name]

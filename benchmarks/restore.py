@@ -18,8 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor
 
 import ebmkit
@@ -32,6 +30,7 @@ from ebmkit.sampling.inverse import TaskOptions, find_task
 from ebmkit.sampling.jobs.restore import restore
 from ebmkit.sampling.jobs.sources import data_of
 from ebmkit.storage import write_atomically
+from ebmkit.terminal import COUNT, ProgressBar, console
 from ebmkit.training.setup import images_of
 
 TASKS = {
@@ -43,7 +42,11 @@ TASKS = {
 
 
 def measure(
-    model: ebmkit.ScoreModel, clean: Tensor, name: str, options: argparse.Namespace, bar: Progress
+    model: ebmkit.ScoreModel,
+    clean: Tensor,
+    name: str,
+    options: argparse.Namespace,
+    bar: ProgressBar,
 ) -> tuple[dict[str, Any], dict[str, tuple[Tensor, str]]]:
     """Run one task on all images: row of the JSON file, and panels of the first image."""
     task = find_task(name)
@@ -109,12 +112,11 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
-    console = Console()
     model = ebmkit.load(options.run, device=str(pick_device(options.device)))
     test = images_of(data_of(options.run, None, options.data_dir), "test").first(options.images)
     clean = next(iter(test.batches(options.images)))[0]
     rows, pictures = [], []
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+    with ProgressBar(COUNT, transient=True) as bar:
         for name in TASKS:
             row, panels = measure(model, clean, name, options, bar)
             rows.append(row)

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import track
 from torch import Tensor
 
 import ebmkit
@@ -28,6 +27,7 @@ from ebmkit.evaluation.suite import noise_generator
 from ebmkit.inference import image_score
 from ebmkit.metrics import psnr
 from ebmkit.storage import write_atomically
+from ebmkit.terminal import progress_bar
 
 RESULTS = Path(__file__).parent / "results" / "sizes.json"
 WAYS = ("plain formula", "windows", "factor", "tiles", "blended 32", "blended 64")
@@ -80,7 +80,7 @@ def main() -> None:
         for way in WAYS:
             found = [
                 measure(model, picture, level / 255, way, i)
-                for i, picture in enumerate(track(pictures, f"{way} at {level}/255"))
+                for i, picture in enumerate(progress_bar(pictures, f"{way} at {level}/255", True))
             ]
             mean = torch.stack(found).mean(0).tolist()
             keys = ("psnr", "psnr_best_scale", "best_scale", "sigma_ratio", "seconds")

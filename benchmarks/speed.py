@@ -20,7 +20,6 @@ from pathlib import Path
 
 import peers
 from matplotlib.ticker import NullLocator
-from rich.progress import track
 
 from ebmkit.bench import (
     INFERENCES,
@@ -40,6 +39,7 @@ from ebmkit.compute import ComputeConfig, pick_compile, pick_device, pick_precis
 from ebmkit.errors import UserError
 from ebmkit.plots import BLUE, ORANGE, new_figure, save_figure
 from ebmkit.storage import write_atomically
+from ebmkit.terminal import progress_bar
 
 OBJECTIVES = ("ce", "dsm", "cdsm", "ce+dsm")
 
@@ -91,7 +91,7 @@ def main() -> None:
         own = wide._replace(what="denoise against DRUNet", image_size=size, batch=batch)
         plan.append(partial(peers.denoising, own, device, compute, trained_at=base.image_size))
     rows: list[Row] = []
-    for prepare in track(plan, "comparisons"):
+    for prepare in progress_bar(plan, "comparisons", True):
         found = measure(prepare(), device, options.rounds)
         report(found)
         rows += found
@@ -101,7 +101,9 @@ def main() -> None:
     if options.quick:
         points = scaling_settings(curve, (8, 16), (8, 16), (4, 8))
     few = max(2, options.rounds // 3)
-    for found in track(scaling(points, 3, device, few, compute), "scaling", total=len(points)):
+    for found in progress_bar(
+        scaling(points, 3, device, few, compute), "scaling", True, len(points)
+    ):
         report(found)
         rows += found
     write_atomically(options.out, (json.dumps(document(rows), indent=1) + "\n").encode())

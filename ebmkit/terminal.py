@@ -1,18 +1,34 @@
-r"""Terminal output in which control characters are escaped.
+r"""Terminal output: escaped control characters, progress, closed pipes, other encodings.
 
 Names of files and classes, and messages of libraries, are untrusted. A terminal interprets control
 characters in them as commands (set the title, clear the screen, overwrite lines), and bidirectional
 controls disguise a name. All output escapes these characters, as in ``\x1b``.
+
+Progress is a bar on a terminal; elsewhere, as in a file, it is a line now and then.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
+import time
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.segment import Segment
 from rich.text import Text
 
@@ -78,11 +94,110 @@ class CleanConsole(Console):
             else:
                 yield segment
 
+    def on_broken_pipe(self) -> None:
+        """Discard further output if the reader is gone, as in ``| head``; the work continues."""
+        self.quiet = True
+        with contextlib.suppress(OSError), open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), self.file.fileno())  # also for the flush at exit
 
-def progress_bar(items: Iterable[T], text: str, show: bool) -> Iterable[T]:
-    """Iterate over ``items``, with a bar on stderr if ``show`` and stderr is a terminal."""
-    from rich.progress import track
 
-    console = CleanConsole(stderr=True)
-    hidden = not (show and console.is_terminal)
-    return track(items, escape_markup(text), console=console, transient=True, disable=hidden)
+console = CleanConsole()
+errors = CleanConsole(stderr=True)
+
+
+def replace_unencodable() -> None:
+    """Print ``?`` for characters that the encoding of stdout lacks, instead of raising an error."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
+
+
+FIRST_LINE, LAST_INTERVAL = 10.0, 600.0
+"""Seconds before the first line of `ProgressBar` without a terminal; longest interval of lines."""
+
+
+class ProgressBar(Progress):
+    """Progress with a bar and ``columns``, the elapsed and the remaining time.
+
+    Without a terminal, the columns are printed as a line: after `FIRST_LINE` seconds, then at
+    intervals of a fifth of the elapsed time, and at the end if a line was printed before.
+
+    Args:
+        columns: columns between the bar and the times, or their formats.
+        to: console to show progress on.
+        description: format of the text before the bar.
+        show: False: show nothing.
+        last_line: without a terminal, always print a line at the end.
+    """
+
+    def __init__(
+        self,
+        *columns: str | ProgressColumn,
+        to: Console = console,
+        description: str = "{task.description}",
+        show: bool = True,
+        last_line: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            TextColumn(description),
+            BarColumn(bar_width=24),
+            *(TextColumn(column) if isinstance(column, str) else column for column in columns),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(compact=True),
+            console=to,
+            disable=not (show and to.is_terminal),
+            speed_estimate_period=600,
+            **options,
+        )
+        self.lines = show and not to.is_terminal
+        self.began = time.monotonic()
+        self.next_line = self.began + FIRST_LINE
+        self.begun: set[TaskID] = set()  # tasks that have a line
+        self.last_line = last_line
+
+    def update(self, task_id: TaskID, **changes: Any) -> None:
+        """Update a task, and print a line if it is due."""
+        super().update(task_id, **changes)
+        self._print_if_due(task_id)
+
+    def advance(self, task_id: TaskID, advance: float = 1) -> None:
+        """Advance a task, and print a line if it is due."""
+        super().advance(task_id, advance)
+        self._print_if_due(task_id)
+
+    def _print_if_due(self, task_id: TaskID) -> None:
+        task, now = self._tasks[task_id], time.monotonic()
+        ended = task.finished and (self.last_line or task_id in self.begun)
+        if not self.lines or not task.completed or (now < self.next_line and not ended):
+            return
+        self.next_line = now + min(max(FIRST_LINE, (now - self.began) / 5), LAST_INTERVAL)
+        self.begun.add(task_id)
+        columns = (c for c in self.columns if isinstance(c, ProgressColumn))
+        texts = (str(c.render(task)) for c in columns if not isinstance(c, BarColumn))
+        self.console.print(
+            "  ".join(text for text in texts if text), soft_wrap=True, highlight=False
+        )
+        if task.finished:
+            self.begun.discard(task_id)
+
+
+COUNT = "{task.completed:,.0f}/{task.total:,.0f}"
+"""Format of a column: what is done, and all."""
+
+
+@contextmanager
+def counting(what: str, show: bool = True) -> Iterator[Callable[[int, int], None]]:
+    """Context with progress of ``what``: yields a function of (done, total) that shows it."""
+    with ProgressBar(COUNT, show=show, transient=True) as progress:
+        task = progress.add_task(escape_markup(what), total=None, visible=False)
+        yield lambda done, total: progress.update(task, completed=done, total=total, visible=True)
+
+
+def progress_bar(
+    items: Iterable[T], text: str, show: bool, total: int | None = None
+) -> Iterable[T]:
+    """Iterate over ``items``, with a `ProgressBar` on stderr if ``show``; ``total``: their number,
+    if they have no length."""
+    with ProgressBar(COUNT, to=errors, show=show, transient=True) as progress:
+        yield from progress.track(items, total, description=escape_markup(text))

@@ -28,6 +28,7 @@ from ebmkit.cli.options import Command, declare, options_of
 from ebmkit.cli.tools import bench, export, import_, list_, pack, verify
 from ebmkit.cli.train import cost, reproduce, train
 from ebmkit.errors import UserError
+from ebmkit.terminal import replace_unencodable
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "train": train,
@@ -135,6 +136,7 @@ def _show_warning(message: Warning | str, *details: object, **more: object) -> N
 
 def main() -> None:
     """Run the command line; a `UserError` prints its sentence and ends with exit code 2."""
+    replace_unencodable()
     try:
         app(prog_name="ebmkit")
     except UserError as error:

@@ -4,29 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import signal
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from ebmkit.errors import UserError
-from ebmkit.terminal import CleanConsole, escape_markup
+from ebmkit.terminal import COUNT, ProgressBar, console, errors, escape_markup
 
 if TYPE_CHECKING:
     from ebmkit.training import Reporter
-
-console = CleanConsole()
-errors = CleanConsole(stderr=True)
 
 
 def warn(sentence: object) -> None:
@@ -47,49 +35,21 @@ def interrupted(sentence: str, signum: int | None) -> NoReturn:
     raise typer.Exit(128 + (signal.SIGTERM if signum is None else signum)) from None
 
 
-def bar(*columns: str | Any, description: str = "{task.description}", **options: Any) -> Progress:
-    """A progress bar with description, bar and ``columns``; hidden without a terminal."""
-    return Progress(
-        TextColumn(description),
-        BarColumn(bar_width=24),
-        *(TextColumn(column) if isinstance(column, str) else column for column in columns),
-        console=console,
-        disable=not console.is_terminal,
-        **options,
-    )
-
-
-def left() -> tuple[Any, ...]:
-    """Columns for the elapsed and the remaining time."""
-    return TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(compact=True)
-
-
-@contextmanager
-def counting(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Context with a bar called ``what``: yields a function (done, total) that shows the bar."""
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(escape_markup(what), total=None, visible=False)
-        yield lambda done, total: progress.update(task, completed=done, total=total, visible=True)
-
-
 _HIDDEN = ("kind", "step", "lr", "images_per_s")
 
 
 class TrainingBar:
-    """Progress bar with losses, images/s and remaining time; plain lines without a terminal."""
+    """Progress of training with losses and images/s; held-out values only without a terminal.
 
-    def __init__(self, steps: int, start: int = 0) -> None:
-        self.steps = steps
-        self.live = console.is_terminal
-        self.next_line = start
-        self.progress = bar(
-            MofNCompleteColumn(),
-            "{task.fields[losses]}",
-            "{task.fields[rate]}",
-            *left(),
-            description="training",
-        )
-        self.task = self.progress.add_task("", total=steps, completed=start, losses="", rate="")
+    ``name`` is that of the run, if there are several.
+    """
+
+    def __init__(self, steps: int, start: int = 0, name: str = "") -> None:
+        self.steps, self.name = steps, f"{name}: " if name else ""
+        columns = f"step {COUNT}", "{task.fields[losses]}", "{task.fields[rate]}"
+        self.progress = ProgressBar(*columns, last_line=True)
+        what = escape_markup(f"{self.name}training")
+        self.task = self.progress.add_task(what, total=steps, completed=start, losses="", rate="")
 
     def __enter__(self) -> TrainingBar:
         self.progress.start()
@@ -103,20 +63,16 @@ class TrainingBar:
         if row["kind"] == "rollback":
             errors.say(f"rollback: {row['message']}", "yellow")
             self.progress.update(self.task, completed=row["step"])
-            self.next_line = row["step"]
             return
         if row["kind"] == "unreadable":
             return
         values = "  ".join(f"{k} {v:.4g}" for k, v in row.items() if k not in _HIDDEN)
         if row["kind"] == "validation":
-            if not self.live:
-                console.say(f"step {row['step']}/{self.steps}  held-out: {values}")
+            if self.progress.lines:
+                console.say(f"{self.name}step {row['step']}/{self.steps}  held-out: {values}")
             return
         rate = f"{row['images_per_s']:.0f} images/s"
         self.progress.update(self.task, completed=row["step"], losses=values, rate=rate)
-        if not self.live and row["step"] >= self.next_line:
-            console.say(f"step {row['step']}/{self.steps}  {values}  {rate}")
-            self.next_line = row["step"] + max(1, self.steps // 20)
 
 
 class TensorBoard:

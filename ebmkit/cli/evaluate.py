@@ -115,7 +115,7 @@ def _images(
 
     if not world.first:
         world.broadcast(None)  # wait for rank 0, which downloads missing data
-    images = images_of(where, cast("Split", split), console.is_terminal and world.first, download)
+    images = images_of(where, cast("Split", split), world.first, download)
     if world.first:
         world.broadcast(None)
     if isinstance(images, StreamedSet) and images.skip:  # such as training images of any size
@@ -150,7 +150,7 @@ def evaluate_run(
         evaluation_folder(run, model, images, limit, weights, own) if world.first else run
     )
     settings |= {"limit": limit, "weights": weights, "options": options, "world": world}
-    results = run_suites(model, images, names, folder, progress=console.is_terminal, **settings)
+    results = run_suites(model, images, names, folder, progress=True, **settings)
     if not world.first:
         return
     for table in tables(results):

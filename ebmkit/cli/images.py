@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 from rich.table import Table
 from typer import Option
 
-from ebmkit.cli.console import bar, console, counting, errors, interrupted, left, warn
+from ebmkit.cli.console import console, errors, interrupted, warn
 from ebmkit.errors import Interrupted, UserError
-from ebmkit.terminal import one_line, shown_name
+from ebmkit.terminal import COUNT, ProgressBar, counting, one_line, shown_name
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -274,11 +275,19 @@ def sample(
     from ebmkit.compile import make_inference, wrap_channels_last
     from ebmkit.compute import pick_device
     from ebmkit.models import load
+    from ebmkit.sampling.jobs.arrival import forecast
     from ebmkit.sampling.jobs.chains import JobFolder
     from ebmkit.sampling.jobs.job import SamplingJob, write_results
     from ebmkit.sampling.jobs.settings import default_folder, make_settings
-    from ebmkit.sampling.jobs.sources import at_hand, guide_by, parse_guidance, sources_for
+    from ebmkit.sampling.jobs.sources import (
+        at_hand,
+        guide_by,
+        parse_guidance,
+        sources_for,
+        training_images,
+    )
     from ebmkit.training import parse_assignments
+    from ebmkit.training.cost import format_seconds
 
     place = pick_device(device)
     how = parse_guidance(
@@ -292,7 +301,7 @@ def sample(
         with counting("mean energies of the guide") as progress:
             model, guided = guide_by(
                 model, how, guide, guide_weights, run, dataset, data_dir, progress,
-                console.is_terminal, inference,
+                True, inference,
             )  # fmt: skip
     settings = make_settings(
         model,
@@ -315,11 +324,19 @@ def sample(
         **guided,
     )
     out = default_folder(run, settings) if out is None else out
-    sources = sources_for(run, model, settings, dataset, data_dir, console.is_terminal)
+    sources = sources_for(run, model, settings, dataset, data_dir, progress=True)
     job = SamplingJob(model, settings, JobFolder(out), sources)
     job.folder.begin(settings)
+    with counting("trial of a few chains") as progress:
+        spare = partial(training_images, run, settings, dataset, data_dir)
+        expected = forecast(job, spare, progress)
+    if expected is not None and expected.caution is not None:
+        job.cautions.append(expected.caution)
     for sentence in job.cautions:
         warn(sentence)
+    if expected is not None:
+        duration = format_seconds(expected.seconds)
+        console.say(f"{settings.count:,} samples, {job.length:,} steps each: about {duration}")
     with job.folder.alone():
         _draw(job)
         document = write_results(job, str(run))
@@ -403,9 +420,8 @@ def _draw(job: SamplingJob) -> None:
     from ebmkit.training.loop import stop_requested
 
     what = f"{job.settings.count:,} samples by {job.settings.sampler}"
-    steps = "step {task.completed:,.0f}/{task.total:,.0f}"
-    with bar(steps, *left(), transient=True) as progress, stop_requested() as stop:
-        task = progress.add_task(what, total=None)
+    with ProgressBar(f"step {COUNT}", transient=True) as progress, stop_requested() as stop:
+        task = progress.add_task(what, total=job.total)
         try:
             job.run(lambda done, total: progress.update(task, completed=done, total=total), stop)
         except Interrupted as stopped:
@@ -420,6 +436,8 @@ def _interrupted(stopped: Interrupted, of: str, signum: int | None) -> NoReturn:
 
 def _report(document: dict[str, Any], out: Path, before: int) -> None:
     """Print the results, and the warnings except the first ``before``, which are already shown."""
+    from ebmkit.sampling.jobs.arrival import describe
+
     diagnostics = document["diagnostics"]
     energies, chains = diagnostics["energies"], diagnostics["chains"]
     lines = [f"{document['samples']:,} samples in {document['seconds']:.1f} s: {out}"]
@@ -435,6 +453,8 @@ def _report(document: dict[str, Any], out: Path, before: int) -> None:
             f"mean log p: samples {energies['log_density_of_samples']:.1f}, held-out images "
             f"{energies['log_density_of_data']:.1f} (nats)"
         )
+    if diagnostics["noise"] is not None:
+        lines.append(describe(diagnostics["noise"]))
     for line in lines:
         console.say(line)
     for sentence in document["warnings"][before:]:

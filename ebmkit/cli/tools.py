@@ -8,12 +8,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-from rich.progress import MofNCompleteColumn, TimeElapsedColumn
 from rich.table import Table
 from typer import Argument, Option
 
-from ebmkit.cli.console import bar, console, errors, warn
+from ebmkit.cli.console import console, errors, warn
 from ebmkit.errors import UserError
+from ebmkit.terminal import COUNT, ProgressBar
 
 if TYPE_CHECKING:
     from ebmkit.bench import BenchmarkSetting, Row
@@ -286,7 +286,7 @@ def pack(
     from ebmkit.data.sets import pack as pack_file
 
     faults = FaultPolicy(skip_unreadable, follow_links)
-    pack_file(src, out, image_size=image_size, progress=console.is_terminal, faults=faults)
+    pack_file(src, out, image_size=image_size, progress=True, faults=faults)
     console.say(f"wrote {out}")
 
 
@@ -348,7 +348,7 @@ def bench(
     timed: list[tuple[str, str | None]] = [(f"train {name}", name) for name in names]
     timed += [(call, None) for call in calls]
     rows: list[Row] = []
-    with bar(MofNCompleteColumn(), TimeElapsedColumn()) as progress:
+    with ProgressBar(COUNT) as progress:
         task = progress.add_task("", total=len(timed) + len(points))
         for what, trained in timed:
             setting = base._replace(what=what)

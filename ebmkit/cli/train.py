@@ -10,7 +10,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -128,8 +128,8 @@ def train(
         run = RunFolder.open(resume) if resume is not None and world.first else None
         if run is not None:
             stack.enter_context(run.held())
-        trainer = assemble(resolved, run, progress=console.is_terminal, world=world)
-        test = images_of(resolved.dataset, "test", console.is_terminal) if evaluate else None
+        trainer = assemble(resolved, run, progress=world.first, world=world)
+        test = images_of(resolved.dataset, "test", world.first) if evaluate else None
         if test is not None:
             check_test_images(trainer.train, test)
         if resume is None and world.first:  # write nothing if data or model are illegal
@@ -241,7 +241,7 @@ def reproduce(
     runs = ExperimentRuns(
         out or Path("runs") / f"reproduce-{scale}", find("scale", SCALES, scale), data_dir, device,
         (seed or 0,) if seeds is None else parse_seeds(seeds), precision, _fit_row, console.say,
-        console.is_terminal, imagenet_dir, inception,
+        True, imagenet_dir, inception,
     )  # fmt: skip
     if show:
         for name in chosen:
@@ -269,7 +269,7 @@ def reproduce(
                     chosen.remove(name)
                     for path in paths:
                         if path.suffix == ".md":
-                            console.say(path.read_text())
+                            console.say(path.read_text(encoding="utf-8"))
                         console.say(f"written: {path}")
     except (Interrupted, KeyboardInterrupt) as stopped:
         signum = stopped.signal if isinstance(stopped, Interrupted) else stop.signal
@@ -369,7 +369,7 @@ def _fit(trainer: Trainer, run: Path, tensorboard: bool) -> None:
                 reporters.append(board := TensorBoard(run / "tensorboard", first))
                 stack.callback(board.writer.close)
             trainer.reporter = Reporters(reporters) if trainer.world.first else None
-            if bar.live and trainer.world.first:
+            if trainer.world.first:
                 stack.enter_context(bar)
             trainer.fit()
     except Interrupted as stopped:
@@ -404,7 +404,7 @@ def _estimate_cost(config: TrainConfig, world: DistributedContext) -> None:
     from ebmkit.training.cost import format_seconds
     from ebmkit.training.loop import assemble
 
-    trainer = assemble(config, progress=console.is_terminal, world=world)
+    trainer = assemble(config, progress=world.first, world=world)
     with console.status("counting, and timing a few steps"):
         cost = trainer.budget.cost(config.steps)
         trainer.try_steps(TRIAL_STEPS)
@@ -445,11 +445,9 @@ def _terminated_as_interrupted(stop: Stop) -> Iterator[None]:
 
 
 def _fit_row(trainer: Trainer, name: str) -> None:
-    """Train with a progress bar; without a terminal, print only one line."""
+    """Train and show progress under ``name``."""
     steps = trainer.config.steps
     resumed = f" after step {trainer.step:,}" if trainer.step else ""
     console.say(f"{name}: training, {steps:,} steps{resumed}")
-    bar = TrainingBar(steps, trainer.step)
-    trainer.reporter = bar if bar.live else None
-    with bar if bar.live else nullcontext():
+    with TrainingBar(steps, trainer.step, name) as trainer.reporter:
         trainer.fit()

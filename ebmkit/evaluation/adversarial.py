@@ -104,7 +104,7 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
             return _measure(model, y, sigma, targets, config.lengths)
 
         columns = context.columns(sigma, of_batch, images, batch_size)
-        means: dict[str, Any] = {name: statistics.mean(column) for name, column in columns.items()}
+        means: dict[str, Any] = {n: statistics.bounded_mean(v) for n, v in columns.items()}
         steps = [
             {"length": length, **{name: means.pop(f"{name} {i}") for name in STEP}}
             for i, length in enumerate(config.lengths)

@@ -89,8 +89,8 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
             {
                 "sigma": sigma,
                 "ece": calibration_error(found["confidence"], found["right"], seed=context.seed),
-                "brier": statistics.mean(found["brier"]),
-                "nll": statistics.mean(found["nll"]),
+                "brier": statistics.bounded_mean(found["brier"]),
+                "nll": statistics.bounded_mean(found["nll"]),
                 "bins": reliability(found["confidence"], found["right"]),
             }
         )

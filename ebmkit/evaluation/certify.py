@@ -286,7 +286,7 @@ def _summary(found: Certificates, truth: Tensor, radii: Sequence[float]) -> dict
         "accuracy": statistics.accuracy(found.top == truth),
         "abstained": statistics.accuracy(found.labels == ABSTAIN),
         "certified": [{"radius": r, **statistics.accuracy(right >= r).document()} for r in radii],
-        "average_radius": statistics.mean(right.clamp(min=0)),
+        "average_radius": statistics.bounded_mean(right.clamp(min=0)),
         "predicted": [None if c == ABSTAIN else c for c in found.labels.tolist()],
         "radius": found.radius.tolist(),
     }

@@ -32,7 +32,7 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
     clean = context.predictions(0.0)
     levels = [(sigma, context.predictions(sigma)) for sigma in context.noise_levels]
     context.image_values |= {f"right/{in_255ths(s)}": noisy["right"] for s, noisy in levels}
-    accuracy, nll = statistics.accuracy(clean["right"]), statistics.mean(clean["nll"])
+    accuracy, nll = statistics.accuracy(clean["right"]), statistics.bounded_mean(clean["nll"])
     confusion = None
     if classes <= MAX_CONFUSION:
         pairs = torch.bincount(clean["labels"] * classes + clean["predicted"], minlength=classes**2)
@@ -51,7 +51,7 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
             {
                 "sigma": sigma,
                 "accuracy": statistics.accuracy(noisy["right"]),
-                "nll": statistics.mean(noisy["nll"]),
+                "nll": statistics.bounded_mean(noisy["nll"]),
             }
             for sigma, noisy in levels
         ],

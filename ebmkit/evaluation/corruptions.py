@@ -238,8 +238,8 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
         error = torch.stack(errors).mean(dim=0)
         everything = [document["clean"], *(r for c in corruptions.values() for r in c["rows"])]
         document |= {
-            "mean_corruption_error": statistics.mean(error),
-            "mean_error_increase": statistics.mean(error - (~clean["right"]).double()),
+            "mean_corruption_error": statistics.bounded_mean(error),
+            "mean_error_increase": statistics.bounded_mean(error - (~clean["right"]).double()),
             "confidence_slope": confidence_slope(everything),
         }
     return document
@@ -276,13 +276,13 @@ def _columns(
 def _row(columns: Columns, seed: int) -> dict[str, Any]:
     """Means over images; of PSNR over the images that the corruption changed."""
     changed = columns["rmse"] > 0
-    row: dict[str, Any] = {"rmse": statistics.mean(columns["rmse"])}
+    row: dict[str, Any] = {"rmse": statistics.bounded_mean(columns["rmse"])}
     if "right" in columns:
         right, confidence = columns["right"], columns["confidence"]
         row |= {
             "accuracy": statistics.accuracy(right),
-            "confidence": statistics.mean(confidence),
-            "gap": statistics.mean(confidence.double() - right.double()),
+            "confidence": statistics.bounded_mean(confidence),
+            "gap": statistics.bounded_mean(confidence.double() - right.double()),
             "ece": calibration_error(confidence, right, seed=seed),
         }
     noisy = columns["psnr_corrupted"][changed]
@@ -291,7 +291,7 @@ def _row(columns: Columns, seed: int) -> dict[str, Any]:
         own = columns["psnr"]
         row["psnr"] = statistics.mean(own[changed] if changed.any() else own)
         row["gain"] = statistics.mean(own[changed] - noisy)
-        row["estimated_sigma"] = statistics.mean(columns["estimated_sigma"])
+        row["estimated_sigma"] = statistics.bounded_mean(columns["estimated_sigma"])
     return row
 
 

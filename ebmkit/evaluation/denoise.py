@@ -178,11 +178,12 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
             context.image_values[f"{name}/{key}"] = own
             gain = own - columns["noisy", "psnr"]
             entry = denoisers.setdefault(name, {"about": LABELS[name]})
-            for quantity, values in (("psnr", own), ("gain", gain), ("ssim", likeness)):
+            for quantity, values in (("psnr", own), ("gain", gain)):
                 entry.setdefault(quantity, {})[key] = statistics.mean(values)
+            entry.setdefault("ssim", {})[key] = statistics.bounded_mean(likeness)
         if (noise := columns.get(("", "sigma"))) is not None:
             std = float(noise.std()) if len(noise) > 1 else None
-            sigmas[key] = {"true": sigma, "std": std, **statistics.mean(noise).document()}
+            sigmas[key] = {"true": sigma, "std": std, **statistics.bounded_mean(noise).document()}
         if (right := columns.get(("", "right"))) is not None:
             accuracies[key] = statistics.accuracy(right)
     document: dict[str, Any] = {"sigmas": levels(context)}

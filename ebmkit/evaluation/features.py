@@ -281,7 +281,7 @@ def _moments(a: Tensor) -> tuple[Tensor, Tensor]:
 def frechet(a: Tensor, b: Tensor) -> Estimate:
     """`frechet_distance`; with an interval if d <= `MAX_INTERVAL_FEATURES` or if sets are small."""
     if a.shape[1] <= MAX_INTERVAL_FEATURES or len(a) * len(b) < a.shape[1] ** 2 / 10:
-        return statistics.jackknife(frechet_distance, a, b)
+        return statistics.jackknife(frechet_distance, a, b, lowest=0.0)
     return statistics.without_interval(frechet_distance(a, b), len(a))
 
 
@@ -523,7 +523,7 @@ def by_class(
         def ratio(features: Tensor, spread: float = spread) -> float:
             return mean_distance(features) / spread if spread else math.nan
 
-        diversity = statistics.jackknife(ratio, made.columns["features"])
+        diversity = statistics.jackknife(ratio, made.columns["features"], lowest=0.0)
         found.append(
             {
                 "label": label,
@@ -612,7 +612,9 @@ def pixel_columns(x: Tensor) -> Columns:
 def saturation(samples: Columns, real: Columns) -> dict[str, Any]:
     """Means of ``ends`` and ``colour`` (None for gray images) over ``samples`` and ``real``."""
     return {
-        name: {"samples": statistics.mean(samples[name]), "real": statistics.mean(real[name])}
+        name: {
+            k: statistics.bounded_mean(v[name]) for k, v in (("samples", samples), ("real", real))
+        }
         if name in samples
         else None
         for name in ("ends", "colour")

@@ -263,7 +263,7 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
 def measures(samples: Columns, real: Columns, extractor: Extractor) -> dict[str, Any]:
     """Metrics of ``features`` and ``logits`` with intervals, by the extractor's names."""
     a, b = samples["features"], real["features"]
-    score = statistics.jackknife(inception_score, samples["logits"])
+    score = statistics.jackknife(inception_score, samples["logits"], lowest=1.0)
     found = (frechet(a, b), kernel_distance(a, b), score, *precision_recall(a, b))
     return {extractor.names[kind]: each for kind, each in zip(KINDS, found, strict=True)}
 

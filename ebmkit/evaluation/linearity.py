@@ -257,7 +257,7 @@ def _level(columns: dict[str, Tensor], seed: int) -> dict[str, Any]:
             return statistics.without_interval(ratio(np.arange(len(under))), len(under))
         return statistics.bootstrap(ratio, len(under), seed, lowest=lowest)
 
-    means = {n: statistics.mean(columns[n]) for n in ("error", "unexplained", "explained")}
+    means = {n: statistics.bounded_mean(columns[n]) for n in ("error", "unexplained", "explained")}
     error, moved = statistics.finite(means["error"].value), columns["moved"]
     missing = (2 - columns["degree"]) * moved  # <D - J y, D - y>
     density = columns.get("log_density", torch.zeros(1))

@@ -440,7 +440,7 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
         return scores_of(model, batch.x, options.sigmas, options.draws, context.seed)
 
     def means(columns: Mapping[str, Tensor]) -> dict[str, Estimate]:
-        return {name: statistics.mean(columns[name]) for name in names}
+        return {name: statistics.bounded_mean(columns[name]) for name in names}
 
     columns = {"in": context.columns(0.0, scores)}
     inside = columns["in"]

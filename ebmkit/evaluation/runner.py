@@ -32,14 +32,6 @@ from typing import Any
 import safetensors.torch
 import torch
 from pydantic import BaseModel
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 from torch import Tensor
 
@@ -68,6 +60,7 @@ from ebmkit.registry import find
 from ebmkit.storage import make_folder, remove_file, write_atomically
 from ebmkit.storage.reading import read_bytes, read_document
 from ebmkit.storage.tensors import LARGEST_FILE, parse_tensors
+from ebmkit.terminal import COUNT, ProgressBar
 
 SUITES: dict[str, Suite] = Registry(
     "suite",
@@ -264,16 +257,7 @@ def evaluate(
         batch_size = math.ceil(len(used) / batches)
     device = device_of(model)
     results = {}
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TextColumn("images,"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(compact=True),
-        disable=not (progress and world.first),
-    )
+    bar = ProgressBar(f"{COUNT} images", show=progress and world.first)
     with tf32_restored(device), torch.no_grad(), bar, ExitStack() as stack:
         stack.callback(model.train, model.training)
         inference = make_inference(device, precision, compile)

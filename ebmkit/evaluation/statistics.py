@@ -1,7 +1,10 @@
 r"""Two-sided 95 % confidence intervals of statistics over n images.
 
 - A proportion k/n (accuracy): Wilson's score interval, whose coverage also holds near 0 and 1.
-- A mean over images (PSNR, SSIM, log-likelihood): :math:`\bar v \pm t_{n-1}\, s/\sqrt n`.
+- A mean over images (PSNR, gain in dB, log-density): :math:`\bar v \pm t_{n-1}\, s/\sqrt n`.
+- A mean over images near a bound (NLL, Brier score, SSIM, a norm, a probability): the percentile
+  bootstrap, which lies between the smallest and the largest value. The interval above can leave the
+  range: a few large NLLs of an accurate classifier take it below 0.
 - Other statistics (calibration error): the basic bootstrap,
   :math:`[2\hat\theta - q_{97.5},\; 2\hat\theta - q_{2.5}]` with the quantiles q of the statistic
   over resampled images. The usual percentile interval :math:`[q_{2.5}, q_{97.5}]` is wrong here:
@@ -15,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -87,6 +90,28 @@ def mean(values: Tensor) -> Estimate:
     return student(float(numbers.mean()), float(numbers.std()), count - 1, count, math.sqrt(count))
 
 
+def bounded_mean(values: Tensor) -> Estimate:
+    """The mean of ``values`` (n,) of a bounded quantity with the percentile bootstrap interval, of
+    1000 resamples with a fixed seed; the interval of one value, or with NaN or Inf, is NaN."""
+    from scipy.stats import bootstrap as resample
+
+    numbers = values.double().cpu().numpy()
+    value = float(numbers.mean()) if len(numbers) else math.nan
+    if len(numbers) < 2 or not math.isfinite(value):
+        return without_interval(value, len(numbers))
+    found = resample(
+        (numbers,),
+        np.mean,
+        n_resamples=1000,
+        batch=max(1, 2**20 // len(numbers)),
+        confidence_level=LEVEL,
+        method="percentile",
+        random_state=np.random.default_rng(0),
+    ).confidence_interval
+    low, high = sorted((float(found.low), float(found.high)))
+    return Estimate(value, min(low, value), max(high, value), len(numbers))
+
+
 def student(
     value: float, spread: float, degrees_of_freedom: float, count: int, root: float = 1.0
 ) -> Estimate:
@@ -138,8 +163,12 @@ def bootstrap(
     return Estimate(value, max(lowest, float(found.low)), max(lowest, float(found.high)), count)
 
 
-def jackknife(statistic: Callable[..., float], *parts: Tensor) -> Estimate:
+def jackknife(
+    statistic: Callable[..., float], *parts: Tensor, lowest: float = -math.inf
+) -> Estimate:
     """A statistic of independent samples ``parts`` (n_k, ...) with a grouped jackknife interval.
+
+    ``lowest`` is the smallest possible value: the interval is cut there.
 
     For each sample, the jackknife omits one tenth at a time; the variances of the samples add up.
     The interval is Student's with 9 degrees of freedom. Bias is not corrected.
@@ -151,9 +180,10 @@ def jackknife(statistic: Callable[..., float], *parts: Tensor) -> Estimate:
         if len(part) < 2 * GROUPS:
             return without_interval(value, len(parts[0]))
         group = torch.arange(len(part), device=part.device) % GROUPS
-        found = torch.tensor(
+        values = torch.tensor(
             [statistic(*parts[:k], part[group != g], *parts[k + 1 :]) for g in range(GROUPS)],
             dtype=torch.float64,
         )
-        variance += float((GROUPS - 1) / GROUPS * (found - found.mean()).square().sum())
-    return student(value, math.sqrt(variance), GROUPS - 1, len(parts[0]))
+        variance += float((GROUPS - 1) / GROUPS * (values - values.mean()).square().sum())
+    found = student(value, math.sqrt(variance), GROUPS - 1, len(parts[0]))
+    return replace(found, low=max(lowest, found.low))

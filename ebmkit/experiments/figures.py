@@ -36,6 +36,7 @@ from ebmkit.experiments.tables import GRID, JEM, JOINT, TABLES
 from ebmkit.experiments.theory import draw_figure1, figure1, markdown
 from ebmkit.noise import in_255ths
 from ebmkit.storage.reading import read_document
+from ebmkit.terminal import counting
 
 ATTACKED = (*(TABLES["table1"].variant(name) for name in ("resnet18", "gradresnet-ce")), JEM, JOINT)
 """The networks of ``fig4``."""
@@ -63,7 +64,8 @@ def run_fig1(runs: ExperimentRuns, only: Sequence[str]) -> Report:
     made = document.get("made")
     if not isinstance(made, dict) or not expected.items() <= made.items():
         begun, own = time.perf_counter(), environment()
-        document = figure1(runs.scale.size, runs.seed)
+        with counting("fig1", runs.progress) as progress:
+            document = figure1(runs.scale.size, runs.seed, progress)
         hours = (time.perf_counter() - begun) / 3600
         names = ("git_commit", "torch", "threads", "cores", "platform")
         document["made"] = expected | {"hours": hours} | {name: own[name] for name in names}

@@ -87,6 +87,7 @@ from ebmkit.sampling import SAMPLERS, Chains
 from ebmkit.storage import FolderLocked, write_atomically
 from ebmkit.storage.hdf5 import open_hdf5, read_attribute
 from ebmkit.storage.reading import read_document, read_json
+from ebmkit.terminal import counting
 from ebmkit.training.config import merge
 
 _DATA = read_data("guidance.yaml")
@@ -252,6 +253,7 @@ class ImageDrawer:
     per_class: int  # images per label
     seed: int  # seed of starting noise and steps
     train: Images  # labelled training images, for mean energies
+    progress: bool = False  # show progress
     _means: dict[str, list[float]] = field(default_factory=dict)
 
     @property
@@ -315,22 +317,24 @@ class ImageDrawer:
         assert card.image_size is not None
         entry = SAMPLERS["ddim"]
         config = entry.config(steps=steps, eta=method.eta, clip=method.clip)
-        found = []
-        for batch, own in enumerate(torch.split(self.labels, BATCH)):
-            key = partial(keyed_generator, "cpu", self.seed, "guidance", batch)
-            c = own if method.settings else None
-            sampler = entry.build(model, c, config)
-            shape = (len(own), card.channels, *card.image_size)
-            start = entry.start(model, sampler, config, shape, key(0), c)
-            chains = Chains(sampler, sampler.init(start))
-            while not chains.done:
-                chains.advance(key(chains.state.step + 1))
-            if chains.diverged:
-                raise UserError(
-                    f"{len(chains.diverged)} of {len(own)} chains of {method.name!r} became NaN or "
-                    "Inf: lower its scale"
-                )
-            found.append(chains.state.x.clamp(0, 1))
+        found, batches = [], torch.split(self.labels, BATCH)
+        with counting(method.name, self.progress) as progress:
+            for batch, own in enumerate(batches):
+                key = partial(keyed_generator, "cpu", self.seed, "guidance", batch)
+                c = own if method.settings else None
+                sampler = entry.build(model, c, config)
+                shape = (len(own), card.channels, *card.image_size)
+                start = entry.start(model, sampler, config, shape, key(0), c)
+                chains, length = Chains(sampler, sampler.init(start)), entry.length(sampler, config)
+                while not chains.done:
+                    chains.advance(key(chains.state.step + 1))
+                    progress(batch * length + chains.state.step, len(batches) * length)
+                if chains.diverged:
+                    raise UserError(
+                        f"{len(chains.diverged)} of {len(own)} chains of {method.name!r} became "
+                        "NaN or Inf: lower its scale"
+                    )
+                found.append(chains.state.x.clamp(0, 1))
         return torch.cat(found)
 
     def _model(self, method: GuidanceMethod) -> ScoreModel:
@@ -399,7 +403,14 @@ class _Study:
         self.train, classes = train, self.test.num_classes
         self.others = self.train.spread(2 * classes * amount.per_class)
         self.drawing = ImageDrawer(
-            self.folder, self._model, self._digest, classes, amount.per_class, runs.seed, train
+            self.folder,
+            self._model,
+            self._digest,
+            classes,
+            amount.per_class,
+            runs.seed,
+            train,
+            runs.progress,
         )
         energies = [v.name for v in (*reversed(ROBUST), PLAIN) if v in self.trained]
         self.energy = next(iter(energies), None)  # E(x) of the most robust classifier
@@ -497,7 +508,9 @@ class _Study:
         """Fields of `ClassEnergies`, or the reason why there are none."""
         self.runs.log(f"measuring energies by class: {name}")
         try:
-            return class_energies(check_guide(self._model(name)), images).model_dump()
+            with counting(name, self.runs.progress) as progress:
+                guide = check_guide(self._model(name))
+                return class_energies(guide, images, progress).model_dump()
         except UserError as error:
             return {"stopped": str(error)}
 

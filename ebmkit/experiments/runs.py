@@ -205,7 +205,7 @@ class ExperimentRuns:
         precision: training precision; None: the scale's.
         fit: function that trains (`Trainer.fit`) and shows progress under a name.
         log: function called with a sentence about the current work.
-        progress: whether evaluations show progress bars.
+        progress: show progress of evaluations and sampling.
         imagenet_dir: folder of ImageNet, for table 2 at full scale.
         inception: file of the Inception weights, for FID; None: those in PyTorch's cache, if any.
         waits: whether `share` waits for the work of other processes.

@@ -77,10 +77,11 @@ from ebmkit.plots import annotate, image_rows, look, new_figure, save_figure
 from ebmkit.randomness import keyed_generator
 from ebmkit.sampling import DDIM, denoiser_of, noise_predictor_of
 from ebmkit.sampling.diffusion import Variance
-from ebmkit.sampling.jobs.chains import STATE, JobFolder, Record, batch_name, run_chains
+from ebmkit.sampling.jobs.chains import STATE, Hook, JobFolder, Record, batch_name, run_chains
 from ebmkit.storage import FolderLocked, write_atomically
 from ebmkit.storage.atomic import replacing
 from ebmkit.storage.reading import read_document
+from ebmkit.terminal import counting
 
 _DATA = read_data("thesis.yaml")
 TABLE_2_1: dict[str, dict[int, float]] = _DATA["table_2_1"]
@@ -248,11 +249,11 @@ class _Unguided:
             return folder.path
         self.runs.log(f"drawing {self.size.count:,} images: {sampler.name}")
         folder.begin(settings)
-        with folder.alone("drawing"):
+        with folder.alone("drawing"), counting(sampler.name, self.runs.progress) as progress:
             chain, counts = sampler.build(self.model), self._batches()
             for batch, count in enumerate(counts):
                 if not folder.file(batch_name(batch)).is_file():
-                    self._draw_batch(folder, chain, batch, count)
+                    self._draw_batch(folder, chain, batch, count, progress)
             batches = [folder.load(batch_name(batch)) or {} for batch in range(len(counts))]
         pixels = torch.cat([batch["images"] for batch in batches])
         settings["seconds"] = sum(float(batch["seconds"]) for batch in batches)
@@ -264,7 +265,9 @@ class _Unguided:
         whole, rest = divmod(self.size.count, BATCH)
         return [BATCH] * whole + [rest] * (rest > 0)
 
-    def _draw_batch(self, folder: JobFolder, chain: DDIM, batch: int, count: int) -> None:
+    def _draw_batch(
+        self, folder: JobFolder, chain: DDIM, batch: int, count: int, progress: Hook
+    ) -> None:
         card = self.model.card
         assert card is not None
         assert card.image_size is not None
@@ -283,6 +286,9 @@ class _Unguided:
                 chain.steps,
                 key,
                 Record(chain.steps),
+                lambda step: progress(
+                    batch * chain.steps + step, len(self._batches()) * chain.steps
+                ),
                 folder=folder,
                 batch=batch,
             )

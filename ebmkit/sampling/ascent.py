@@ -53,6 +53,7 @@ squared, vanishes for low-dimensional images.
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple, Self, get_args
 
 import torch
@@ -264,13 +265,23 @@ class StochasticAscent(PositionSampler):
         if self.measurement is not None and self.measured is not None:
             change = self.measurement.impose(change, self.measured - self.measurement.measure(y))
         sigma = root_mean_square(change)
-        h = min(config.largest_step, config.first_step * t / (1 + config.first_step * (t - 1)))
+        h = self._step_size(t)
         gamma = ((1 - config.beta * h) ** 2 - (1 - h) ** 2) ** 0.5 * sigma
         moved = y + h * change + per_image(gamma, y) * normal_like(y, generator)
         finished = (sigma <= self.sigmas[1]) | (t >= self.steps)
         moved = torch.where(per_image(finished, y), y + change, moved)  # type: ignore[arg-type]
         info = Info(root_mean_square(moved - y), sigma=sigma, finished=finished)
         return Chain(moved, t), info
+
+    def _step_size(self, t: int) -> float:
+        first = self.config.first_step
+        return min(self.config.largest_step, first * t / (1 + first * (t - 1)))
+
+    def level_after(self, steps: int) -> float:
+        """Noise level after ``steps`` with an ideal denoiser: step t multiplies it by 1 - beta h_t,
+        until it is the last level."""
+        factors = (1 - self.config.beta * self._step_size(t) for t in range(1, steps + 1))
+        return max(self.sigmas[1], self.sigmas[0] * math.prod(factors))
 
 
 KADKHODAIE_SIMONCELLI_ENTRY = SamplerEntry(

@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -14,6 +16,7 @@ from PIL import Image
 import ebmkit
 from ebmkit.cli.tools import tables
 from ebmkit.storage import Claim
+from ebmkit.training import RunFolder
 
 pytestmark = pytest.mark.usefixtures("count_memory_once", "few_resamples")
 
@@ -258,3 +261,25 @@ def test_diverging_run_reports_each_rollback_and_exits_with_2(tmp_path):
     assert "diverged 2 times and is given up" in ended.stderr
     (run,) = (tmp_path / "runs").iterdir()
     assert len(list((run / "rollbacks").iterdir())) == 2
+
+
+def test_evaluation_shows_progress_without_terminal(home, monkeypatch):
+    monkeypatch.setattr("ebmkit.terminal.FIRST_LINE", 0)
+    command = ["evaluate", "run", "--suite", "calibration", "--limit", 8, "--device", "cpu"]
+    result = ebmkit_command(*command, cwd=home)
+    assert result.returncode == 0, result.stderr
+    assert "calibration  16/16 images" in result.stdout
+
+
+@pytest.mark.slow
+def test_run_continues_if_the_reader_of_its_output_ends(tmp_path):
+    """As with ``| head -1``; the path has a letter that cp1252 lacks."""
+    command = [sys.executable, "-m", "ebmkit", "train", "--steps", "4", "--no-evaluate", *SMALL]
+    environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "cp1252"}
+    with subprocess.Popen(
+        [*command, "--out", "\u017elu\u0165"], cwd=tmp_path, stdout=subprocess.PIPE, env=environment
+    ) as process:
+        assert b"lu?" in process.stdout.readline()
+        process.stdout.close()
+    assert process.returncode == 0
+    assert RunFolder.open(tmp_path / "\u017elu\u0165").load_checkpoint()["step"] == 4

@@ -81,6 +81,17 @@ def test_resumed_sample_command_gives_the_same_samples(home, monkeypatch):
     assert_refused(again, "finished samples")
 
 
+def test_sample_and_restore_show_progress_without_terminal(home, monkeypatch):
+    monkeypatch.setattr("ebmkit.terminal.FIRST_LINE", 0)
+    for command, line in (
+        (["sample", "run", "-n", 2, "--out", "drawn"], "step 6/6"),
+        (["restore", "run", "gray.png", "--out", "restored"], "gray.png  6/6"),
+    ):
+        result = ebmkit_command(*command, *QUICK, cwd=home)
+        assert result.returncode == 0, result.stderr
+        assert line in result.stdout
+
+
 def test_sample_compares_energies_with_the_named_data_set(home):
     result = ebmkit_command(
         "sample", "run", "-n", 2, "--dataset", "digits", "--start", "mean", *QUICK,

@@ -32,6 +32,35 @@ def test_interval_of_a_mean_is_student():
     assert (found.low, found.high) == pytest.approx(tuple(expected))
 
 
+def test_interval_of_an_nll_is_not_below_zero():
+    """Student's interval of a mean of 40 values, one of them large, is; the bootstrap's is not."""
+    values = torch.full((40,), 1e-3)
+    values[0] = 5.0
+    assert statistics.mean(values).low < 0
+    found = statistics.bounded_mean(values)
+    assert 1e-3 <= found.low <= found.value <= found.high <= 5
+    assert found.value == pytest.approx(float(values.mean()))
+
+
+def test_interval_of_a_bounded_mean_approximates_student_interval():
+    values = torch.from_numpy(np.random.default_rng(0).normal(3, 2, 2000))
+    found, expected = statistics.bounded_mean(values), statistics.mean(values)
+    width = expected.high - expected.low
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=0.12 * width)
+    for few in ([2.0], [], [1.0, float("inf")], [1.0, float("nan")]):
+        assert np.isnan(statistics.bounded_mean(torch.tensor(few)).low)
+    same = statistics.bounded_mean(torch.full((5,), 0.5))
+    assert (same.low, same.high) == (0.5, 0.5)
+
+
+def test_jackknife_interval_is_cut_at_the_lowest_value():
+    values = torch.cat([torch.zeros(39), torch.ones(1)]).double()
+    cut = statistics.jackknife(lambda x: float(x.mean()), values, lowest=0.0)
+    whole = statistics.jackknife(lambda x: float(x.mean()), values)
+    assert (cut.low, cut.high) == (0.0, whole.high)
+    assert whole.low < 0
+
+
 def test_intervals_have_nominal_coverage():
     rng = np.random.default_rng(0)
     accuracies = [statistics.proportion(int(k), 200) for k in rng.binomial(200, 0.9, DRAWS)]

@@ -170,6 +170,7 @@ class Record:
         self.draws: list[Tensor] = []
         self.frames: list[Tensor] = []
         self.moments: list[int] = []
+        self.level: Tensor | None = None  # (B,), noise level at the last step of each chain
 
     def note(self, state: State, info: Info, active: Tensor) -> None:
         """Record a step of the ``active`` (B,) chains."""
@@ -178,6 +179,9 @@ class Record:
         for values in (info.sigma, info.accepted, info.move):
             sums.append(nothing if values is None else values.double()[active].sum())
         self.sums.append(torch.stack(sums).cpu())
+        if info.sigma is not None:
+            last = info.sigma.float().cpu()
+            self.level = last if self.level is None else torch.where(active.cpu(), last, self.level)
         if self.summary is not None and state.step % self.every == 0:
             self.draws.append(self.summary(state).detach().double().cpu())
         if state.step % self.stride == 0:
@@ -197,11 +201,13 @@ class Record:
 
     def tensors(self) -> dict[str, Tensor]:
         """Recorded tensors by name: ``sums`` (T, 4), ``draws`` (N, B), ``frames`` (K, S, C, H, W)
-        uint8, their steps ``moments`` (K,), and ``stride``."""
+        uint8, their steps ``moments`` (K,), ``last_sigma`` (B,), and ``stride``."""
         lists = {"sums": self.sums, "draws": self.draws, "frames": self.frames}
         found = {name: torch.stack(values) for name, values in lists.items() if values}
         if self.moments:
             found["moments"] = torch.tensor(self.moments)
+        if self.level is not None:
+            found["last_sigma"] = self.level
         return found | {"stride": torch.tensor(self.stride)}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
@@ -213,6 +219,7 @@ class Record:
             list(tensors.get(name, ())) for name in ("sums", "draws", "frames")
         )
         self.moments = tensors["moments"].tolist() if "moments" in tensors else []
+        self.level = tensors.get("last_sigma")
 
 
 def run_chains(

@@ -52,6 +52,13 @@ from ebmkit.sampling.diagnostics import (
     is_out_of_range,
 )
 from ebmkit.sampling.entry import SamplerEntry, find_sampler, noise_levels
+from ebmkit.sampling.jobs.arrival import (
+    arrival,
+    describe,
+    estimates_level,
+    level_reached,
+    noise_level,
+)
 from ebmkit.sampling.jobs.chains import (
     MAX_DRAWS,
     SAVE_SECONDS,
@@ -92,6 +99,7 @@ class SamplingJob:
         entry: entry of the sampler; None if the buffer is exported without a step.
         length: maximum number of steps of each chain; ``total``: of all batches.
         labels: labels of the chains, (N,) int64, or None.
+        first_level: noise level at which chains start; None: a single level, or no step.
         cautions: warnings that are known before sampling.
 
     Raises:
@@ -111,11 +119,12 @@ class SamplingJob:
         self.device = device_of(model)
         self.labels = parse_labels(model, settings.label, settings.count)
         self.entry: SamplerEntry[Any] | None = None
-        self.length, self.cautions = 1, list[str]()
+        self.length, self.cautions, self.first_level = 1, list[str](), None
         if settings.sampler != BUFFER:
             self.entry, self.config = find_sampler(settings.sampler), settings.config
             sampler = self.entry.build(model, self._labels(0), self.config)
             self.length = self.entry.length(sampler, self.config)
+            self.first_level = noise_levels(sampler)[0]
             self.cautions = cautions(model, self.entry, sampler, settings)
         self.total = settings.batches * self.length
         self._slots = self._choose_slots() if settings.start == BUFFER else None
@@ -200,6 +209,8 @@ class SamplingJob:
         tensors["seconds"] = torch.tensor(seconds, dtype=torch.float64)
         if c is not None:
             tensors["labels"] = c
+        if estimates_level(self.model):
+            tensors["level"] = level_reached(self.model, x, record)
         self.folder.save(batch_name(number), tensors | self.energies(x) | record.tensors())
         self.folder.file(STATE).unlink(missing_ok=True)
 
@@ -300,6 +311,10 @@ def write_results(job: SamplingJob, run: str) -> dict[str, Any]:
     acceptance = sum(a for a, _ in accepted) / sum(n for _, n in accepted) if accepted else None
     draws, every = [batch.get("draws") for batch in batches], max(1, job.length // MAX_DRAWS)
     real = None if held_out is None else job.energies(held_out).get("log_density")
+    level, noise = joined("level"), None
+    if level is not None and settings.guidance is None:
+        own = None if held_out is None else noise_level(job.model, held_out, settings.batch_size)
+        noise = arrival(job.model, level[finite], own)
     document: dict[str, Any] = {
         "run": run,
         "source": "buffer" if settings.start == BUFFER else "fresh",
@@ -308,13 +323,14 @@ def write_results(job: SamplingJob, run: str) -> dict[str, Any]:
         "samples": settings.count,
         "steps": len(traces["chains"]),
         "lost": [{"chain": chain, "step": step} for chain, step in diverged],
-        "warnings": [*job.cautions, *_warnings(int(far.sum()), diverged, len(died))],
+        "warnings": [*job.cautions, *_warnings(int(far.sum()), diverged, len(died), noise)],
         "diagnostics": {
             "acceptance": acceptance,
             "chains": chain_diagnostics(entry, draws, finite, every),
             "energies": energy_diagnostics(
                 joined("log_density"), finite, real, job.sources.note, clean_level(job.model)
             ),
+            "noise": noise,
         },
         "seconds": round(sum(float(batch["seconds"]) for batch in batches), 3),
         "traces": traces,
@@ -359,8 +375,12 @@ def _write_hdf5(job: SamplingJob, run: str, path: Path) -> tuple[list[dict[str, 
     return batches, torch.cat(first)
 
 
-def _warnings(far: int, diverged: list[tuple[int, int]], total: int) -> list[str]:
+def _warnings(
+    far: int, diverged: list[tuple[int, int]], total: int, noise: dict[str, Any] | None
+) -> list[str]:
     found = []
+    if noise is not None and 2 * noise["arrived"] < noise["samples"]:
+        found.append(f"these samples are not images: {describe(noise)}")
     if far:
         found.append(
             f"{far} samples have pixels below {0.5 - FAR:g} or above {0.5 + FAR:g}, far outside "

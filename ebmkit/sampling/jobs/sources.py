@@ -63,9 +63,7 @@ def sources_for(
     train = buffer = held_out = None
     note = ""
     if settings.start in ("data", "class_gaussian", "mean"):
-        images = _training_images(data_of(run, dataset, data_dir), data_dir, progress)
-        images = images.with_classes(class_names_of(model))
-        train = _first_batch(images.spread(MAX_TRAIN), MAX_TRAIN, settings)
+        train = training_images(run, model, settings, dataset, data_dir, progress)
     if settings.start == BUFFER:
         buffer = buffer_of(run, model)
         if tuple(buffer.images.shape[1:]) != settings.shape:
@@ -79,6 +77,20 @@ def sources_for(
     except UserError as error:  # the comparison is optional
         note = str(error)
     return Sources(train, buffer, held_out, note)
+
+
+def training_images(
+    run: Path,
+    model: ScoreModel,
+    settings: SamplingSettings,
+    dataset: str | None = None,
+    data_dir: Path | None = None,
+    progress: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Training images (M, C, H, W) to start from, and their labels; a `UserError` if missing."""
+    images = _training_images(data_of(run, dataset, data_dir), data_dir, progress)
+    images = images.with_classes(class_names_of(model))
+    return _first_batch(images.spread(MAX_TRAIN), MAX_TRAIN, settings)
 
 
 def data_of(run: Path, dataset: str | None = None, data_dir: Path | None = None) -> DataConfig:

@@ -1,0 +1,81 @@
+"""Progress without a terminal, closed pipes, and encodings other than UTF-8."""
+
+import io
+import os
+import sys
+
+import pytest
+
+from ebmkit import terminal
+from ebmkit.cli.console import TrainingBar
+from ebmkit.terminal import (
+    COUNT,
+    CleanConsole,
+    ProgressBar,
+    escape_markup,
+    progress_bar,
+    replace_unencodable,
+)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_progress_without_terminal_is_some_lines_with_the_time_left(clock):
+    """An hour of seconds: the first line soon, then fewer and fewer, the last at the end."""
+    file = io.StringIO()
+    with ProgressBar(f"step {COUNT}", to=CleanConsole(file=file), get_time=lambda: clock[0]) as bar:
+        task = bar.add_task(escape_markup("row [a]"), total=3600)
+        for step in range(1, 3601):
+            clock[0] = float(step)
+            bar.update(task, completed=step)
+    lines = file.getvalue().splitlines()
+    assert len(lines) < 40
+    assert lines[0].split() == ["row", "[a]", "step", "10/3,600", "0:00:10", "left", "59:50"]
+    assert lines[-1].split()[2:] == ["step", "3,600/3,600", "1:00:00", "left", "00:00"]
+
+
+def test_short_work_prints_no_line(clock, capsys):
+    assert list(progress_bar(range(3), "reading", True)) == [0, 1, 2]
+    clock[0] += 100
+    assert list(progress_bar(range(3), "reading", False)) == [0, 1, 2]
+    assert capsys.readouterr() == ("", "")
+
+
+def test_training_shows_name_step_total_and_loss_without_terminal(clock, capsys):
+    row = {"kind": "train", "ce": 0.5, "images_per_s": 8.0}
+    with TrainingBar(400, name="table1 a") as bar:
+        for step in (10, 20, 30):
+            clock[0] += 8
+            bar.report(row | {"step": step})
+        bar.report({"kind": "validation", "step": 30, "accuracy": 0.5})
+        bar.report(row | {"step": 400})
+    lines = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
+    first = ["table1 a: training", "step 20/400", "ce 0.5", "8 images/s"]
+    assert lines[0][:4] == first
+    assert lines[1] == ["table1 a: step 30/400", "held-out: accuracy 0.5"]
+    assert lines[2][1] == "step 400/400"
+    assert len(lines) == 3
+
+
+def test_output_into_a_closed_pipe_is_discarded():
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as pipe:
+        console = CleanConsole(file=pipe)
+        console.say("a")
+        console.say("b")
+        pipe.write("c")  # flushed when the file is closed
+
+
+def test_characters_that_stdout_cannot_encode_are_replaced(monkeypatch):
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    replace_unencodable()
+    CleanConsole().say("é žluť")
+    stdout.flush()
+    assert stdout.buffer.getvalue().decode("cp1252") == "é žlu?\n"
