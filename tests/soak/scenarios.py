@@ -53,7 +53,7 @@ TRAININGS = {
                 "--set=optimizer.ema_warmup=true",
                 f"--plugin={PLUGIN}",
             ),
-            (2000, 180),
+            (2000, 70),
         ),
         Training(
             "jem",
