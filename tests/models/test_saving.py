@@ -56,6 +56,7 @@ def load_error(folder, **options):
     return str(caught.value)
 
 
+@pytest.mark.parametrize("pair", PAIRS, ids="-".join)
 def test_presets_round_trip_bit_identically(tmp_path, backbone, head):
     shape = BACKBONES[backbone].config.model_copy(update={"width": 8})
     built = ModelConfig(
