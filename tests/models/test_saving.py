@@ -7,6 +7,7 @@ import re
 
 import pytest
 import torch
+from ebmkit_tests.support.small_models import PAIRS
 from torch import nn
 
 from ebmkit import JointModel, ModelCard, UserError, create_model, load, save_model
