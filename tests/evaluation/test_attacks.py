@@ -2,10 +2,9 @@
 
 import math
 import warnings
-
-import numpy as np
 from itertools import cycle
 
+import numpy as np
 import pytest
 import torch
 from ebmkit_tests.support.mixture_world import SIDE, near_the_plane, two_gaussians
