@@ -74,7 +74,7 @@ TRAININGS = {
                 "--set=rollback.max_rollbacks=1000",
                 "--set=rollback.order=[rate]",
             ),
-            (1500, 300),
+            (1500, 150),
         ),
         Training(
             "two-ranks",
