@@ -80,10 +80,10 @@ Progress = Callable[[str], None]
 def reference(training: Training, place: Path, quick: bool) -> Path:
     """Train the uninterrupted run; return its folder.
 
-    The quick form trains in this process if a plugin or defect would not change it for later tests.
+    The quick form trains in this process, unless a plugin or defect would change it for later tests.
     """
     run = place / "whole"
-    changes_process = training.defect == "randomness" or "--plugin" in str(training.options)
+    changes_process = training.defect is not None or "--plugin" in str(training.options)
     if quick and training.ranks == 1 and not changes_process:
         with warnings.catch_warnings():  # in a test they would be errors
             warnings.simplefilter("always")
