@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ebmkit.experiments import SCALES, TABLES, ExperimentRuns
+from ebmkit.experiments.efficiency import METRICS
 from ebmkit.experiments.figures import ATTACKED
 from ebmkit.experiments.guidance import AMOUNTS
 from ebmkit.experiments.tables import CLAIMS, GRID
@@ -19,7 +20,7 @@ PLOTS = (
         for name in ("efficiency", "fig1", "fig3", "fig3-spectrum", "fig3-linearity", "fig4")
     ),
     *(f"guidance-{name}.png" for name in ("samples", "ways", "diffusion-path", "robustness-grid")),
-    *(f"rcg-{name}.png" for name in ("table2.1", "table4.2", "fig2.6", "fig2.8", "fig4.10")),
+    *(f"rcg-{name}.png" for name in ("table2.1", "table4.2")),
 )
 
 ROBUST_MARGIN, GUIDED_MARGIN = 0.1, 0.2
@@ -50,6 +51,9 @@ def main(folder: Path) -> None:
     images = [row["n"] for row in efficiency]
     assert images == [50] * 3 + [200] * 3 + [1437] * 3, images  # 1437: all training images
     assert {row["status"] for row in efficiency} == {"done"}
+    for row in efficiency:
+        expected = METRICS.keys() - (set() if "dsm" in row["objective"] else {"psnr"})
+        assert row["by_seed"]["0"].keys() == expected, row["name"]
     check_guidance(json.loads((folder / "guidance.json").read_text()))
     for name in PLOTS:
         assert (folder / name).stat().st_size > 10_000, name

@@ -105,7 +105,6 @@ def test_blind_denoisers_give_the_models_values(tmp_path, suffix, channels):
     ("channels", "name"),
     [
         pytest.param(1, "classifier.pt2", marks=pytest.mark.slow),
-        pytest.param(1, "classifier.onnx", marks=[needs_onnx, pytest.mark.slow]),
         pytest.param(3, "denoiser.onnx", marks=[needs_onnx, pytest.mark.slow]),
     ],
 )

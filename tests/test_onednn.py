@@ -53,14 +53,15 @@ def scan(*arguments, threads=1):
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize(
-    ("threads", "layout"),
-    [(1, []), (2, []), (2, ["--contiguous"])],
-    ids=["1-channels-last", "2-channels-last", "2-contiguous"],
+    ("threads", "arguments"),
+    [(1, []), (2, ["--contiguous", *QUICK])],
+    ids=["every-preset", "2-contiguous"],
 )
-def test_every_preset_trains_without_memory_corruption(threads, layout):
+def test_presets_train_without_memory_corruption(threads, arguments):
+    """Every preset with one thread and channels last, where the defect was seen."""
     pytest.importorskip("diffusers")
-    found, stderr = scan(*layout, threads=threads)
-    assert len(found) > len(QUICK)
+    found, stderr = scan(*arguments, threads=threads)
+    assert len(found) >= len(QUICK)
     assert set(found.values()) == {0}, (found, stderr)
 
 

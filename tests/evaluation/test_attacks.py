@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from itertools import cycle
 
 import numpy as np
 import pytest
@@ -24,10 +25,11 @@ STRENGTHS = [0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32]
 GRID = {"linf": [0.01, 0.02, 0.04], "l2": [0.05, 0.1, 0.2]}
 
 
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("name", DEFENCES)
+@pytest.mark.parametrize(
+    ("name", "norm"), [(DEFENCES[0], NORMS[1]), *zip(DEFENCES, cycle(NORMS), strict=False)]
+)
 def test_minimal_epsilon_equals_distance_to_boundary(name, norm):
-    """The minimal epsilon is the distance, rounded up to the grid.
+    """The minimal epsilon is the distance, rounded up to the grid; without defence in both norms.
 
     Images within 3 % of a value of the grid, 0 included, are excluded. The mean of n draws of noise
     moves the boundary by sigma / sqrt(n) and the median by 1.25 times that; for random defences,

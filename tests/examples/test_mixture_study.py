@@ -12,7 +12,7 @@ import ebmkit
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SLOW = [
-    "cdsm", "ce+cdsm", "ce+ism", "ce+dsm under a law, blind",
+    "ce+cdsm", "ce+ism", "ce+dsm under a law, blind",
     "ce+dsm under a law, told sigma (NCSN)",
 ]  # fmt: skip
 

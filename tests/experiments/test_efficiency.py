@@ -10,9 +10,8 @@ import pytest
 from scipy.stats import ttest_1samp
 
 from ebmkit import UserError
-from ebmkit.experiments import EXPERIMENTS, SCALES, ExperimentRuns, describe, reproduce
+from ebmkit.experiments import EXPERIMENTS, SCALES, ExperimentRuns, describe
 from ebmkit.experiments.efficiency import (
-    METRICS,
     OBJECTIVES,
     VARIANTS,
     draw_efficiency,
@@ -200,18 +199,3 @@ def test_plot_has_panels_for_theory_and_metrics(tmp_path):
     draw_efficiency(efficiency_document("cpu", nothing, TOTAL, ABOUT), tmp_path / "theory.png")
     full, bare = (matplotlib.image.imread(tmp_path / f"{n}.png") for n in ("all", "theory"))
     assert full.shape[1] > 3 * bare.shape[1]
-
-
-@pytest.mark.slow
-def test_two_rows_are_trained_and_reported_at_smoke_scale(tmp_path):
-    runs = ExperimentRuns(tmp_path, SCALES["smoke"])
-    experiment = EXPERIMENTS["efficiency"].run(runs, ["ce-50", "ce+dsm-50"])
-    done = [row for row in experiment.document["rows"] if row["status"] == "done"]
-    assert [(row["name"], row["n"]) for row in done] == [("ce-50", 50), ("ce+dsm-50", 50)]
-    assert done[1]["by_seed"]["0"].keys() == METRICS.keys()
-    assert done[0]["by_seed"]["0"].keys() == METRICS.keys() - {"psnr"}
-    paths = reproduce("efficiency", runs, ["ce-50"])
-    assert [path.name for path in paths] == ["efficiency.md", "efficiency.json", "efficiency.png"]
-    text = paths[0].read_text()
-    assert "60 steps of 64 images to classify" in text
-    assert "| 1,437 | ce+dsm: not run yet |" in text  # all training images

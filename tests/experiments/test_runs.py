@@ -146,12 +146,9 @@ def empty_list(content):
 
 
 DAMAGES = [
-    ("config.yaml", first_bytes),
     ("config.yaml", first_half),
     ("checkpoints/*.pt", first_bytes),
-    ("checkpoints/*.pt", first_half),
     ("checkpoints/*.pt", flipped_bit),
-    ("checkpoints/*.pt", empty_list),
     ("environment.json", empty_list),
 ]
 
@@ -449,22 +446,22 @@ def give_work(out, rows):
 
 @pytest.mark.slow
 def test_processes_share_the_rows_and_write_the_same_report(tmp_path):
-    layers = [{"objective": "ce+dsm", "optimizer": {"lr": 1e-3 / n}} for n in range(1, 6)]
+    layers = [{"objective": "ce+dsm", "optimizer": {"lr": 1e-3 / n}} for n in range(1, 5)]
     rows = tuple(replace(ROW, name=f"row-{n}", layer=layer) for n, layer in enumerate(layers))
     give_work(tmp_path, rows)
-    workers = [start_worker(tmp_path) for _ in range(3)]
+    workers = [start_worker(tmp_path) for _ in range(2)]
     for worker in workers:
         assert worker.stdout.readline() == "ready\n"
     for worker in workers:
         worker.stdin.write("go\n")
         worker.stdin.flush()
     ended = [worker.communicate(timeout=900) for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0, 0], ended
+    assert [worker.returncode for worker in workers] == [0, 0], ended
     lines = [output.splitlines() for output, _ in ended]
     trained = [line for own in lines for line in own if line.startswith("trained")]
     measured = [line for own in lines for line in own if ": measuring" in line]
-    assert sorted(trained) == [f"trained row-{n}" for n in range(5)]
-    assert len(measured) == len(set(measured)) == 10
+    assert sorted(trained) == [f"trained row-{n}" for n in range(4)]
+    assert len(measured) == len(set(measured)) == 8
     assert sum(any(line.startswith("trained") for line in own) for own in lines) > 1
     assert len({own[-1] for own in lines}) == 1
     assert "not run yet" not in (tmp_path / "table3.md").read_text()

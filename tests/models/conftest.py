@@ -1,13 +1,13 @@
-"""Fixtures for small float64 models: every backbone preset, cycling through the heads."""
+"""Fixtures for small float64 models: backbones of all kinds of layers, with their heads."""
 
 import pytest
 import torch
-from ebmkit_tests.support.small_models import PAIRS, small_model, small_size
+from ebmkit_tests.support.small_models import KINDS, small_model, small_size
 
 from ebmkit import JointModel
 
 
-@pytest.fixture(params=PAIRS, ids="-".join)
+@pytest.fixture(params=KINDS, ids="-".join)
 def pair(request) -> tuple[str, str]:
     return request.param
 

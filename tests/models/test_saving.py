@@ -7,6 +7,7 @@ import re
 
 import pytest
 import torch
+from ebmkit_tests.support.small_models import PAIRS
 from torch import nn
 
 from ebmkit import JointModel, ModelCard, UserError, create_model, load, save_model
@@ -56,6 +57,7 @@ def load_error(folder, **options):
     return str(caught.value)
 
 
+@pytest.mark.parametrize("pair", PAIRS, ids="-".join)
 def test_presets_round_trip_bit_identically(tmp_path, backbone, head):
     shape = BACKBONES[backbone].config.model_copy(update={"width": 8})
     built = ModelConfig(

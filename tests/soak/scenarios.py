@@ -53,7 +53,7 @@ TRAININGS = {
                 "--set=optimizer.ema_warmup=true",
                 f"--plugin={PLUGIN}",
             ),
-            (2000, 180),
+            (2000, 70),
         ),
         Training(
             "jem",
@@ -74,7 +74,7 @@ TRAININGS = {
                 "--set=rollback.max_rollbacks=1000",
                 "--set=rollback.order=[rate]",
             ),
-            (1500, 300),
+            (1500, 150),
         ),
         Training(
             "two-ranks",

@@ -13,6 +13,7 @@ from ebmkit_tests.soak.kills import START
 from ebmkit_tests.soak.processes import Command, marked
 from ebmkit_tests.soak.processes import ebmkit as command_line
 from ebmkit_tests.soak.scenarios import MLP, SMALL
+from ebmkit_tests.support.command_line import ebmkit_command
 
 import ebmkit
 from ebmkit.storage.verify import verify_run
@@ -22,9 +23,11 @@ pytestmark = pytest.mark.slow
 STEPS = 500
 
 
+WORDS = ("train", "--no-evaluate", "--device", "cpu", *MLP, *SMALL)
+
+
 def train(tmp_path, *arguments, steps=STEPS, ranks=1):
-    words = ["train", "--no-evaluate", "--device", "cpu", "--steps", steps, *MLP, *SMALL]
-    line = command_line(*words, *arguments, ranks=ranks)
+    line = command_line(*WORDS, "--steps", steps, *arguments, ranks=ranks)
     return Command(line, tmp_path, tmp_path / "log.txt")
 
 
@@ -43,7 +46,7 @@ def logs_a_new_step(run):
 
 def test_resume_is_bit_identical_after_sigterm_sigint_and_sighup(tmp_path):
     whole, run = tmp_path / "whole", tmp_path / "run"
-    assert train(tmp_path, "--out", whole).wait(300) == 0
+    assert ebmkit_command(*WORDS, "--steps", STEPS, "--out", whole, cwd=tmp_path).returncode == 0
     signals = [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)]
     where = ["--out", run]
     for number, code in signals:

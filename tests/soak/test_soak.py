@@ -9,8 +9,7 @@ pytestmark = pytest.mark.slow
 CASES = [
     ("ce+dsm", 2, 1),
     ("muon", 1, 0),
-    ("jem", 1, 1),
-    ("jem-diverging", 1, 0),
+    ("jem-diverging", 1, 1),
     ("two-ranks", 1, 0),
 ]
 
@@ -20,6 +19,7 @@ def test_resume_is_bit_identical_after_sigkill(tmp_path, name, kills, saves):
     """Weights, averages, optimiser, buffer, divergence state, best weights and metrics.
 
     ``muon`` runs the convolutions, norms and GELUs with our derivatives (thresholds at 0).
+    ``jem-diverging`` covers the replay buffer and the snapshots of ``jem``.
     """
     outcome = kill_and_compare(TRAININGS[name], tmp_path, kills, saves, 1, True, print)
     assert outcome.differing == []
@@ -27,8 +27,8 @@ def test_resume_is_bit_identical_after_sigkill(tmp_path, name, kills, saves):
     assert outcome.in_a_save >= saves  # shown by the partial file
 
 
-@pytest.mark.parametrize("name", ["control-randomness", "control-optimizer"])
-def test_resume_without_random_or_optimizer_state_is_detected(tmp_path, name):
+def test_resume_without_optimizer_state_is_detected(tmp_path):
     """Control: the comparison must find an injected defect."""
-    differing = kill_and_compare(TRAININGS[name], tmp_path, 1, 0, 2, True, print).differing
+    control = TRAININGS["control-optimizer"]
+    differing = kill_and_compare(control, tmp_path, 1, 0, 2, True, print).differing
     assert any("state.model" in where for where in differing)

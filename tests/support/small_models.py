@@ -22,6 +22,14 @@ PAIRS = [
 ]
 """Every backbone with one head, cycling through the heads; the paper's backbone with every head."""
 
+DEEPER = {
+    *("gradresnet34", "resnet18-imagenet", "resnet50-imagenet", "wideresnet28-10-jem"),
+    *("gradresnet10", "resnet18"),
+}
+"""Presets that differ from another one, with the same kinds of layers, only in depth or stem."""
+KINDS = [(backbone, head) for backbone, head in PAIRS if backbone not in DEEPER]
+"""Backbones of all kinds of layers, with their heads."""
+
 
 def small_size(backbone: str) -> int:
     """A small reference size for the backbone."""

@@ -174,6 +174,7 @@ def test_run_of_an_earlier_version_always_holds_images_out():
     assert not resolve(recipe).dataset.hold_out  # complete, but not of a run
 
 
+@pytest.mark.slow
 def test_short_recipes_stay_within_their_flop_budget():
     def joint_flops(name):
         config = resolve(recipe=name)
