@@ -60,7 +60,7 @@ def evaluate(
     options = parse_assignments(set_ or [])
     faults = validated(FaultsConfig, options.pop("dataset", {}), "--set dataset")
     with join() as world:
-        console.quiet = not world.first
+        console.quiet |= not world.first
         place = device_of_rank(pick_device(device))
         model = load(run, device=str(place), weights=weights)
         where = _where(run, dataset, data_dir, image_size)
