@@ -138,9 +138,9 @@ data_app = typer.Typer(help="Prepare data sets.", no_args_is_help=True)
 for _group in COMMANDS.values():
     for _name, _function in _group.items():
         _owner = data_app if _name.startswith("data ") else app
-        _owner.command(
-            _name.removeprefix("data "), cls=Command, epilog=example_of(_function)
-        )(_with_common(_function))
+        _owner.command(_name.removeprefix("data "), cls=Command, epilog=example_of(_function))(
+            _with_common(_function)
+        )
 app.add_typer(data_app, name="data")
 
 

@@ -34,6 +34,18 @@ def warn(sentence: object) -> None:
     errors.say(f"warning: {sentence}", "yellow")
 
 
+def check_new_file(option: str, path: Path) -> None:
+    """Check that ``path``, given to ``option``, does not exist and its folder does.
+
+    Raises:
+        UserError: if not.
+    """
+    if path.exists():
+        raise UserError(f"{str(path)!r} exists: give {option} a file that does not")
+    if not path.parent.is_dir():
+        raise UserError(f"cannot write {str(path)!r}: there is no folder {str(path.parent)!r}")
+
+
 def interrupted(sentence: str, signum: int | None) -> NoReturn:
     """Print how to resume, and exit with code 128 plus the number of the signal, as shells do.
 
@@ -76,20 +88,23 @@ _HIDDEN = ("kind", "step", "lr", "images_per_s")
 
 
 class TrainingBar:
-    """Progress bar with losses, images/s and remaining time; plain lines without a terminal."""
+    """Progress bar with losses, images/s, remaining time and the last held-out figures.
+
+    Without a terminal, or if more output is asked for, plain lines.
+    """
 
     def __init__(self, steps: int, start: int = 0) -> None:
         self.steps = steps
         self.live = console.is_terminal
-        self.next_line = start
+        self.next_line, self.every = start, 1 if console.verbose else max(1, steps // 20)
         self.progress = bar(
-            MofNCompleteColumn(),
-            "{task.fields[losses]}",
-            "{task.fields[rate]}",
-            *left(),
-            description="training",
+            MofNCompleteColumn(), "{task.fields[rate]}", *left(), description="training"
         )
-        self.task = self.progress.add_task("", total=steps, completed=start, losses="", rate="")
+        self.losses, self.held_out, table = "", "", self.progress.get_renderables
+        self.progress.get_renderables = lambda: [  # type: ignore[method-assign]
+            *table(), *filter(None, (self.losses, self.held_out))
+        ]  # fmt: skip
+        self.task = self.progress.add_task("", total=steps, completed=start, rate="")
 
     def __enter__(self) -> TrainingBar:
         self.progress.start()
@@ -108,15 +123,18 @@ class TrainingBar:
         if row["kind"] == "unreadable":
             return
         values = "  ".join(f"{k} {v:.4g}" for k, v in row.items() if k not in _HIDDEN)
+        lines, at = console.verbose or not self.live, f"step {row['step']}/{self.steps}  "
         if row["kind"] == "validation":
-            if not self.live:
-                console.say(f"step {row['step']}/{self.steps}  held-out: {values}")
+            self.held_out = f"held-out: {values} (step {row['step']})"
+            if lines:
+                console.say(f"{at}held-out: {values}")
             return
         rate = f"{row['images_per_s']:.0f} images/s"
-        self.progress.update(self.task, completed=row["step"], losses=values, rate=rate)
-        if not self.live and row["step"] >= self.next_line:
-            console.say(f"step {row['step']}/{self.steps}  {values}  {rate}")
-            self.next_line = row["step"] + max(1, self.steps // 20)
+        self.losses = values
+        self.progress.update(self.task, completed=row["step"], rate=rate)
+        if lines and row["step"] >= self.next_line:
+            console.say(f"{at}{values}  {rate}")
+            self.next_line = row["step"] + self.every
 
 
 class TensorBoard:

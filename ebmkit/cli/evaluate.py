@@ -35,11 +35,14 @@ def evaluate(
     compile_: str = "auto",
     set_: list[str] | None = None,
 ) -> None:
-    """Evaluate a trained model: print tables, write JSON and plots to RUN/evaluation.
+    """Evaluate a trained model: tables, JSON and plots.
 
-    PSNR is the mean of the per-image PSNR, for images in [0, 1] and clipped output, with noise from
-    a fixed seed. Intervals are 95 %. With `torchrun -m ebmkit evaluate ...` the processes share the
-    images.
+    Writes to RUN/evaluation. PSNR is the mean of the per-image PSNR, for images in [0, 1] and
+    clipped output, with noise from a fixed seed. Intervals are 95 %. With `torchrun -m ebmkit
+    evaluate ...` the processes share the images.
+
+    Example:
+        ebmkit evaluate runs/digits --suite classify,denoise
 
     Args:
         suite: suites separated by commas, from `ebmkit list suites`; standard: quick suites; all:

@@ -172,10 +172,13 @@ def train(
 
 
 def cost(**options: Any) -> None:
-    """Estimate the cost of a training run: parameters, FLOPs, memory and time; writes nothing.
+    """Estimate time, memory and FLOPs of a training run; write nothing.
 
     The options are those of `ebmkit train`. The FLOPs of Langevin steps, where an objective needs
     samples of the model, are listed separately.
+
+    Example:
+        ebmkit cost --dataset cifar10 --epochs 100 --device cuda
     """
     train(**options, dry_run=True)
 
@@ -202,11 +205,14 @@ def reproduce(
     slurm: Annotated[int | None, Option(min=1)] = None,
     slurm_option: list[str] | None = None,
 ) -> None:
-    """Reproduce a table or figure of the papers: write Markdown, JSON and plots to --out.
+    """Reproduce a table or figure of the papers.
 
-    Every row is a separate run. The same command skips finished rows and resumes an interrupted
-    one. Started several times with the same --out, also on several machines with shared storage,
-    it shares the rows.
+    Writes Markdown, JSON and plots to --out. Every row is a separate run. The same command skips
+    finished rows and resumes an interrupted one. Started several times with the same --out, also on
+    several machines with shared storage, it shares the rows.
+
+    Example:
+        ebmkit reproduce table1 --scale cpu --only joint
 
     Args:
         target: table1, table2, table3, fig1, fig3, fig4, claims, efficiency: of
