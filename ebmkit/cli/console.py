@@ -18,6 +18,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 from ebmkit.errors import UserError
 from ebmkit.terminal import CleanConsole, escape_markup
@@ -102,8 +103,9 @@ class TrainingBar:
         )
         self.losses, self.held_out, table = "", "", self.progress.get_renderables
         self.progress.get_renderables = lambda: [  # type: ignore[method-assign]
-            *table(), *filter(None, (self.losses, self.held_out))
-        ]  # fmt: skip
+            *table(),
+            *(Text(line) for line in (self.losses, self.held_out) if line),
+        ]
         self.task = self.progress.add_task("", total=steps, completed=start, rate="")
 
     def __enter__(self) -> TrainingBar:

@@ -271,7 +271,7 @@ def restore(
     resumes and produces the same images.
 
     Example:
-        ebmkit restore runs/photos photo.png --task superres --factor 2 --out restored
+        ebmkit restore runs/photos photo.png --task superres --out restored
 
     Args:
         run: run folder of a blind denoiser

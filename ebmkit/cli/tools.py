@@ -283,9 +283,7 @@ def tables() -> dict[str, dict[str, str]]:
 
 
 def list_(
-    kind: Annotated[
-        Kind | None, Argument(help=f"{', '.join(get_args(Kind))} [default: all]")
-    ] = None,
+    kind: Annotated[Kind | None, Argument(help=", ".join(get_args(Kind)))] = None,
 ) -> None:
     """List the names that options accept; without a kind, an overview.
 

@@ -71,7 +71,7 @@ def train(
     `torchrun -m ebmkit train ...` all processes train one model.
 
     Example:
-        ebmkit train --dataset folder --data-dir photos --epochs 20 --out runs/photos
+        ebmkit train --dataset folder --data-dir photos --epochs 20
 
     Args:
         dataset: data set, from `ebmkit list datasets` [default: digits]

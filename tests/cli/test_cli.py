@@ -165,6 +165,7 @@ def test_epochs_and_short_options_set_fields_of_the_configuration(tmp_path):
     assert_refused(ebmkit_command("train", "--epochs", 0, cwd=tmp_path), "--epochs 0")
 
 
+@pytest.mark.filterwarnings("always:a score is differentiated through")
 def test_batch_norm_with_a_trained_score_is_said_at_the_start_and_in_the_table(tmp_path):
     trained = ebmkit_command(
         "train", "--backbone", "resnet18", "--objective", "ce+dsm", "--steps", 2, "--out", "run",
@@ -176,7 +177,7 @@ def test_batch_norm_with_a_trained_score_is_said_at_the_start_and_in_the_table(t
 
 
 def test_list_without_a_kind_is_an_overview(home):
-    shown = ebmkit_command("list", cwd=home, COLUMNS="400")
+    shown = ebmkit_command("list", cwd=home, COLUMNS="1000")
     assert shown.returncode == 0
     for kind, found in tables().items():
         assert f" {kind} " in shown.stdout
