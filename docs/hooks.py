@@ -106,6 +106,8 @@ def _describe(command: Any, name: str, lines: list[str]) -> None:
     options = [p for p in command.params if p.param_type_name == "option" and p.name != "help"]
     usage = " ".join([name, *map(argument_name, arguments), "[OPTIONS]"])
     lines += [f"## {name}", "", "```", usage, "```", "", *paragraphs, ""]
+    if command.epilog:
+        lines += ["For example:", "", "```", command.epilog, "```", ""]
     rows = [(f"`{argument_name(a)}`", getattr(a, "help", "") or "") for a in arguments]
     rows += [(f"`{' / '.join([*o.opts, *o.secondary_opts])}`", o.help or "") for o in options]
     lines += _table(("argument or option", "meaning"), rows)

@@ -75,6 +75,9 @@ def escape_markup(name: str) -> str:
 class CleanConsole(Console):
     """A console that applies `clean` to all text and interprets no markup and no ``:emoji:``."""
 
+    verbose = False
+    """Whether the user asked for more output."""
+
     def __init__(self, **options: Any) -> None:
         super().__init__(markup=False, emoji=False, **options)
 

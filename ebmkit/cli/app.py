@@ -13,39 +13,40 @@ import functools
 import inspect
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 from typer import Option
+from typer.core import TyperGroup
 
 from ebmkit import __version__
-from ebmkit.cli.console import errors, warn
+from ebmkit.cli.console import console, errors, warn
 from ebmkit.cli.evaluate import evaluate
 from ebmkit.cli.images import classify, denoise, restore, sample
-from ebmkit.cli.options import Command, declare, options_of
+from ebmkit.cli.options import Command, declare, example_of, options_of
 from ebmkit.cli.tools import bench, export, import_, list_, pack, verify
 from ebmkit.cli.train import cost, reproduce, train
 from ebmkit.errors import UserError
 from ebmkit.terminal import replace_unencodable
 
-COMMANDS: dict[str, Callable[..., None]] = {
-    "train": train,
-    "cost": cost,
-    "evaluate": evaluate,
-    "classify": classify,
-    "denoise": denoise,
-    "sample": sample,
-    "restore": restore,
-    "reproduce": reproduce,
-    "import": import_,
-    "export": export,
-    "verify": verify,
-    "bench": bench,
-    "list": list_,
+COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
+    "Train and evaluate": {"train": train, "evaluate": evaluate, "cost": cost, "bench": bench},
+    "Use a model": {
+        "classify": classify,
+        "denoise": denoise,
+        "sample": sample,
+        "restore": restore,
+        "export": export,
+    },
+    "The papers": {"reproduce": reproduce},
+    "Data and files": {"list": list_, "data pack": pack, "import": import_, "verify": verify},
 }
-"""Commands in the order of `ebmkit --help`; `data` follows them."""
+"""Commands by group, in the order of `ebmkit --help`."""
+
+LONGEST_NAME = max(len(name) for group in COMMANDS.values() for name in group)
 
 NOT_COMPUTING = (import_, verify, list_, pack)
 """Commands that never run a network."""
@@ -63,27 +64,44 @@ def _load_plugins(named: list[str]) -> list[str]:
     return named
 
 
-PLUGIN = inspect.Parameter(
-    "plugin",
-    inspect.Parameter.KEYWORD_ONLY,
-    default=[],
-    annotation=Annotated[
+def _set_output(quiet: bool | None) -> None:
+    """Set the amount of output: less for True, more for False."""
+    console.quiet, console.verbose = quiet is True, quiet is False
+
+
+def _option(name: str, kind: Any, default: Any, **declared: Any) -> inspect.Parameter:
+    flags = declared.pop("flags", ())
+    annotation = Annotated[kind, Option(*flags, is_eager=True, **declared)]
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(name, keyword, default=default, annotation=annotation)
+
+
+COMMON = (
+    _option(
+        "quiet",
+        bool | None,
+        None,
+        flags=["--quiet/--verbose"],
+        callback=_set_output,
+        help="print only warnings and errors, or more: all logged steps, tracebacks of errors",
+    ),
+    _option(
+        "plugin",
         list[str],
-        Option(
-            callback=_load_plugins,
-            is_eager=True,
-            help="Python file or installed plugin that registers custom components; repeatable",
-        ),
-    ],
+        [],
+        callback=_load_plugins,
+        metavar="FILE",
+        help="Python file or installed plugin that registers custom components; repeatable",
+    ),
 )
-"""Option of every command; plugins are imported before other options are parsed."""
+"""Options of every command; plugins are imported before other options are parsed."""
 
 
-def _with_plugins(function: Callable[..., None]) -> Callable[..., None]:
-    """Add the option `PLUGIN` to ``function``."""
+def _with_common(function: Callable[..., None]) -> Callable[..., None]:
+    """Add the options `COMMON` to ``function``."""
 
     @functools.wraps(function)
-    def command(*, plugin: list[str], **options: Any) -> None:
+    def command(*, quiet: bool | None, plugin: list[str], **options: Any) -> None:
         for name, value in options.items():
             if name != "seed" and isinstance(value, int) and abs(value) > LARGEST:
                 raise UserError(
@@ -96,22 +114,43 @@ def _with_plugins(function: Callable[..., None]) -> Callable[..., None]:
         function(**options)
 
     command.__doc__, own = options_of(function)
-    declare(command, [*(p.replace(kind=PLUGIN.kind) for p in own), PLUGIN])
+    kind = inspect.Parameter.KEYWORD_ONLY
+    declare(command, [*(p.replace(kind=kind) for p in own), *COMMON])
     return command
+
+
+class Commands(TyperGroup):
+    """The commands in groups."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write a table of commands for each group."""
+        for title, group in COMMANDS.items():
+            with formatter.section(title):
+                formatter.write_dl(
+                    [
+                        (name.ljust(LONGEST_NAME), (function.__doc__ or "").partition("\n")[0])
+                        for name, function in group.items()
+                    ]
+                )
 
 
 app = typer.Typer(
     name="ebmkit",
+    cls=Commands,
     help="Joint energy-based models of images and labels: train, evaluate, classify, denoise.",
+    epilog="Help of a command, with an example: ebmkit COMMAND -h",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
-for _name, _function in COMMANDS.items():
-    app.command(_name, cls=Command)(_with_plugins(_function))
 data_app = typer.Typer(help="Prepare data sets.", no_args_is_help=True)
-data_app.command("pack", cls=Command)(_with_plugins(pack))
+for _group in COMMANDS.values():
+    for _name, _function in _group.items():
+        _owner = data_app if _name.startswith("data ") else app
+        _owner.command(_name.removeprefix("data "), cls=Command, epilog=example_of(_function))(
+            _with_common(_function)
+        )
 app.add_typer(data_app, name="data")
 
 
@@ -144,5 +183,7 @@ def main() -> None:
             from ebmkit.distributed import wait_for_root_cause
 
             wait_for_root_cause(error)
+        if console.verbose:
+            traceback.print_exc()
         errors.say(f"ebmkit: {error}", "red")
         sys.exit(2)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
+from rich.text import Text
 
 from ebmkit.errors import UserError
 from ebmkit.terminal import COUNT, ProgressBar, console, errors, escape_markup
@@ -20,6 +21,18 @@ if TYPE_CHECKING:
 def warn(sentence: object) -> None:
     """Show a warning."""
     errors.say(f"warning: {sentence}", "yellow")
+
+
+def check_new_file(option: str, path: Path) -> None:
+    """Check that ``path``, given to ``option``, does not exist and its folder does.
+
+    Raises:
+        UserError: if not.
+    """
+    if path.exists():
+        raise UserError(f"{str(path)!r} exists: give {option} a file that does not")
+    if not path.parent.is_dir():
+        raise UserError(f"cannot write {str(path)!r}: there is no folder {str(path.parent)!r}")
 
 
 def interrupted(sentence: str, signum: int | None) -> NoReturn:
@@ -39,15 +52,28 @@ _HIDDEN = ("kind", "step", "lr", "images_per_s")
 
 
 class TrainingBar:
-    """Progress of training with losses and images/s; held-out values only without a terminal.
+    """Progress of training: losses, images/s, remaining time and the last held-out figures.
 
-    ``name`` is that of the run, if there are several.
+    ``name`` is that of the run, if there are several. Without a terminal, lines; every logged step
+    has a line if more output is asked for.
     """
 
     def __init__(self, steps: int, start: int = 0, name: str = "") -> None:
         self.steps, self.name = steps, f"{name}: " if name else ""
-        columns = f"step {COUNT}", "{task.fields[losses]}", "{task.fields[rate]}"
-        self.progress = ProgressBar(*columns, last_line=True)
+        self.lines = console.verbose or not console.is_terminal
+        losses = () if console.is_terminal else ("{task.fields[losses]}",)
+        self.progress = ProgressBar(
+            f"step {COUNT}",
+            *losses,
+            "{task.fields[rate]}",
+            show=not console.verbose,
+            last_line=True,
+        )
+        self.losses, self.held_out, table = "", "", self.progress.get_renderables
+        self.progress.get_renderables = lambda: [  # type: ignore[method-assign]
+            *table(),
+            *(Text(line) for line in (self.losses, self.held_out) if line),
+        ]
         what = escape_markup(f"{self.name}training")
         self.task = self.progress.add_task(what, total=steps, completed=start, losses="", rate="")
 
@@ -67,12 +93,17 @@ class TrainingBar:
         if row["kind"] == "unreadable":
             return
         values = "  ".join(f"{k} {v:.4g}" for k, v in row.items() if k not in _HIDDEN)
+        at = f"{self.name}step {row['step']}/{self.steps}  "
         if row["kind"] == "validation":
-            if self.progress.lines:
-                console.say(f"{self.name}step {row['step']}/{self.steps}  held-out: {values}")
+            self.held_out = f"held-out: {values} (step {row['step']})"
+            if self.lines:
+                console.say(f"{at}held-out: {values}")
             return
         rate = f"{row['images_per_s']:.0f} images/s"
+        self.losses = values
         self.progress.update(self.task, completed=row["step"], losses=values, rate=rate)
+        if console.verbose:
+            console.say(f"{at}{values}  {rate}")
 
 
 class TensorBoard:

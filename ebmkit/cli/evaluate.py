@@ -35,11 +35,14 @@ def evaluate(
     compile_: str = "auto",
     set_: list[str] | None = None,
 ) -> None:
-    """Evaluate a trained model: print tables, write JSON and plots to RUN/evaluation.
+    """Evaluate a trained model: tables, JSON and plots.
 
-    PSNR is the mean of the per-image PSNR, for images in [0, 1] and clipped output, with noise from
-    a fixed seed. Intervals are 95 %. With `torchrun -m ebmkit evaluate ...` the processes share the
-    images.
+    Writes to RUN/evaluation. PSNR is the mean of the per-image PSNR, for images in [0, 1] and
+    clipped output, with noise from a fixed seed. Intervals are 95 %. With `torchrun -m ebmkit
+    evaluate ...` the processes share the images.
+
+    Example:
+        ebmkit evaluate runs/digits --suite classify,denoise
 
     Args:
         suite: suites separated by commas, from `ebmkit list suites`; standard: quick suites; all:
@@ -60,7 +63,7 @@ def evaluate(
     options = parse_assignments(set_ or [])
     faults = validated(FaultsConfig, options.pop("dataset", {}), "--set dataset")
     with join() as world:
-        console.quiet = not world.first
+        console.quiet |= not world.first
         place = device_of_rank(pick_device(device))
         model = load(run, device=str(place), weights=weights)
         where = _where(run, dataset, data_dir, image_size)

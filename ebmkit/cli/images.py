@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import csv
+import glob
+import io
+import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -9,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 from rich.table import Table
 from typer import Option
 
-from ebmkit.cli.console import console, errors, interrupted, warn
+from ebmkit.cli.console import check_new_file, console, errors, interrupted, warn
 from ebmkit.errors import Interrupted, UserError
 from ebmkit.terminal import COUNT, ProgressBar, counting, one_line, shown_name
 
@@ -26,44 +31,59 @@ def classify(
     *,
     top: Annotated[int, Option(min=1)] = 3,
     resize: bool = True,
+    json_: Annotated[Path | None, Option()] = None,
+    csv_: Annotated[Path | None, Option()] = None,
     weights: str = "last",
     device: str = "auto",
 ) -> None:
-    """Classify images: print the most likely classes, their probabilities and the log-density.
+    """Classify images: most likely classes and log-density.
 
     Log-densities are in nats, up to a constant of the model. Compare them only between images of
-    the same size.
+    the same size. Images that cannot be classified are reported, and the exit code is then 2.
+
+    Example:
+        ebmkit classify runs/digits photos 'scans/*.png' --csv classes.csv
 
     Args:
         top: number of classes to show
         resize: resize and crop images to the training size
+        json_: also write the table to this new JSON file
+        csv_: also write the table to this new CSV file
     """
     from ebmkit.compute import pick_device
     from ebmkit.data import read_image
     from ebmkit.energy import classifies
     from ebmkit.models import load
 
+    paths = [path for path, _ in _expand(images)]
+    write = _row_writer(json_, csv_)
     place = pick_device(device)
     model = load(run, device=str(place), weights=weights)
     if not classifies(model):
         raise UserError(f"the model in {str(run)!r} was trained without labels: it cannot classify")
-    loaded = [(path, read_image(path, _channels(model))) for path in images]
     names = model.card.class_names if model.card else []
-    table = Table("image", "class", "probability", "log-density (nats)")
-    for path, own in loaded:
-        y = _sized(model, own.image) if resize else own.image
-        energies = model(y[None].to(place))
+    table, rows = Table("image", "class", "probability", "log-density (nats)"), list[_Row]()
+
+    def classify_one(path: Path) -> None:
+        own = read_image(path, _channels(model)).image
+        energies = model((_sized(model, own) if resize else own)[None].to(place))
         posterior = energies.log_posterior()[0].exp().cpu()
         _check_numbers(run, path, posterior)
-        for rank, label in enumerate(posterior.argsort(descending=True)[:top].tolist()):
-            first = rank == 0
+        density = float(energies.log_density[0])
+        for rank, label in enumerate(posterior.argsort(descending=True)[:top].tolist(), 1):
+            name, first = names[label] if label < len(names) else str(label), rank == 1
             table.add_row(
                 shown_name(path.name) if first else "",
-                shown_name(names[label] if label < len(names) else str(label)),
+                shown_name(name),
                 f"{float(posterior[label]):.2%}",
-                f"{float(energies.log_density[0]):.1f}" if first else "",
+                f"{density:.1f}" if first else "",
             )
+            found = {"class": name, "probability": float(posterior[label])}
+            rows.append({"image": str(path), "rank": rank, **found, "log_density": density})
+
+    failed = _for_each(paths, classify_one, rows, write)
     console.print(table)
+    _check_failed(failed, len(paths), "classified")
 
 
 def denoise(
@@ -73,6 +93,8 @@ def denoise(
     out: Path,
     sigma: str | None = None,
     label: str | None = None,
+    json_: Annotated[Path | None, Option()] = None,
+    csv_: Annotated[Path | None, Option()] = None,
     weights: str = "last",
     device: str = "auto",
     precision: str = "auto",
@@ -83,12 +105,18 @@ def denoise(
     Without --sigma the model estimates the noise level, and the command warns if the estimate is
     unreliable: the image is unlike the training images, or what is removed is not noise.
 
-    Writes each image under its own name to --out, and never overwrites a file. If the model is for
-    colour, the output for a gray image is the mean over channels.
+    Writes each image under its own name to --out, images of a folder under their names in it, and
+    never overwrites a file. If the model is for colour, the output for a gray image is the mean
+    over channels. Images that cannot be denoised are reported, and the exit code is then 2.
+
+    Example:
+        ebmkit denoise runs/photos noisy --sigma 25/255 --out denoised
 
     Args:
         out: folder for the denoised images
         sigma: noise level, for example 25/255 [default: estimated by the model]
+        json_: also write inputs, outputs and noise levels to this new JSON file
+        csv_: also write inputs, outputs and noise levels to this new CSV file
     """
     from ebmkit.compile import optimize
     from ebmkit.compute import pick_device
@@ -99,17 +127,24 @@ def denoise(
     from ebmkit.sampling.jobs.settings import parse_label
     from ebmkit.storage import make_folder
 
+    named = _expand(images)
+    targets = {path: out / name for path, name in named}
+    if len(set(targets.values())) < len(named):
+        names = [name for _, name in named]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"two images are called {str(twice)!r}: denoise them separately")
+    write = _row_writer(json_, csv_)
     level, place = None if sigma is None else parse_sigma(sigma), pick_device(device)
     model = optimize(load(run, device=str(place), weights=weights), precision, compile_)
     c = None if label is None else parse_label(model, label)
     _warn_range(model, level)
-    targets = [out / path.name for path in images]
-    _check_targets(images, targets)
-    for path in images:  # check all inputs first; then one image in memory at a time
-        read_image(path, _channels(model))
-    make_folder(out)
-    for path, target in zip(images, targets, strict=True):
+    rows = list[_Row]()
+
+    def denoise_one(path: Path) -> None:
+        target = targets[path]
+        _check_target(target)
         loaded = read_image(path, _channels(model))
+        make_folder(target.parent)
         with counting(target.name) as progress:
             found = denoise_image(model, loaded.image.to(place), level, c, progress=progress)
         image = found.image.cpu()
@@ -121,6 +156,85 @@ def denoise(
         console.say(f"{one_line(str(target))}: {removed} ({how})")
         for sentence in found.warnings:
             warn(f"{one_line(path.name)}: {sentence}")
+        rows.append({"image": str(path), "output": str(target), "sigma": found.sigma, "from": how})
+
+    failed = _for_each(list(targets), denoise_one, rows, write)
+    _check_failed(failed, len(targets), "denoised")
+
+
+def _expand(named: list[Path]) -> list[tuple[Path, Path]]:
+    """The images in ``named``, which may be files, folders and patterns, and their names: those of
+    a folder relative to it, others without their folder.
+
+    Raises:
+        UserError: if a folder or pattern has no images.
+    """
+    from ebmkit.data.folders import find_images
+
+    found: dict[Path, Path] = {}
+    for path in named:
+        if path.is_dir():
+            own = {path / name: Path(name) for name in find_images(path, path)}
+        elif not path.exists() and glob.has_magic(str(path)):
+            files = map(Path, sorted(glob.glob(str(path), recursive=True)))
+            own = {file: Path(file.name) for file in files if file.is_file()}
+        else:
+            own = {path: Path(path.name)}
+        if not own:
+            raise UserError(f"there are no images in {str(path)!r}: name image files")
+        found |= own
+    return list(found.items())
+
+
+_Row = dict[str, Any]
+
+
+def _for_each(
+    paths: list[Path],
+    work: Callable[[Path], None],
+    rows: list[_Row],
+    write: Callable[[list[_Row]], None],
+) -> int:
+    """Call ``work`` for each image and ``write`` the ``rows``; return the number of failures, which
+    are printed and get a row. The error of a single image is raised."""
+    failed = 0
+    for path in paths:
+        try:
+            work(path)
+        except UserError as error:
+            if len(paths) == 1:
+                raise
+            failed += 1
+            errors.say(f"ebmkit: {error}", "red")
+            rows.append({"image": str(path), "error": str(error)})
+    write(rows)
+    return failed
+
+
+def _check_failed(failed: int, count: int, done: str) -> None:
+    if failed:
+        raise UserError(f"{failed} of {count} images could not be {done}, for the reasons above")
+
+
+def _row_writer(json_: Path | None, csv_: Path | None) -> Callable[[list[_Row]], None]:
+    """A function that writes rows to the files; raises a `UserError` if one exists."""
+    from ebmkit.storage import write_atomically
+
+    for option, path in (("--json", json_), ("--csv", csv_)):
+        if path is not None:
+            check_new_file(option, path)
+
+    def write(rows: list[_Row]) -> None:
+        if json_ is not None:
+            write_atomically(json_, (json.dumps(rows, indent=1) + "\n").encode())
+        if csv_ is not None:
+            text = io.StringIO(newline="")
+            table = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)))
+            table.writeheader()
+            table.writerows(rows)
+            write_atomically(csv_, text.getvalue().encode(errors="surrogateescape"))
+
+    return write
 
 
 def restore(
@@ -143,12 +257,16 @@ def restore(
     precision: str = "auto",
     compile_: str = "auto",
 ) -> None:
-    """Restore images from linear measurements, by stochastic ascent (Kadkhodaie & Simoncelli).
+    """Restore images from linear measurements.
 
-    The input is the clean image: the command measures it, restores it, and compares the result with
-    it and with simple methods. With --measured the input is the measurement. Writes
-    NAME-measured.png, NAME-restored.png, NAME-comparison.png and NAME.json; overwrites nothing.
-    After Ctrl-C or a kill, the same command resumes and produces the same images.
+    The method is stochastic ascent (Kadkhodaie & Simoncelli). The input is the clean image: the
+    command measures it, restores it, and compares the result with it and with simple methods. With
+    --measured the input is the measurement. Writes NAME-measured.png, NAME-restored.png,
+    NAME-comparison.png and NAME.json; overwrites nothing. After Ctrl-C or a kill, the same command
+    resumes and produces the same images.
+
+    Example:
+        ebmkit restore runs/photos photo.png --task superres --out restored
 
     Args:
         run: run folder of a blind denoiser
@@ -186,6 +304,7 @@ def restore(
     options = TaskOptions(None if mask is None else read_mask(mask), share, factor, seed)
     computed = f"{place.type}, {inference.precision}, compile {inference.mode}"
     job = RestoreJob(model, chosen, options, config, measured, samples, seed, c, str(run), computed)
+    images = [path for path, _ in _expand(images)]
     folder = job.begin(images, out)
     mean = ["mean image, dB"] if samples > 1 else []
     table = Table("image", "restored, dB", *mean, "simple methods, dB")
@@ -234,7 +353,7 @@ def sample(
     precision: str = "auto",
     compile_: str = "auto",
 ) -> None:
-    """Sample images from a trained model: from p(x), or with --label from p(x|c).
+    """Sample images from p(x), or with --label from p(x|c).
 
     With --guide a classifier guides another model, for example a diffusion model, to the label:
     --guidance energy --scale 4 --schedule sigmoid:t0=500,y0=0.05,k=0.02.
@@ -242,6 +361,9 @@ def sample(
     Writes samples.h5 (samples and their energies; also a data set of kind hdf5), samples.png,
     path.png, path.gif and sampling.json (settings, traces, diagnostics). After Ctrl-C or a kill,
     the same command resumes and produces the same samples.
+
+    Example:
+        ebmkit sample runs/digits --label 3 --count 16 --out samples
 
     Args:
         out: folder for the samples: new, or an interrupted job to resume [default: a folder in
@@ -371,19 +493,16 @@ def _warn_range(model: ScoreModel, sigma: float | None) -> None:
             )
 
 
-def _check_targets(sources: list[Path], targets: list[Path]) -> None:
+def _check_target(target: Path) -> None:
     from ebmkit.data.images import WRITERS
 
-    for i, (source, target) in enumerate(zip(sources, targets, strict=True)):
-        if target in targets[:i]:
-            raise UserError(f"two images are called {source.name!r}: denoise them separately")
-        if target.suffix.lower() not in WRITERS:
-            raise UserError(
-                f"cannot write {target.name!r}: images to denoise must be called "
-                f"{', '.join(sorted(WRITERS))}; convert it first"
-            )
-        if target.exists():
-            raise UserError(f"{str(target)!r} exists: choose another --out, or move it away")
+    if target.suffix.lower() not in WRITERS:
+        raise UserError(
+            f"cannot write {target.name!r}: images to denoise must be called "
+            f"{', '.join(sorted(WRITERS))}; convert it first"
+        )
+    if target.exists():
+        raise UserError(f"{str(target)!r} exists: choose another --out, or move it away")
 
 
 def _sized(model: ScoreModel, image: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 from rich.table import Table
 from typer import Argument, Option
 
-from ebmkit.cli.console import console, errors, warn
+from ebmkit.cli.console import check_new_file, console, errors, warn
 from ebmkit.errors import UserError
 from ebmkit.terminal import COUNT, ProgressBar
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from ebmkit.bench import BenchmarkSetting, Row
 
 Kind = Literal[
-    "backbones", "denoisers", "heads", "objectives", "datasets", "recipes", "suites", "samplers",
-    "tasks", "checkpoints", "guidance",
+    "backbones", "denoisers", "diffusion", "heads", "objectives", "datasets", "recipes", "suites",
+    "samplers", "tasks", "checkpoints", "guidance",
 ]  # fmt: skip
 
 
@@ -40,11 +40,13 @@ def import_(
     averaged: bool = True,
     set_: list[str] | None = None,
 ) -> None:
-    """Convert a checkpoint to a run folder, to evaluate it or sample from it.
+    """Convert a published checkpoint to a run folder.
 
     Formats: files of the robustness package and of JEM, published DnCNN and DRUNet, state dicts,
-    UNets of diffusers. No code in the file is executed. Then, for example: ebmkit evaluate OUT
-    --suite robustness
+    UNets of diffusers. No code in the file is executed. Other commands use the folder like a run.
+
+    Example:
+        ebmkit import dncnn_25.pth --out runs/dncnn --sigma 25/255
 
     Args:
         source: file or folder, or OWNER/NAME:FILE (diffusers: OWNER/NAME) on the Hugging Face hub
@@ -131,6 +133,9 @@ def export(
     Loads the file again, runs it on random images and compares it with the model; keeps no file if
     they differ. Never overwrites an existing file.
 
+    Example:
+        ebmkit export runs/digits --what classifier --out digits.onnx
+
     Args:
         out: file to write: .pt2 for PyTorch, .onnx for ONNX runtimes
         what: classifier: log-probabilities and log-density; denoiser: takes the noise level;
@@ -178,6 +183,9 @@ def verify(
 
     Exit code 2 if a file is changed or missing. Writes nothing unless --accept is given.
 
+    Example:
+        ebmkit verify runs/digits
+
     Args:
         accept: accept the current content of this file, changed on purpose; repeatable
         as_json: print JSON instead of a table
@@ -216,6 +224,7 @@ def verify(
 TABLES: dict[str, tuple[str, str]] = {
     "backbones": ("models", "BACKBONES"),
     "denoisers": ("models", "DENOISERS"),
+    "diffusion": ("models", "DENOISERS"),
     "heads": ("models", "HEADS"),
     "objectives": ("objectives", "OBJECTIVES"),
     "datasets": ("data", "DATASETS"),
@@ -227,6 +236,22 @@ TABLES: dict[str, tuple[str, str]] = {
 }
 """Module and name of the registry of each kind."""
 
+USES: dict[str, str] = {
+    "backbones": "train --backbone (with a head)",
+    "denoisers": "train --backbone --objective dsm",
+    "diffusion": "train --backbone --objective ddpm",
+    "heads": "train --head",
+    "objectives": "train --objective",
+    "datasets": "train --dataset",
+    "recipes": "train --recipe",
+    "suites": "evaluate --suite",
+    "samplers": "sample --sampler",
+    "tasks": "restore --task",
+    "checkpoints": "import --as",
+    "guidance": "sample --guidance",
+}
+"""The option that accepts the names of each kind."""
+
 
 def described(kind: Kind) -> dict[str, str]:
     """Names and descriptions of ``kind``; imports only the registry that has them."""
@@ -236,6 +261,11 @@ def described(kind: Kind) -> dict[str, str]:
         return dict(KINDS)
     module, registry = TABLES[kind]
     entries: Mapping[str, Any] = getattr(import_module(f"ebmkit.{module}"), registry)
+    if kind in ("denoisers", "diffusion"):
+        from ebmkit.models.diffusion import UNetConfig
+
+        unets = [name for name, entry in entries.items() if isinstance(entry.config, UNetConfig)]
+        entries = {n: e for n, e in entries.items() if (n in unets) == (kind == "diffusion")}
     found = {name: entry.description for name, entry in entries.items()}
     if kind == "backbones":
         found["timm:NAME"] = "any network of timm, as timm:convnext_atto"
@@ -256,8 +286,21 @@ def tables() -> dict[str, dict[str, str]]:
     return {kind: described(kind) for kind in get_args(Kind)}
 
 
-def list_(kind: Annotated[Kind, Argument(help=", ".join(get_args(Kind)))]) -> None:
-    """List the names that options accept: backbones, objectives, samplers, ..."""
+def list_(
+    kind: Annotated[Kind | None, Argument(help=", ".join(get_args(Kind)))] = None,
+) -> None:
+    """List the names that options accept; without a kind, an overview.
+
+    Example:
+        ebmkit list backbones
+    """
+    if kind is None:
+        table = Table("kind", "names", "option", show_lines=True)
+        for name, found in tables().items():
+            table.add_row(name, ", ".join(found), USES[name])
+        console.print(table)
+        console.say("descriptions: ebmkit list KIND; networks of timm: --backbone timm:NAME")
+        return
     table = Table(kind.removesuffix("s"), "description")
     for name, description in described(kind).items():
         table.add_row(name, description)
@@ -272,9 +315,12 @@ def pack(
     skip_unreadable: bool = False,
     follow_links: bool = False,
 ) -> None:
-    """Pack a folder of images, or a torchvision data set, into one HDF5 file.
+    """Pack an image folder or torchvision data set into one HDF5 file.
 
     Train on it with --dataset hdf5 --data-dir OUT.h5.
+
+    Example:
+        ebmkit data pack photos photos.h5 --image-size 64
 
     Args:
         src: image folder, CIFAR folder, or torchvision:NAME[:FOLDER]
@@ -311,6 +357,9 @@ def bench(
     All candidates of a measurement run once per round, in alternating order. The ratio is the
     median over rounds of plain time / ebmkit time, with its quartiles; above 1, ebmkit is faster.
 
+    Example:
+        ebmkit bench --backbone gradresnet18 --objective ce+dsm --width 16
+
     Args:
         backbone: backbone, from `ebmkit list backbones`
         objective: objectives to time, separated by commas
@@ -329,10 +378,8 @@ def bench(
     from ebmkit.compute import ComputeConfig, pick_compile, pick_device, pick_precision
     from ebmkit.storage import write_atomically
 
-    if json_ is not None and json_.exists():
-        raise UserError(f"{str(json_)!r} exists: give --json a file that does not")
-    if json_ is not None and not json_.parent.is_dir():
-        raise UserError(f"cannot write {str(json_)!r}: there is no folder {str(json_.parent)!r}")
+    if json_ is not None:
+        check_new_file("--json", json_)
     where = pick_device(device)
     pick_precision(precision, where)
     pick_compile(compile_, where)

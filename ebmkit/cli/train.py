@@ -24,6 +24,7 @@ from ebmkit.cli.options import declare, options_of
 from ebmkit.errors import Interrupted, UserError
 
 if TYPE_CHECKING:
+    from ebmkit.data import AnyImages
     from ebmkit.distributed import DistributedContext
     from ebmkit.training import Reporter, RunFolder, TrainConfig, Trainer
     from ebmkit.training.loop import Stop
@@ -42,14 +43,19 @@ def train(
     backbone: str | None = None,
     head: str | None = None,
     objective: str | None = None,
-    width: int | None = None,
+    epochs: float | None = None,
     steps: int | None = None,
+    batch_size: Annotated[int | None, Option(min=1)] = None,
+    lr: float | None = None,
+    width: int | None = None,
     seed: int | None = None,
     out: Path | None = None,
     recipe: str | None = None,
     image_size: int | None = None,
     config: Path | None = None,
     set_: list[str] | None = None,
+    ema: float | None = None,
+    workers: Annotated[int | None, Option(min=0)] = None,
     device: str | None = None,
     precision: str | None = None,
     compile_: str | None = None,
@@ -65,19 +71,28 @@ def train(
     cores. Later settings override earlier ones: recipe < --config < named options < --set. With
     `torchrun -m ebmkit train ...` all processes train one model.
 
+    Example:
+        ebmkit train --dataset folder --data-dir photos --epochs 20
+
     Args:
         dataset: data set, from `ebmkit list datasets` [default: digits]
         backbone: backbone, from `ebmkit list backbones` [default: set by the recipe, gradresnet18]
         head: head, from `ebmkit list heads` [default: set by the recipe, linear-quadratic]
         objective: objectives joined by +, for example ce+0.5*dsm [default: set by the recipe,
             ce+dsm]
-        width: channels of the first stage
-        steps: number of optimiser steps
+        epochs: length of the run in passes over the training images, by the batches of the
+            classification stream (without labels, of the denoising stream); recorded as steps
+        steps: number of optimiser steps [default: set by the recipe]
+        batch_size: images per step, of each stream [default: set by the recipe]
+        lr: learning rate [default: set by the recipe]
+        width: channels of the first stage [default: set by the recipe, for its own kind of network]
         seed: random seed of initial weights, data order, augmentation and noise [default: 0]
         out: run folder to create [default: a new one in runs/]
         recipe: recipe, from `ebmkit list recipes` [default: set by the data set]
         config: YAML file of configuration fields
-        set_: configuration field, for example optimizer.lr=1e-3; repeatable
+        set_: configuration field, for example optimizer.weight_decay=0.1; repeatable
+        ema: decay of averaged weights, for example 0.999 [default: set by the recipe]
+        workers: number of processes that read images, for data sets on disk [default: 0]
         precision: precision of training: auto, fp32, tf32, bf16 [default: set by the configuration,
             auto]
         compile_: compile the step: auto, on, off [default: auto]
@@ -90,16 +105,24 @@ def train(
     """
     from ebmkit.distributed import join
     from ebmkit.training import RunFolder, parse_assignments, read_config
+    from ebmkit.training.config import StreamsConfig
     from ebmkit.training.loop import assemble
     from ebmkit.training.setup import check_test_images, images_of
 
     named = {
-        "dataset": {"name": dataset, "data_dir": data_dir, "image_size": image_size},
+        "dataset": {
+            "name": dataset,
+            "data_dir": data_dir,
+            "image_size": image_size,
+            "workers": workers,
+        },
         "backbone": backbone,
         "head": head,
         "model": {"backbone": {"width": width}},
         "objective": objective,
         "init": str(Path(init).absolute()) if init and Path(init).exists() else init,
+        "streams": {name: {"batch_size": batch_size} for name in StreamsConfig.model_fields},
+        "optimizer": {"lr": lr, "ema": ema},
         "steps": steps,
         "seed": seed,
         "device": device,
@@ -107,6 +130,8 @@ def train(
     }
     layers = [read_config(config)] if config else []
     layers += [_given(named), parse_assignments(set_ or [])]
+    if epochs is not None and (steps is not None or "steps" in layers[-1]):
+        raise UserError(f"--epochs {epochs:g} and a number of steps exclude each other: give one")
     if tensorboard:
         TensorBoard.check()
     if resume is not None and (out is not None or recipe is not None):
@@ -120,15 +145,15 @@ def train(
         console.say(f"nothing was saved in {resume} yet: the run starts from the beginning")
         out, resume = resume, None
     with join() as world, ExitStack() as stack:
-        console.quiet = not world.first
-        resolved, resume = _resolved(world, layers, recipe, out, resume)
+        console.quiet |= not world.first
+        resolved, resume, images = _resolved(world, layers, recipe, out, resume, epochs)
         if dry_run:
             _estimate_cost(resolved, world)
             return
         run = RunFolder.open(resume) if resume is not None and world.first else None
         if run is not None:
             stack.enter_context(run.held())
-        trainer = assemble(resolved, run, progress=world.first, world=world)
+        trainer = assemble(resolved, run, progress=world.first, world=world, train=images)
         test = images_of(resolved.dataset, "test", world.first) if evaluate else None
         if test is not None:
             check_test_images(trainer.train, test)
@@ -159,10 +184,13 @@ def train(
 
 
 def cost(**options: Any) -> None:
-    """Estimate the cost of a training run: parameters, FLOPs, memory and time; writes nothing.
+    """Estimate time, memory and FLOPs of a training run; write nothing.
 
     The options are those of `ebmkit train`. The FLOPs of Langevin steps, where an objective needs
     samples of the model, are listed separately.
+
+    Example:
+        ebmkit cost --dataset cifar10 --epochs 100 --device cuda
     """
     train(**options, dry_run=True)
 
@@ -189,11 +217,14 @@ def reproduce(
     slurm: Annotated[int | None, Option(min=1)] = None,
     slurm_option: list[str] | None = None,
 ) -> None:
-    """Reproduce a table or figure of the papers: write Markdown, JSON and plots to --out.
+    """Reproduce a table or figure of the papers.
 
-    Every row is a separate run. The same command skips finished rows and resumes an interrupted
-    one. Started several times with the same --out, also on several machines with shared storage,
-    it shares the rows.
+    Writes Markdown, JSON and plots to --out. Every row is a separate run. The same command skips
+    finished rows and resumes an interrupted one. Started several times with the same --out, also on
+    several machines with shared storage, it shares the rows.
+
+    Example:
+        ebmkit reproduce table1 --scale cpu --only joint
 
     Args:
         target: table1, table2, table3, fig1, fig3, fig4, claims, efficiency: of
@@ -285,27 +316,35 @@ def _resolved(
     recipe: str | None,
     out: Path | None,
     resume: Path | None,
-) -> tuple[TrainConfig, Path | None]:
+    epochs: float | None,
+) -> tuple[TrainConfig, Path | None, AnyImages | None]:
     """The configuration, the same on all processes, and the run to resume, if any.
 
-    Only rank 0 needs access to the run folder.
+    Only rank 0 needs access to the run folder. The third value is the training images, if they were
+    loaded to count the steps of ``epochs``.
     """
     from ebmkit.distributed import launch, restarted
     from ebmkit.training import RunFolder, resolve
+    from ebmkit.training.setup import images_of, steps_of_epochs
 
+    images = None
     found: tuple[dict[str, Any], Path | None] = ({}, None)
     if world.first:
-        if resume is None:
+        if resume is not None:
+            layers = [RunFolder.open(resume).config(), *layers]
+        resolved = resolve(*layers, recipe=recipe)
+        if epochs is not None:
+            images = images_of(resolved.dataset, "train", console.is_terminal)
+            count = min(len(images), resolved.dataset.limit or len(images))
+            layers = [*layers, {"steps": steps_of_epochs(epochs, count, resolved)}]
             resolved = resolve(*layers, recipe=recipe)
-            if restarted() and launch() is not None:
-                resume = _interrupted_run(out, resolved)
-        else:
-            resolved = resolve(RunFolder.open(resume).config(), *layers)
+        if resume is None and restarted() and launch() is not None:
+            resume = _interrupted_run(out, resolved)
         if resume is not None:
             RunFolder.open(resume).check_config(resolved)
         found = resolved.model_dump(mode="json"), resume
     config, resume = world.broadcast(found)
-    return resolve(config), resume
+    return resolve(config), resume, images
 
 
 def _interrupted_run(out: Path | None, config: TrainConfig) -> Path | None:

@@ -392,10 +392,16 @@ def _drop_unused(
 
 
 def _fitting_network(recipe: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Model settings of ``recipe`` without backbone fields that network ``name`` does not have."""
+    """Model settings of ``recipe`` without backbone fields that network ``name`` does not have.
+
+    Its width is for its own kind of network: ``resnet50`` on digits has the published width 64.
+    """
     model = dict(recipe.get("model", {}))
     if isinstance(model.get("backbone"), Mapping):
-        fields = type(find_network(name).config).model_fields
+        config, own = find_network(name).config, recipe.get("backbone", "gradresnet18")
+        fields = set(type(config).model_fields)
+        if config.kind != find_network(str(own)).config.kind:
+            fields -= {"width"}
         model["backbone"] = {k: v for k, v in model["backbone"].items() if k in fields}
     return model
 

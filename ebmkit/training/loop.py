@@ -510,16 +510,19 @@ def assemble(
     reporter: Reporter | None = None,
     progress: bool = False,
     world: DistributedContext | None = None,
+    train: AnyImages | None = None,
 ) -> Trainer:
     """Load the data, build model and trainer, and resume from the run's checkpoint.
 
     Arguments are those of `Trainer`, and ``progress``: whether to show progress bars while data is
-    downloaded or read. Raises a `UserError` if one of these steps does.
+    downloaded or read; ``train``: the training images, if they are loaded already, before
+    ``dataset.limit``. Raises a `UserError` if one of these steps does.
     """
     world = world or DistributedContext()
     if not world.first:
         world.broadcast(None)  # the first process alone downloads data
-    train = images_of(config.dataset, "train", progress)
+    if train is None:
+        train = images_of(config.dataset, "train", progress)
     if world.first:
         world.broadcast(None)
     if (limit := config.dataset.limit) is not None:

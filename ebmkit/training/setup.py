@@ -14,7 +14,7 @@ from ebmkit.blind import fit_calibration
 from ebmkit.card import ModelCard
 from ebmkit.data import AnyImages, load_dataset
 from ebmkit.data.imagesets import FaultPolicy
-from ebmkit.data.schedule import Stage
+from ebmkit.data.schedule import Stage, images_between, stages
 from ebmkit.energy import EnergyModel, ScoreModel
 from ebmkit.errors import UserError, shown
 from ebmkit.models import ModelConfig
@@ -53,6 +53,24 @@ def images_of(
         faults=FaultPolicy(config.unreadable == "skip", config.links == "follow"),
         hold_out=config.hold_out,
     )
+
+
+def steps_of_epochs(epochs: float, images: int, config: TrainConfig) -> int:
+    """Number of steps in which the main stream draws ``images`` training images ``epochs`` times.
+
+    The main stream is that of classification, or without labels that of the first objective.
+
+    Raises:
+        UserError: if ``epochs`` is not above 0, or Inf.
+    """
+    if not 0 < epochs < math.inf:
+        raise UserError(f"--epochs {epochs:g} is not legal: take a number above 0, as 20 or 0.5")
+    terms = parse_objective(config.objective)
+    drawn = [config.draw_from.get(term.name, term.objective.stream) for term in terms]
+    name = "classify" if "classify" in drawn else drawn[0]
+    many = 10**6  # a run this long has the mean batch size of the phases, which are shares of a run
+    plan = stages({name: config.stream(name)}, many)
+    return max(1, math.ceil(epochs * images * many / images_between(plan, 0, many)))
 
 
 def build_model(config: TrainConfig, images: AnyImages) -> ScoreModel:

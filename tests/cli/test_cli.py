@@ -1,7 +1,10 @@
 """The command line: output, files, errors and exit codes."""
 
+import csv
+import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,12 +13,15 @@ import threading
 import numpy as np
 import pytest
 import torch
+import yaml
 from ebmkit_tests.support.command_line import ebmkit_command
 from PIL import Image
 
 import ebmkit
+from ebmkit.cli.console import TrainingBar
 from ebmkit.cli.tools import tables
 from ebmkit.storage import Claim
+from ebmkit.terminal import CleanConsole
 from ebmkit.training import RunFolder
 
 pytestmark = pytest.mark.usefixtures("count_memory_once", "few_resamples")
@@ -108,6 +114,95 @@ def test_denoise_command_equals_the_python_call(home):
     assert_refused(again, "exists")
     estimated = ebmkit_command("denoise", "run", "gray.png", "--out", "blind", cwd=home)
     assert "(estimated)" in estimated.stdout
+
+
+def test_several_images_continue_after_a_bad_one(home):
+    """Files, folders and patterns; results and errors of all images are in the tables."""
+    folder = home / "many" / "sub"
+    folder.mkdir(parents=True)
+    for path in (folder / "b.png", home / "many" / "a.png", home / "c1.png"):
+        shutil.copy(home / "gray.png", path)
+    (folder / "bad.png").write_bytes(b"no image")
+    named = ["many", "c*.png", "gray.png", "--device", "cpu"]  # c*: c1.png and colour.png
+    good = ["many/a.png", "many/sub/b.png", "c1.png", "gray.png"]
+
+    found = ebmkit_command("classify", "run", *named, "--top", 2, "--csv", "c.csv", cwd=home)
+    assert found.returncode == 2
+    assert "2 of 6 images could not be classified" in found.stderr.splitlines()[-1]
+    with (home / "c.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["image"] for row in rows if row["rank"] == "1"] == good
+    assert {r["image"] for r in rows if r["error"]} == {"many/sub/bad.png", "colour.png"}
+    assert len(rows) == 2 * len(good) + 2
+    assert sum(float(r["probability"]) for r in rows[:2]) <= 1
+
+    cleaned = ebmkit_command("denoise", "run", *named, "--out", "all", "--json", "d.json", cwd=home)
+    assert cleaned.returncode == 2
+    assert "2 of 6 images could not be denoised" in cleaned.stderr.splitlines()[-1]
+    rows = json.loads((home / "d.json").read_text())
+    outputs = ["all/a.png", "all/sub/b.png", "all/c1.png", "all/gray.png"]
+    assert [row["output"] for row in rows if "output" in row] == outputs
+    assert all((home / output).is_file() for output in outputs)
+    again = ebmkit_command("denoise", "run", "many", "--out", "all", "--json", "d.json", cwd=home)
+    assert_refused(again, "d.json", "exists")
+
+
+def test_epochs_and_short_options_set_fields_of_the_configuration(tmp_path):
+    """Two passes over 100 images in batches of 16 are 13 steps."""
+    done = ebmkit_command(
+        "train", "--epochs", 2, "--batch-size", 16, "--lr", 0.002, "--ema", 0.9, "--workers", 0,
+        "--backbone", "gradresnet10", "--width", 8, "--set", "dataset.limit=100", "--device", "cpu",
+        "--set", "validation_images=0", "--out", "run", "--no-evaluate", "--quiet", cwd=tmp_path,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "")
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert (config["steps"], config["optimizer"]["lr"], config["optimizer"]["ema"]) == (
+        13,
+        0.002,
+        0.9,
+    )
+    assert {stream["batch_size"] for stream in config["streams"].values()} == {16}
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) > 0
+    both = ebmkit_command("train", "--epochs", 2, "--steps", 9, cwd=tmp_path)
+    assert_refused(both, "--epochs 2", "give one")
+    assert_refused(ebmkit_command("train", "--epochs", 0, cwd=tmp_path), "--epochs 0")
+
+
+@pytest.mark.filterwarnings("always:a score is differentiated through")
+def test_batch_norm_with_a_trained_score_is_said_at_the_start_and_in_the_table(tmp_path):
+    trained = ebmkit_command(
+        "train", "--backbone", "resnet18", "--objective", "ce+dsm", "--steps", 2, "--out", "run",
+        "--width", 2, *SMALL[4:], cwd=tmp_path,
+    )  # fmt: skip
+    assert trained.returncode == 0, trained.stderr
+    assert "BatchNorm" in trained.stderr
+    assert trained.stdout.count("a pair known not to work") == 2  # tables classify and denoise
+
+
+def test_list_without_a_kind_is_an_overview(home):
+    shown = ebmkit_command("list", cwd=home, COLUMNS="1000")
+    assert shown.returncode == 0
+    for kind, found in tables().items():
+        assert f" {kind} " in shown.stdout
+        assert ", ".join(found) in shown.stdout
+    kinds = {kind: set(tables()[kind]) for kind in ("backbones", "denoisers", "diffusion")}
+    assert {"resnet50", "timm:NAME"} <= kinds["backbones"]
+    assert "drunet" in kinds["denoisers"]
+    assert kinds["diffusion"] == {"unet", "unet-cifar10"}
+    assert not kinds["denoisers"] & kinds["diffusion"]
+
+
+def test_progress_bar_shows_the_last_held_out_figures(monkeypatch):
+    monkeypatch.setattr("ebmkit.cli.console.console", terminal := CleanConsole(
+        force_terminal=True, width=80, file=io.StringIO()
+    ))  # fmt: skip
+    with TrainingBar(10) as bar:
+        bar.report({"kind": "train", "step": 4, "lr": 1, "ce": 2.5, "images_per_s": 90})
+        bar.report({"kind": "validation", "step": 4, "accuracy": 0.25})
+        bar.report({"kind": "train", "step": 5, "lr": 1, "ce": 1.5, "images_per_s": 90})
+    shown = terminal.file.getvalue()
+    assert "held-out: accuracy 0.25 (step 4)" in shown
+    assert shown.rindex("ce 1.5") < shown.rindex("held-out: accuracy 0.25 (step 4)")
 
 
 @pytest.mark.parametrize("kind", ["backbones", "heads", "objectives", "datasets", "recipes"])

@@ -13,6 +13,8 @@ from ebmkit_tests.support.command_line import ebmkit_command
 
 import ebmkit
 from ebmkit.cli import app
+from ebmkit.cli.app import COMMANDS as GROUPS
+from ebmkit.cli.options import KEYS, SYNONYMS, setting_keys
 from ebmkit.cli.tools import Kind, tables
 from ebmkit.experiments import EXPERIMENTS
 from ebmkit.export import What
@@ -40,12 +42,14 @@ def run_in_new_process(code, *arguments):
 @pytest.mark.parametrize(
     ("arguments", "code", "message", "also_absent"),
     [
-        (["--help"], 0, "Commands:", {"pydantic"}),
+        (["--help"], 0, "Train and evaluate:", {"pydantic"}),
         (["--version"], 0, f"ebmkit {ebmkit.__version__}\n", {"pydantic"}),
         (["--hlep"], 2, "No such option: --hlep", {"pydantic"}),
         (["trian"], 2, "No such command 'trian'", set()),  # Typer itself imports pydantic
         (["train", "--help"], 0, "--objective", set()),
-        (["train", "--stpes", "3"], 2, "No such option: --stpes", set()),
+        (["-h"], 0, "Use a model:", {"pydantic"}),
+        (["train", "--stpes", "3"], 2, "No such option: --stpes. Did you mean --steps?", set()),
+        (["train", "--learning-rate", "3"], 2, "Did you mean --lr?", set()),
         (["export", "run"], 2, "Missing option '--out'", set()),
     ],
 )
@@ -109,7 +113,66 @@ def test_help_uses_standard_metavars():
     assert "Usage: ebmkit denoise [OPTIONS] RUN IMAGE...\n" in shown("denoise")
     assert "Usage: ebmkit reproduce [OPTIONS] TARGET [ROW]...\n" in shown("reproduce")
     train = shown("train")
-    for option in ("--steps INTEGER", "--out PATH", "--set TEXT", "--backbone TEXT"):
+    for option in ("--steps INTEGER", "--out PATH", "--set KEY=VALUE", "--backbone TEXT"):
         assert f"{option} " in train
+    assert "--what [classifier|denoiser|blind-denoiser]" in shown("export")
     for command in COMMANDS.keys() - {"data"}:
+        assert "9223372036854775807" not in shown(command)
         assert not any(f"<{kind}" in shown(command) for kind in ("str", "int", "path", "list", "f"))
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_help_fits_the_terminal_and_breaks_no_name(columns):
+    """Commands have one line each; words joined by hyphens stay whole."""
+
+    def shown(*arguments):
+        return ebmkit_command(*arguments, "-h", cwd=".", COLUMNS=str(columns)).stdout
+
+    overview = shown()
+    for group, commands in GROUPS.items():
+        assert f"\n{group}:\n" in overview
+        for name, function in commands.items():
+            row = f"  {name.ljust(9)}  {function.__doc__.splitlines()[0]}\n"
+            assert row in overview
+            lines = shown(*name.split()).splitlines()
+            assert max(map(len, lines)) <= columns - 2
+            assert not any(re.search(r"[a-z0-9]-$", line) for line in lines), name
+            assert lines[-2] == "Example:"
+            assert lines[-1].startswith(f"  ebmkit {name} ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["train", "--weight-decay", "0.1"], "Write --set optimizer.weight_decay=0.1\n"),
+        (["train", "--optimizer=sgd"], "Write --set optimizer.kind=sgd\n"),
+        (["train", "--max_grad_norm", "1"], "Write --set optimizer.clip_norm=1\n"),
+        (["cost", "--label-smoothing", "0.1"], "Write --set objective.ce.label_smoothing=0.1\n"),
+        (["train", "--cutout"], "Write --set streams.classify.augmentation.cutout=VALUE or --set "),
+        (["train", "--num_workers", "2"], "Did you mean --workers?"),
+        (["train", "-b", "64"], "Did you mean --batch-size?"),
+        (["sample", "run", "--step-size", "1e-4"], "Write --set step_size=1e-4\n"),
+        (["denoise", "run", "x.png", "--noise-level", "25"], "Did you mean --sigma?"),
+        (["evaluate", "run", "--aggressive"], "No such option: --aggressive"),
+    ],
+)
+def test_unknown_option_suggests_the_right_one_or_the_setting(arguments, hint):
+    ended = ebmkit_command(*arguments, cwd=".")
+    assert ended.returncode == 2
+    assert hint in ended.stderr
+
+
+def test_suggested_options_and_settings_exist():
+    options = {o for c in COMMANDS.values() for p in c.params for o in (*p.opts, *p.secondary_opts)}
+    assert {f"--{name}" for name in SYNONYMS} <= options
+    assert set(KEYS.values()) <= set(setting_keys("train"))
+
+
+def test_shell_completion_lists_commands_and_options():
+    def completed(words):
+        environment = {"_EBMKIT_COMPLETE": "complete_bash", "COMP_WORDS": words}
+        ended = ebmkit_command(cwd=".", **environment, COMP_CWORD=str(len(words.split(" ")) - 1))
+        return ended.stdout.split()
+
+    assert completed("ebmkit cl") == ["classify"]
+    assert "--epochs" in completed("ebmkit train --ep")

@@ -201,6 +201,10 @@ def test_backbone_sets_its_own_depth_and_width():
         backbone = resolve({"backbone": name}, recipe="digits").model.backbone
         assert (backbone.depth, backbone.width) == size
     assert resolve({"backbone": "mlp"}, recipe="cifar10").model.backbone.width == 128
+    for name, width in {"resnet50": 64, "drunet": 64, "gradresnet34": 16}.items():
+        assert resolve({"backbone": name}, recipe="digits").model.backbone.width == width
+    own = {"backbone": "resnet50", "model": {"backbone": {"width": 16}}}
+    assert resolve(own, recipe="digits").model.backbone.width == 16
     later = resolve({"backbone": "gradresnet10"}, {"backbone": "gradresnet18"})
     assert later.model.backbone.depth == 18
     resnet = resolve({"backbone": "gradresnet10"}, {"backbone": "resnet18"}).model.backbone
