@@ -555,7 +555,7 @@ def _interrupted(stopped: Interrupted, of: str, signum: int | None) -> NoReturn:
 
 def _report(document: dict[str, Any], out: Path, before: int) -> None:
     """Print the results, and the warnings except the first ``before``, which are already shown."""
-    from ebmkit.sampling.jobs.arrival import describe
+    from ebmkit.sampling.diagnostics import describe_arrival
 
     diagnostics = document["diagnostics"]
     energies, chains = diagnostics["energies"], diagnostics["chains"]
@@ -573,7 +573,7 @@ def _report(document: dict[str, Any], out: Path, before: int) -> None:
             f"{energies['log_density_of_data']:.1f} (nats)"
         )
     if diagnostics["noise"] is not None:
-        lines.append(describe(diagnostics["noise"]))
+        lines.append(describe_arrival(diagnostics["noise"]))
     for line in lines:
         console.say(line)
     for sentence in document["warnings"][before:]:

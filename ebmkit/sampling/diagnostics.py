@@ -18,6 +18,9 @@ Chains with autocorrelations :math:`\rho_t` are worth :math:`N M / \tau` indepen
 The sum is truncated and smoothed as Geyer's initial monotone sequence: sums of pairs
 :math:`\rho_{2t} + \rho_{2t+1}` are positive and decrease. `effective_size` uses the normal scores
 of the ranks (the "bulk" size), or the draws themselves.
+
+A blind denoiser estimates the noise level of an image as :math:`\sqrt d / \|s(y)\|`. Samples that
+arrived at images have levels like those of held-out images (`arrival`).
 """
 
 from __future__ import annotations
@@ -30,9 +33,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ebmkit.compile import device_of
+from ebmkit.energy import ScoreModel
 from ebmkit.errors import UserError
+from ebmkit.noise import format_sigma
 from ebmkit.randomness import seeded_generator
-from ebmkit.sampling.base import Info, State
+from ebmkit.sampling.base import Info, State, trained_range
 from ebmkit.sampling.entry import SamplerEntry
 
 MIN_DRAWS = 4
@@ -41,6 +47,10 @@ MIN_DRAWS = 4
 
 FAR = 1.5
 """Distance of a pixel from 0.5 above which a sample does not count as an image."""
+
+
+MARGIN = 2.0
+"""A sample arrived if its level is at most this multiple of the 95 % quantile of real images."""
 
 
 class Trace:
@@ -252,6 +262,62 @@ def energy_diagnostics(
         found |= {"gap": gap, "gap_standard_error": error}
         found["meaning"] = "mean energy of samples minus that of held-out images, nats"
     return found
+
+
+def estimates_level(model: ScoreModel) -> bool:
+    """Whether ``model`` estimates noise levels: a blind model that was trained to denoise."""
+    return not model.noise_conditional and trained_range(model) is not None
+
+
+def noise_level(model: ScoreModel, x: Tensor, batch: int) -> Tensor:
+    """Noise level (N,) of images on any device, image units, estimated by `estimates_level`."""
+    device = device_of(model)
+    with torch.no_grad():
+        parts = [model.estimate_sigma(part.to(device)) for part in torch.split(x, batch)]
+    return torch.cat(parts).float().cpu()
+
+
+def level_reached(model: ScoreModel, x: Tensor, last: Tensor | None) -> Tensor:
+    """Noise level (B,) that chains reached: that of their last images ``x``, or that of their last
+    step, ``last`` (B,), if it is higher: the stochastic ascent denoises after its last step."""
+    own = noise_level(model, x, len(x))
+    return own if last is None else torch.fmax(own, last)
+
+
+def arrival(
+    model: ScoreModel, samples: Tensor, data: Tensor | None, lowest_limit: float = 0.0
+) -> dict[str, Any]:
+    """Entry ``noise`` of ``sampling.json``: median levels, and how many ``samples`` arrived.
+
+    ``samples`` (N,) and ``data`` (M,) are levels of samples and of held-out images. Without images
+    the limit is half of the highest level of training. It is at least ``lowest_limit``.
+    """
+    limits = trained_range(model)
+    assert limits is not None
+    limit = limits[1] / 2 if data is None else MARGIN * float(data.quantile(0.95))
+    limit = max(limit, lowest_limit)
+    return {
+        "meaning": "noise level by the model's own estimate, median; arrived: at most the limit",
+        "level_of_samples": finite_or_none(float(samples.median())) if len(samples) else None,
+        "level_of_data": None if data is None else finite_or_none(float(data.median())),
+        "limit": finite_or_none(limit),
+        "arrived": int((samples <= limit).sum()),
+        "samples": len(samples),
+    }
+
+
+def describe_arrival(noise: dict[str, Any]) -> str:
+    """Sentence about the entry `arrival`."""
+    return (
+        f"{noise['arrived']} of {noise['samples']} samples arrived at images; noise level by the "
+        f"model's own estimate: samples {shown_level(noise['level_of_samples'])}, held-out images "
+        f"{shown_level(noise['level_of_data'])}"
+    )
+
+
+def shown_level(level: float | None) -> str:
+    """Format a noise level; None is unknown."""
+    return "unknown" if level is None else format_sigma(level)
 
 
 def is_out_of_range(x: Tensor) -> Tensor:

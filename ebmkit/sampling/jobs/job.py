@@ -47,18 +47,16 @@ from ebmkit.randomness import keyed_generator
 from ebmkit.sampling.base import Sampler, State, clean_level
 from ebmkit.sampling.diagnostics import (
     FAR,
-    chain_diagnostics,
-    energy_diagnostics,
-    is_out_of_range,
-)
-from ebmkit.sampling.entry import SamplerEntry, find_sampler, noise_levels
-from ebmkit.sampling.jobs.arrival import (
     arrival,
-    describe,
+    chain_diagnostics,
+    describe_arrival,
+    energy_diagnostics,
     estimates_level,
+    is_out_of_range,
     level_reached,
     noise_level,
 )
+from ebmkit.sampling.entry import SamplerEntry, find_sampler, noise_levels
 from ebmkit.sampling.jobs.chains import (
     MAX_DRAWS,
     SAVE_SECONDS,
@@ -210,7 +208,7 @@ class SamplingJob:
         if c is not None:
             tensors["labels"] = c
         if estimates_level(self.model):
-            tensors["level"] = level_reached(self.model, x, record)
+            tensors["level"] = level_reached(self.model, x, record.level)
         self.folder.save(batch_name(number), tensors | self.energies(x) | record.tensors())
         self.folder.file(STATE).unlink(missing_ok=True)
 
@@ -380,7 +378,7 @@ def _warnings(
 ) -> list[str]:
     found = []
     if noise is not None and 2 * noise["arrived"] < noise["samples"]:
-        found.append(f"these samples are not images: {describe(noise)}")
+        found.append(f"these samples are not images: {describe_arrival(noise)}")
     if far:
         found.append(
             f"{far} samples have pixels below {0.5 - FAR:g} or above {0.5 + FAR:g}, far outside "
