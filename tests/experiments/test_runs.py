@@ -15,6 +15,7 @@ import torch
 from ebmkit import UserError, load
 from ebmkit.errors import Interrupted
 from ebmkit.experiments import (
+    EXPERIMENTS,
     SCALES,
     TABLES,
     ExperimentRuns,
@@ -92,7 +93,7 @@ def finished_runs(finished_folder, tmp_path, log):
 
 
 def write_table(table, runs, only=()):
-    write(table.name, run_table(table, runs, only), runs.out)
+    write(table.name, EXPERIMENTS[table.name], run_table(table, runs, only), runs.out)
 
 
 def test_a_finished_row_is_neither_trained_nor_measured_again(finished_runs, log):
@@ -407,7 +408,7 @@ def test_row_beyond_available_memory_is_refused(tmp_path, monkeypatch):
 WORKER = """
 import pickle, sys, time
 from pathlib import Path
-from ebmkit.experiments import ExperimentRuns, write
+from ebmkit.experiments import EXPERIMENTS, ExperimentRuns, write
 from ebmkit.experiments.tables import run_table
 
 out, hangs = Path(sys.argv[1]), sys.argv[2] == "hangs"
@@ -428,7 +429,7 @@ def fit(trainer, name):
 runs = ExperimentRuns(out, scale, fit=fit, log=lambda sentence: print(sentence, flush=True))
 print("ready", flush=True)
 sys.stdin.readline()
-write(table.name, run_table(table, runs), out)
+write(table.name, EXPERIMENTS[table.name], run_table(table, runs), out)
 print("report", (out / "table3.md").read_bytes(), flush=True)
 """
 

@@ -25,7 +25,6 @@ from ebmkit_tests.hostile.making import Make
 import ebmkit
 import ebmkit.evaluation.runner
 from ebmkit.cli.app import app
-from ebmkit.data import load_dataset
 from ebmkit.errors import UserError
 from ebmkit.models import ModelConfig
 from ebmkit.models.importing import load_checkpoint
@@ -389,10 +388,7 @@ def use_run(root: Path) -> None:
 
 
 def warm_up() -> None:
-    """Make the imports of the first read and optimiser of a run, which are not part of a case."""
-    import torch._dynamo  # noqa: F401
-
-    load_dataset("digits")
+    """Make the imports of the first read of a run, which are not part of a case."""
     with contextlib.suppress(UserError):  # an untrained run has no buffer
         use_run(small_run())
 

@@ -80,7 +80,7 @@ Progress = Callable[[str], None]
 def reference(training: Training, place: Path, quick: bool) -> Path:
     """Train the uninterrupted run; return its folder.
 
-    The quick form trains in this process, unless a plugin or defect would change later tests.
+    The quick form trains in this process unless a plugin or defect would change later tests.
     """
     run = place / "whole"
     changes_process = training.defect is not None or "--plugin" in str(training.options)
