@@ -327,8 +327,9 @@ class Trainer:
         """
         self.card.steps = self.step
         if self.step == self.config.steps:  # in all processes alike, as all evaluate with the model
-            held_out = self.validation is not None and len(self.validation) > 0
-            calibrate_sigma(self.trained, self.validation if held_out else self.train, self.card)
+            held_out = self.validation
+            images = self.train if held_out is None or not len(held_out) else held_out
+            calibrate_sigma(self.trained, images, self.card)
         if self.run is None:
             return
         best = self.state.best
