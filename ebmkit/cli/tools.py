@@ -237,9 +237,9 @@ TABLES: dict[str, tuple[str, str]] = {
 """Module and name of the registry of each kind."""
 
 USES: dict[str, str] = {
-    "backbones": "train --backbone (with a head)",
-    "denoisers": "train --backbone --objective dsm",
-    "diffusion": "train --backbone --objective ddpm",
+    "backbones": "train --backbone",
+    "denoisers": "train --backbone",
+    "diffusion": "train --backbone",
     "heads": "train --head",
     "objectives": "train --objective",
     "datasets": "train --dataset",
