@@ -43,12 +43,9 @@ def image_batch(y: Any, channels: int | None, like: Tensor | None = None) -> Ten
         UserError: for other types, other integers, levels as floats, or a tensor on another device.
     """
     if not isinstance(y, Tensor):
-        made = torch.from_numpy(_float_array(y, channels))
-        y = (
-            made
-            if like is None
-            else made.to(like.device, torch.promote_types(made.dtype, like.dtype))
-        )
+        y = torch.from_numpy(_float_array(y, channels))
+        if like is not None:
+            y = y.to(like.device, torch.promote_types(y.dtype, like.dtype))
     assert isinstance(y, Tensor)
     if torch.compiler.is_compiling():
         return y
