@@ -36,7 +36,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeGuard, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeGuard, TypeVar, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -335,8 +335,8 @@ class ScoreModel(nn.Module, ABC):
         """
         if sigma is None:
             return self._denoise_blind_checked(y, c)
-        y, sigma, labels = self.inputs(y, sigma, c)
-        return tweedie(y, self._score(y, sigma, labels), sigma)
+        y, level, labels = self.inputs(y, sigma, c)
+        return tweedie(y, self._score(y, level, labels), level)
 
     def denoise_blind(
         self,
@@ -373,8 +373,8 @@ class ScoreModel(nn.Module, ABC):
         like = next(itertools.chain(self.parameters(), self.buffers()), None)
         y = image_batch(y, self.in_channels, like)
         known = self.card.sigma_range or (0.0, 1.0) if self.card and not self.schedule else None
-        sigma = noise_level(sigma, len(y), at_zero, known[1] if known else None)
-        return y, sigma, None if c is None else self.check_labels(c, y)
+        level = noise_level(sigma, y.shape[0], at_zero, known[1] if known else None)
+        return y, cast("S", level), None if c is None else self.check_labels(c, y)
 
     @property
     def denoises_by_score(self) -> bool:

@@ -44,7 +44,9 @@ def image_batch(y: Any, channels: int | None, like: Tensor | None = None) -> Ten
     """
     if not isinstance(y, Tensor):
         y = torch.from_numpy(_float_array(y, channels))
-        y = y if like is None else y.to(like.device, torch.promote_types(y.dtype, like.dtype))
+        if like is not None:
+            y = y.to(like.device, torch.promote_types(y.dtype, like.dtype))
+    assert isinstance(y, Tensor)
     if torch.compiler.is_compiling():
         return y
     if y.dtype in LEVELS:
@@ -109,8 +111,8 @@ def noise_level(
         sigma = torch.as_tensor(sigma)
     check_sigma(sigma, at_zero, trained_to)
     if not isinstance(sigma, Tensor):
-        return sigma
-    if sigma.numel() not in (1, batch):
+        return None if sigma is None else float(sigma)
+    if sigma.numel() != batch and sigma.numel() != 1:
         raise UserError(
             f"{batch} images need a number as sigma, or one per image, not {tuple(sigma.shape)}"
         )
@@ -142,7 +144,7 @@ def class_labels(c: Any, y: Tensor, num_classes: int, names: Sequence[str] = ())
     if labels.shape != y.shape[:1]:
         raise UserError(f"{len(y)} images need {len(y)} labels, not {tuple(labels.shape)}")
     if isinstance(c, Integral):
-        outside = [] if 0 <= c < num_classes else [c]
+        outside = [] if 0 <= int(c) < num_classes else [int(c)]
     elif torch.compiler.is_compiling() or in_functional_transform():
         return labels  # the caller of the compiled function checks the values
     else:

@@ -540,7 +540,7 @@ def assemble(
     initial = None
     if config.init is not None and checkpoint is None:
         state = world.broadcast(read_weights(config.init) if world.first else None)
-        initial = initialize(model, config.init, state)
+        initial = initialize(model, config.init, state or {})
     trainer = Trainer(model, config, train, validation, run, built_from, reporter, world)
     trainer.initial = initial
     if trainer.device.type == "cpu":  # where the system kills a process that runs out of memory
