@@ -112,6 +112,7 @@ class CropReader(RowReader, Protocol):
 class _ImageSetBase(ABC):
     """Base class of `ImageSet` and `StreamedSet`."""
 
+    name: str
     labels: Tensor | None
     class_names: tuple[str, ...]
     rows: Tensor | None
