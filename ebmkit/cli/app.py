@@ -21,14 +21,14 @@ import typer
 from typer import Option
 
 from ebmkit import __version__
-from ebmkit.cli.console import errors, warn
+from ebmkit.cli.console import warn
 from ebmkit.cli.evaluate import evaluate
 from ebmkit.cli.images import classify, denoise, restore, sample
 from ebmkit.cli.options import Command, declare, options_of
 from ebmkit.cli.tools import bench, export, import_, list_, pack, verify
 from ebmkit.cli.train import cost, reproduce, train
 from ebmkit.errors import UserError
-from ebmkit.terminal import replace_unencodable
+from ebmkit.terminal import errors, replace_unencodable
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "train": train,
