@@ -23,14 +23,14 @@ from typer import Option
 from typer.core import TyperGroup
 
 from ebmkit import __version__
-from ebmkit.cli.console import console, errors, warn
+from ebmkit.cli.console import warn
 from ebmkit.cli.evaluate import evaluate
 from ebmkit.cli.images import classify, denoise, restore, sample
 from ebmkit.cli.options import Command, declare, example_of, options_of
 from ebmkit.cli.tools import bench, export, import_, list_, pack, verify
 from ebmkit.cli.train import cost, reproduce, train
 from ebmkit.errors import UserError
-from ebmkit.terminal import replace_unencodable
+from ebmkit.terminal import console, errors, replace_unencodable
 
 COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
     "Train and evaluate": {"train": train, "evaluate": evaluate, "cost": cost, "bench": bench},

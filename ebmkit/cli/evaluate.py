@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from typer import Option
 
-from ebmkit.cli.console import console
+from ebmkit.terminal import console
 
 if TYPE_CHECKING:
     from ebmkit.data import AnyImages

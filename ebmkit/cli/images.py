@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 from rich.table import Table
 from typer import Option
 
-from ebmkit.cli.console import check_new_file, console, errors, interrupted, warn
+from ebmkit.cli.console import check_new_file, interrupted, warn
 from ebmkit.errors import Interrupted, UserError
-from ebmkit.terminal import COUNT, ProgressBar, counting, one_line, shown_name
+from ebmkit.terminal import COUNT, ProgressBar, console, counting, errors, one_line, shown_name
 
 if TYPE_CHECKING:
     from torch import Tensor

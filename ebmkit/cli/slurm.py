@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ebmkit.cli.console import console
 from ebmkit.errors import UserError
+from ebmkit.terminal import console
 
 LISTS = ("setup", "teardown", "srun_args")
 """Options of submitit with several values: each repetition adds one."""

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 from rich.table import Table
 from typer import Argument, Option
 
-from ebmkit.cli.console import check_new_file, console, errors, warn
+from ebmkit.cli.console import check_new_file, warn
 from ebmkit.errors import UserError
-from ebmkit.terminal import COUNT, ProgressBar
+from ebmkit.terminal import COUNT, ProgressBar, console, errors
 
 if TYPE_CHECKING:
     from ebmkit.bench import BenchmarkSetting, Row

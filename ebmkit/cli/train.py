@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 from rich.table import Table
 from typer import Argument, Option
 
-from ebmkit.cli.console import Reporters, TensorBoard, TrainingBar, console, interrupted
+from ebmkit.cli.console import Reporters, TensorBoard, TrainingBar, interrupted
 from ebmkit.cli.evaluate import evaluate_run
 from ebmkit.cli.options import declare, options_of
 from ebmkit.errors import Interrupted, UserError
+from ebmkit.terminal import console
 
 if TYPE_CHECKING:
     from ebmkit.data import AnyImages

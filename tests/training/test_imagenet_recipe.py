@@ -15,10 +15,10 @@ from torch import nn
 
 import ebmkit
 from ebmkit.cli import main
-from ebmkit.cli.console import console
 from ebmkit.models.base import Features
 from ebmkit.models.heads import LinearQuadraticHead
 from ebmkit.objectives import TrainingLoss
+from ebmkit.terminal import console
 from ebmkit.training import Interrupted, RunFolder, Trainer, parse_assignments, resolve
 from ebmkit.training.config import differences
 from ebmkit.training.cost import Budget, Stopwatch, step_flops, step_memory
