@@ -38,6 +38,7 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeGuard, TypeVar, runtime_checkable
 
 import torch
+from pydantic import BaseModel
 from torch import Tensor, nn
 
 from ebmkit.card import ModelCard
@@ -305,6 +306,7 @@ class ScoreModel(nn.Module, ABC):
         in_channels: number of image channels; None if unknown.
         schedule: noise levels of a diffusion model; None for other models.
         card: what the model was trained for; None before training.
+        config: `ebmkit.models.ModelConfig` that built the model; None for one composed by hand.
         weights_sha256: SHA-256 of the file that the weights were loaded from, if any.
     """
 
@@ -315,7 +317,18 @@ class ScoreModel(nn.Module, ABC):
     in_channels: int | None = None
     schedule: Schedule | None = None
     card: ModelCard | None = None
+    config: BaseModel | None = None
     weights_sha256: str | None = None
+
+    def __repr__(self) -> str:
+        network = getattr(self, "backbone", None) or getattr(self, "network", self)
+        kind = getattr(getattr(self.config, "backbone", None), "kind", type(network).__name__)
+        facts = [f"{kind}, {sum(p.numel() for p in self.parameters()):,} parameters"]
+        facts += [f"{self.in_channels} channel(s)"] if self.in_channels else []
+        facts += [f"{self.num_classes} classes"] if self.num_classes else []
+        if self.card is not None:
+            facts.append(f"{self.card.objective} on {self.card.dataset}, {self.card.steps:,} steps")
+        return f"{type(self).__name__}({', '.join(facts)})"
 
     @abstractmethod
     def _score(self, y: Tensor, sigma: Noise | None, c: Tensor | None) -> Tensor:

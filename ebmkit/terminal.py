@@ -7,12 +7,14 @@ controls disguise a name. All output escapes these characters, as in ``\x1b``.
 
 from __future__ import annotations
 
+import importlib.util
 import unicodedata
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.segment import Segment
 from rich.text import Text
 
@@ -77,6 +79,34 @@ class CleanConsole(Console):
                 yield Segment(clean(segment.text), segment.style)
             else:
                 yield segment
+
+
+console = CleanConsole()
+errors = CleanConsole(stderr=True)
+
+
+def is_live() -> bool:
+    """Whether progress bars can be drawn: in a terminal, and in a notebook with its widgets."""
+    widgets = ("IPython", "ipywidgets")  # rich draws with them in a notebook
+    notebook = console.is_jupyter and all(importlib.util.find_spec(name) for name in widgets)
+    return console.is_terminal or notebook
+
+
+def bar(*columns: str | Any, description: str = "{task.description}", **options: Any) -> Progress:
+    """A progress bar with description, bar and ``columns``; hidden unless `is_live`."""
+    return Progress(
+        TextColumn(description),
+        BarColumn(bar_width=24),
+        *(TextColumn(column) if isinstance(column, str) else column for column in columns),
+        console=console,
+        disable=not is_live(),
+        **options,
+    )
+
+
+def left() -> tuple[Any, ...]:
+    """Columns for the elapsed and the remaining time."""
+    return TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(compact=True)
 
 
 def progress_bar(items: Iterable[T], text: str, show: bool) -> Iterable[T]:

@@ -1,32 +1,18 @@
-"""Terminal output (consoles, progress bars) and TensorBoard."""
+"""Terminal output of the commands."""
 
 from __future__ import annotations
 
-import importlib.util
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import NoReturn
 
 import typer
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import Progress
 
-from ebmkit.errors import UserError
-from ebmkit.terminal import CleanConsole, escape_markup
+from ebmkit.terminal import bar, console, errors, escape_markup, left
 
-if TYPE_CHECKING:
-    from ebmkit.training import Reporter
-
-console = CleanConsole()
-errors = CleanConsole(stderr=True)
+__all__ = ["bar", "console", "counting", "errors", "interrupted", "left", "warn"]
 
 
 def warn(sentence: object) -> None:
@@ -47,112 +33,9 @@ def interrupted(sentence: str, signum: int | None) -> NoReturn:
     raise typer.Exit(128 + (signal.SIGTERM if signum is None else signum)) from None
 
 
-def bar(*columns: str | Any, description: str = "{task.description}", **options: Any) -> Progress:
-    """A progress bar with description, bar and ``columns``; hidden without a terminal."""
-    return Progress(
-        TextColumn(description),
-        BarColumn(bar_width=24),
-        *(TextColumn(column) if isinstance(column, str) else column for column in columns),
-        console=console,
-        disable=not console.is_terminal,
-        **options,
-    )
-
-
-def left() -> tuple[Any, ...]:
-    """Columns for the elapsed and the remaining time."""
-    return TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(compact=True)
-
-
 @contextmanager
 def counting(what: str) -> Iterator[Callable[[int, int], None]]:
     """Context with a bar called ``what``: yields a function (done, total) that shows the bar."""
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(escape_markup(what), total=None, visible=False)
         yield lambda done, total: progress.update(task, completed=done, total=total, visible=True)
-
-
-_HIDDEN = ("kind", "step", "lr", "images_per_s")
-
-
-class TrainingBar:
-    """Progress bar with losses, images/s and remaining time; plain lines without a terminal."""
-
-    def __init__(self, steps: int, start: int = 0) -> None:
-        self.steps = steps
-        self.live = console.is_terminal
-        self.next_line = start
-        self.progress = bar(
-            MofNCompleteColumn(),
-            "{task.fields[losses]}",
-            "{task.fields[rate]}",
-            *left(),
-            description="training",
-        )
-        self.task = self.progress.add_task("", total=steps, completed=start, losses="", rate="")
-
-    def __enter__(self) -> TrainingBar:
-        self.progress.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.progress.stop()
-
-    def report(self, row: dict[str, Any]) -> None:
-        """Show a row of metrics."""
-        if row["kind"] == "rollback":
-            errors.say(f"rollback: {row['message']}", "yellow")
-            self.progress.update(self.task, completed=row["step"])
-            self.next_line = row["step"]
-            return
-        if row["kind"] == "unreadable":
-            return
-        values = "  ".join(f"{k} {v:.4g}" for k, v in row.items() if k not in _HIDDEN)
-        if row["kind"] == "validation":
-            if not self.live:
-                console.say(f"step {row['step']}/{self.steps}  held-out: {values}")
-            return
-        rate = f"{row['images_per_s']:.0f} images/s"
-        self.progress.update(self.task, completed=row["step"], losses=values, rate=rate)
-        if not self.live and row["step"] >= self.next_line:
-            console.say(f"step {row['step']}/{self.steps}  {values}  {rate}")
-            self.next_line = row["step"] + max(1, self.steps // 20)
-
-
-class TensorBoard:
-    """Writes metrics as TensorBoard scalars to ``folder``; needs the extra ``tensorboard``."""
-
-    def __init__(self, folder: Path, step: int = 0) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.writer = SummaryWriter(folder, purge_step=step + 1)
-
-    @staticmethod
-    def check() -> None:
-        """Check that TensorBoard is installed.
-
-        Raises:
-            UserError: if it is not.
-        """
-        if importlib.util.find_spec("tensorboard") is None:
-            raise UserError(
-                "TensorBoard is not installed: pip install 'ebmkit-vision[tensorboard]'"
-            )
-
-    def report(self, row: dict[str, Any]) -> None:
-        """Write a row of metrics."""
-        for key, value in row.items():
-            if key not in ("kind", "step") and isinstance(value, (int, float)):
-                self.writer.add_scalar(f"{row['kind']}/{key}", value, row["step"])
-
-
-class Reporters:
-    """Combines several reporters into one."""
-
-    def __init__(self, reporters: Sequence[Reporter]) -> None:
-        self.reporters = reporters
-
-    def report(self, row: dict[str, Any]) -> None:
-        """Pass a row of metrics to each reporter."""
-        for reporter in self.reporters:
-            reporter.report(row)

@@ -10,7 +10,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,14 +18,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 from rich.table import Table
 from typer import Argument, Option
 
-from ebmkit.cli.console import Reporters, TensorBoard, TrainingBar, console, interrupted
+from ebmkit.cli.console import console, interrupted
 from ebmkit.cli.evaluate import evaluate_run
 from ebmkit.cli.options import declare, options_of
 from ebmkit.errors import Interrupted, UserError
+from ebmkit.terminal import is_live
 
 if TYPE_CHECKING:
     from ebmkit.distributed import DistributedContext
-    from ebmkit.training import Reporter, RunFolder, TrainConfig, Trainer
+    from ebmkit.training import RunFolder, TrainConfig, Trainer
     from ebmkit.training.loop import Stop
 
 TRIAL_STEPS = 4
@@ -86,7 +87,7 @@ def train(
         dry_run: estimate the cost of the run, and write nothing
     """
     from ebmkit.distributed import join
-    from ebmkit.training import RunFolder, parse_assignments, read_config
+    from ebmkit.training import RunFolder, TensorBoard, parse_assignments, read_config
     from ebmkit.training.loop import assemble
     from ebmkit.training.setup import images_of
 
@@ -333,6 +334,7 @@ def _fresh_folder(config: TrainConfig) -> Path:
 def _fit(trainer: Trainer, run: Path, tensorboard: bool) -> None:
     from ebmkit.data.imagesets import summarize_reasons
     from ebmkit.storage import write_atomically
+    from ebmkit.training.callbacks import TensorBoard, TrainingBar
 
     config, first = trainer.config, trainer.step
     parameters = sum(p.numel() for p in trainer.model.parameters())
@@ -348,18 +350,12 @@ def _fit(trainer: Trainer, run: Path, tensorboard: bool) -> None:
         return
     if first:
         console.say(f"resuming after step {first}")
-    bar = TrainingBar(config.steps, first)
-    reporters: list[Reporter] = [bar]
+    if trainer.world.first:
+        boards = [TensorBoard(run / "tensorboard")] if tensorboard else []
+        trainer.callbacks = [TrainingBar(), *boards]
     start = time.perf_counter()
     try:
-        with ExitStack() as stack:
-            if tensorboard and trainer.world.first:
-                reporters.append(board := TensorBoard(run / "tensorboard", first))
-                stack.callback(board.writer.close)
-            trainer.reporter = Reporters(reporters) if trainer.world.first else None
-            if bar.live and trainer.world.first:
-                stack.enter_context(bar)
-            trainer.fit()
+        trainer.fit()
     except Interrupted as stopped:
         interrupted(
             f"saved after step {stopped.step}. Resume with:\n"
@@ -434,10 +430,10 @@ def _terminated_as_interrupted(stop: Stop) -> Iterator[None]:
 
 def _fit_row(trainer: Trainer, name: str) -> None:
     """Train with a progress bar; without a terminal, print only one line."""
+    from ebmkit.training.callbacks import TrainingBar
+
     steps = trainer.config.steps
     resumed = f" after step {trainer.step:,}" if trainer.step else ""
     console.say(f"{name}: training, {steps:,} steps{resumed}")
-    bar = TrainingBar(steps, trainer.step)
-    trainer.reporter = bar if bar.live else None
-    with bar if bar.live else nullcontext():
-        trainer.fit()
+    trainer.callbacks = [TrainingBar()] if is_live() else []
+    trainer.fit()
