@@ -1,4 +1,4 @@
-"""Data sets from Python objects: tensors and arrays, data sets of PyTorch, torchvision, Hugging Face.
+"""Data sets from Python objects: tensors, arrays, and data sets of PyTorch and Hugging Face.
 
 Images become uint8 (N, C, H, W), so floats in [0, 1] are rounded to multiples of 1/255. Every item
 is read once: random transforms of the source are not drawn again in each epoch (augmentation is a

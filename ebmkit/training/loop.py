@@ -359,7 +359,7 @@ class Trainer:
         return rate if self.rollback is None else rate * self.rollback.monitor.mitigations.rate
 
     def report(self, row: dict[str, Any], written: bool = False) -> None:
-        """Write a row of metrics, unless it is already ``written``, and pass it to the callbacks."""
+        """Write a row of metrics, unless it is already ``written``; pass it to the callbacks."""
         if self.run is not None and not written:
             self.run.log(row)
         self._call("report", row)
