@@ -73,7 +73,7 @@ def test_large_source_is_read_by_index(monkeypatch):
     images, labels = found.read([4, 1])
     assert torch.equal(images, PIXELS[[4, 1]])
     assert labels.tolist() == [1, 1]
-    with pytest.raises(UserError, match="more than 1 do not fit in .* MiB; set limit"):
+    with pytest.raises(UserError, match=r"more than 1 do not fit in .* MiB; set limit"):
         as_images(Stream(PAIRS))
     assert len(as_images(Stream(PAIRS), limit=1)) == 1
 

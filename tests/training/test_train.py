@@ -106,7 +106,7 @@ def test_a_module_is_a_backbone(backbone):
 
 
 def test_a_model_is_trained_further_and_its_run_can_be_loaded(tmp_path):
-    model = create_model(NAME, num_classes=3, in_channels=1, width=4, head="logit")
+    model = create_model(NAME, num_classes=3, in_channels=1, width=8, head="logit")
     before = {name: value.clone() for name, value in model.state_dict().items()}
     fast = {k: v for k, v in FAST.items() if k != "width"} | {"lr": 1e-12, "steps": 1}
     result = ebmkit.train(model, PAIR, "ce", out=tmp_path / "run", **fast)
@@ -149,10 +149,10 @@ def test_callbacks_are_called_in_order():
         ({"dataset": IMAGES}, "objective 'ce' needs labels, and this data set has none"),
         ({"step": 3}, "there is no field 'step': did you mean 'steps'"),
         (
-            {"model": create_model(NAME, 10, 1, width=4)},
-            "10 classes, and .* has 3: build the model",
+            {"model": create_model(NAME, 10, 1, width=8)},
+            "10 classes, and .* has 3: build",
         ),
-        ({"model": create_model(NAME, 3, 3, width=4)}, r"takes images of 3 channel\(s\)"),
+        ({"model": create_model(NAME, 3, 3, width=8)}, r"takes images of 3 channel\(s\)"),
         ({"model": nn.Conv2d(3, 4, 3)}, "Conv2d takes no images of 1x8x8: "),
         ({"model": nn.Flatten(0)}, "Flatten is no backbone: it must return Features"),
         ({"dataset": "digits", "validation": PAIR}, "validation is for data given as objects"),
