@@ -306,7 +306,7 @@ class ScoreModel(nn.Module, ABC):
         in_channels: number of image channels; None if unknown.
         schedule: noise levels of a diffusion model; None for other models.
         card: what the model was trained for; None before training.
-        config: `ebmkit.models.ModelConfig` that built the model; None for one composed by hand.
+        built_from: `ebmkit.models.ModelConfig` that built the model; None: composed by hand.
         weights_sha256: SHA-256 of the file that the weights were loaded from, if any.
     """
 
@@ -317,12 +317,12 @@ class ScoreModel(nn.Module, ABC):
     in_channels: int | None = None
     schedule: Schedule | None = None
     card: ModelCard | None = None
-    config: BaseModel | None = None
+    built_from: BaseModel | None = None
     weights_sha256: str | None = None
 
     def __repr__(self) -> str:
         network = getattr(self, "backbone", None) or getattr(self, "network", self)
-        kind = getattr(getattr(self.config, "backbone", None), "kind", type(network).__name__)
+        kind = getattr(getattr(self.built_from, "backbone", None), "kind", type(network).__name__)
         facts = [f"{kind}, {sum(p.numel() for p in self.parameters()):,} parameters"]
         facts += [f"{self.in_channels} channel(s)"] if self.in_channels else []
         facts += [f"{self.num_classes} classes"] if self.num_classes else []

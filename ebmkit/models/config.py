@@ -196,7 +196,7 @@ class ModelConfig(BaseModel):
     def build(self) -> ScoreModel:
         """Build the model: a `JointModel` for a backbone, or a denoiser."""
         model = self._build()
-        model.config = self
+        model.built_from = self
         return model
 
     def _build(self) -> ScoreModel:
@@ -219,12 +219,12 @@ class ModelConfig(BaseModel):
 
 
 def preset_name(config: NetworkConfig) -> str:
-    """Name for `find_network` of the preset that ``config`` equals, or else one of its class."""
+    """Name for `find_network` of the preset of the same class that is most like ``config``."""
     if isinstance(config, TimmConfig):
         return f"{TIMM}{config.name}"
-    own = {**BACKBONES, **DENOISERS}
+    own, fields = {**BACKBONES, **DENOISERS}, config.model_dump().items()
     of_class = [name for name, preset in own.items() if type(preset.config) is type(config)]
-    return next((name for name in of_class if own[name].config == config), of_class[0])
+    return max(of_class, key=lambda name: len(fields & own[name].config.model_dump().items()))
 
 
 def create_model(

@@ -105,7 +105,7 @@ def _as_backbone(network: nn.Module, shape: tuple[int, int, int]) -> Any:
 
 def config_of(model: ScoreModel) -> ModelConfig | None:
     """The configuration that builds ``model``; None if it was composed or changed by hand."""
-    config = model.config
+    config = model.built_from
     if not isinstance(config, ModelConfig):
         return None
 

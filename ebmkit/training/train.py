@@ -156,14 +156,17 @@ def train(
             reading = {"image_size": config.dataset.image_size, **columns}
             reading |= {"progress": progress and world.first}
             limit = config.dataset.limit
-            own = as_images(dataset, class_names=class_names, limit=limit, **reading)
-            sets["train"] = own if out is None else replace(own, name="hdf5")
-            for split, source in (("validation", validation), ("test", test)):
+            given_sets = {"train": dataset, "validation": validation, "test": test}
+            for split, source in given_sets.items():
                 if source is not None:
-                    found = as_images(source, split, like=own, limit=limit, **reading)
-                    sets[split] = replace(found, name=sets["train"].name, split=split)
-            if validation is not None:
-                sets |= {s: sets[s].select(shuffled(len(sets[s]))) for s in ("train", "validation")}
+                    like, names = sets.get("train"), class_names if split == "train" else ()
+                    found = as_images(
+                        source, split, like=like, class_names=names, limit=limit, **reading
+                    )
+                    if validation is not None and split != "test" and found is not source:
+                        found = found.select(shuffled(len(found)))  # may be sorted by class
+                    named = found.name if out is None else "hdf5"
+                    sets[split] = replace(found, name=named, split=split)
         data = _training_data(sets, config) if sets else None
         run = None
         if resume:

@@ -41,9 +41,12 @@ def assert_equal(first, second):
 
 def test_same_bits_as_the_command_line_by_name_and_as_objects(tmp_path):
     options = ["--steps", 3, "--width", 8, "--device", "cpu", "--no-evaluate"]
+    options += ["--set", "streams.classify.batch_size=8", "--set", "streams.denoise.batch_size=8"]
+    options += ["--set", "validation_images=16"]
     command("train", *options, "--out", "shell", cwd=tmp_path)
     shell = weights(tmp_path / "shell")
-    fast = {"steps": 3, "width": 8, "device": "cpu", "progress": False}
+    fast = {"steps": 3, "width": 8, "device": "cpu", "progress": False, "streams": BATCHES}
+    fast |= {"validation_images": 16}
     named = ebmkit.train(dataset="digits", out=tmp_path / "named", **fast)
     assert_equal(weights(tmp_path / "named"), shell)
     held = load_dataset("digits", split="validation")
@@ -52,6 +55,7 @@ def test_same_bits_as_the_command_line_by_name_and_as_objects(tmp_path):
                                        if k != "images_per_s"}.items()  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("held_out", ["given", "split", "none"])
 def test_run_of_own_data_is_resumed_and_evaluated_by_the_command_line(tmp_path, held_out):
     options = FAST | {"validation": PAIR if held_out == "given" else None}
