@@ -160,7 +160,7 @@ def convert(
             "Face, a pair (images, labels), a folder, or a name from `ebmkit list datasets`"
         )
     given = given or _class_names(source)
-    items: Iterable[Any]
+    items: Iterator[Any] = iter(())
     if stream:
         items = iter(source)
         first = next(items, None)
@@ -270,7 +270,7 @@ def _checked(images: AnyImages, like: AnyImages | None) -> AnyImages:
     """``images`` with the classes and channels of ``like``; warns of classes without images."""
     if like is None:
         if images.labels is not None and len(images):
-            absent = set(range(images.num_classes)) - set(images.labels.unique().tolist())
+            absent = set(range(images.num_classes)) - set(images.labels.tolist())
             if absent:
                 warnings.warn(
                     f"data set {images.name!r} has no image of class {min(absent)} "

@@ -68,8 +68,9 @@ class TrainingBar(Callback):
             *left(),
             description="training",
         )
-        values = {"completed": trainer.step, "losses": "", "rate": ""}
-        self.task = self.progress.add_task("", total=self.steps, **values)
+        self.task = self.progress.add_task(
+            "", total=self.steps, completed=trainer.step, losses="", rate=""
+        )
         if self.live:
             self.progress.start()
 

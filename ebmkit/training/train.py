@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from ebmkit.data import AnyImages, DatasetRequest, ImageSet, as_images
+from ebmkit.data import AnyImages, DatasetRequest, ImageSet, Split, as_images
 from ebmkit.data.convert import Column
 from ebmkit.data.imagesets import shuffled, split_rows
 from ebmkit.data.sets import find_source, write_parts
@@ -153,10 +153,14 @@ def train(
             folder = {"data_dir": Path(out).absolute() / DATA} if out is not None else {}
             layers.insert(1, {"dataset": {"name": "hdf5", **folder}})
             config = resolve(*layers, recipe=recipe)
-            reading = {"image_size": config.dataset.image_size, **columns}
+            reading: dict[str, Any] = {"image_size": config.dataset.image_size, **columns}
             reading |= {"progress": progress and world.first}
             limit = config.dataset.limit
-            given_sets = {"train": dataset, "validation": validation, "test": test}
+            given_sets: dict[Split, Any] = {
+                "train": dataset,
+                "validation": validation,
+                "test": test,
+            }
             for split, source in given_sets.items():
                 if source is not None:
                     like, names = sets.get("train"), class_names if split == "train" else ()
