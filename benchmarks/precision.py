@@ -78,7 +78,7 @@ def measure(layer: dict[str, Any], recipe: str) -> dict[str, Any]:
             def report(self, row: dict[str, Any]) -> None:
                 bar.update(task, completed=row["step"])
 
-        trainer.reporter = Shown()
+        trainer.callbacks = [Shown()]
         model = trainer.fit()
     stats = trainer.run_stats()
     model.requires_grad_(False)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ebmkit.energy import Denoiser, Energies, EnergyModel, ScoreModel
     from ebmkit.errors import UserError
     from ebmkit.models import JointModel, create_model, load, save_model
+    from ebmkit.training.train import train
 
 __version__ = "0.1.0"
 
@@ -35,9 +36,10 @@ __all__ = [
     "load",
     "optimize",
     "save_model",
+    "train",
 ]
 
-_PUBLIC_MODULES = ("errors", "card", "energy", "compile", "analytic", "models")
+_PUBLIC_MODULES = ("errors", "card", "energy", "compile", "analytic", "models", "training.train")
 """Modules that define the names in `__all__`."""
 
 

@@ -39,6 +39,7 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeGuard, TypeVar, cast, runtime_checkable
 
 import torch
+from pydantic import BaseModel
 from torch import Tensor, nn
 
 from ebmkit.blind import calibrated, reliability_warnings
@@ -301,6 +302,7 @@ class ScoreModel(nn.Module, ABC):
         in_channels: number of image channels; None if unknown.
         schedule: noise levels of a diffusion model; None for other models.
         card: what the model was trained for; None before training.
+        built_from: `ebmkit.models.ModelConfig` that built the model; None: composed by hand.
         weights_sha256: SHA-256 of the file that the weights were loaded from, if any.
     """
 
@@ -311,7 +313,18 @@ class ScoreModel(nn.Module, ABC):
     in_channels: int | None = None
     schedule: Schedule | None = None
     card: ModelCard | None = None
+    built_from: BaseModel | None = None
     weights_sha256: str | None = None
+
+    def __repr__(self) -> str:
+        network = getattr(self, "backbone", None) or getattr(self, "network", self)
+        kind = getattr(getattr(self.built_from, "backbone", None), "kind", type(network).__name__)
+        facts = [f"{kind}, {sum(p.numel() for p in self.parameters()):,} parameters"]
+        facts += [f"{self.in_channels} channel(s)"] if self.in_channels else []
+        facts += [f"{self.num_classes} classes"] if self.num_classes else []
+        if self.card is not None:
+            facts.append(f"{self.card.objective} on {self.card.dataset}, {self.card.steps:,} steps")
+        return f"{type(self).__name__}({', '.join(facts)})"
 
     @abstractmethod
     def _score(self, y: Tensor, sigma: Noise | None, c: Tensor | None) -> Tensor:

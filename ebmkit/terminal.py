@@ -10,6 +10,7 @@ Progress is a bar on a terminal; elsewhere, as in a file, it is a line now and t
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import sys
 import time
@@ -108,6 +109,13 @@ console = CleanConsole()
 errors = CleanConsole(stderr=True)
 
 
+def is_live(to: Console = console) -> bool:
+    """Whether ``to`` can draw progress bars: a terminal, or a notebook with its widgets."""
+    widgets = ("IPython", "ipywidgets")  # rich draws with them in a notebook
+    notebook = to.is_jupyter and all(importlib.util.find_spec(name) for name in widgets)
+    return to.is_terminal or notebook
+
+
 def replace_unencodable() -> None:
     """Print ``?`` for characters that the encoding of stdout lacks, instead of raising an error."""
     if hasattr(sys.stdout, "reconfigure"):
@@ -149,11 +157,11 @@ class ProgressBar(Progress):
             TextColumn("left"),
             TimeRemainingColumn(compact=True),
             console=to,
-            disable=not (show and to.is_terminal),
+            disable=not (show and is_live(to)),
             speed_estimate_period=600,
             **options,
         )
-        self.lines = show and not to.is_terminal
+        self.lines = show and not is_live(to)
         self.began = time.monotonic()
         self.next_line = self.began + FIRST_LINE
         self.begun: set[TaskID] = set()  # tasks that have a line

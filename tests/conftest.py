@@ -86,7 +86,7 @@ def count_cost_once_per_process():
         def counted(loss, shapes, *arguments):
             tensors = [*loss.named_parameters(), *loss.named_buffers()]
             key = (
-                repr(loss),
+                str([(n, type(m).__name__, m.extra_repr()) for n, m in loss.named_modules()]),
                 tuple((name, t.shape, t.dtype, t.device, t.requires_grad) for name, t in tensors),
                 str([(t.name, t.weight, t.settings, loss.stream_of[t.name]) for t in loss.terms]),
                 loss.separate,

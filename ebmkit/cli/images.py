@@ -450,7 +450,7 @@ def sample(
     job = SamplingJob(model, settings, JobFolder(out), sources)
     job.folder.begin(settings)
     with counting("trial of a few chains") as progress:
-        spare = partial(training_images, run, settings, dataset, data_dir)
+        spare = partial(training_images, run, model, settings, dataset, data_dir)
         expected = forecast(job, spare, progress)
     if expected is not None and expected.caution is not None:
         job.cautions.append(expected.caution)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from rich.table import Table
 from typer import Argument, Option
 
-from ebmkit.cli.console import Reporters, TensorBoard, TrainingBar, interrupted
+from ebmkit.cli.console import interrupted
 from ebmkit.cli.evaluate import evaluate_run
 from ebmkit.cli.options import declare, options_of
 from ebmkit.errors import Interrupted, UserError
@@ -27,7 +27,7 @@ from ebmkit.terminal import console
 if TYPE_CHECKING:
     from ebmkit.data import AnyImages
     from ebmkit.distributed import DistributedContext
-    from ebmkit.training import Reporter, RunFolder, TrainConfig, Trainer
+    from ebmkit.training import RunFolder, TrainConfig, Trainer
     from ebmkit.training.loop import Stop
 
 TRIAL_STEPS = 4
@@ -105,7 +105,7 @@ def train(
         dry_run: estimate the cost of the run, and write nothing
     """
     from ebmkit.distributed import join
-    from ebmkit.training import RunFolder, parse_assignments, read_config
+    from ebmkit.training import RunFolder, TensorBoard, parse_assignments, read_config
     from ebmkit.training.config import StreamsConfig
     from ebmkit.training.loop import assemble
     from ebmkit.training.setup import check_test_images, images_of
@@ -154,7 +154,11 @@ def train(
         run = RunFolder.open(resume) if resume is not None and world.first else None
         if run is not None:
             stack.enter_context(run.held())
-        trainer = assemble(resolved, run, progress=world.first, world=world, train=images)
+        data = None
+        if images is not None:
+            held_out = images_of(resolved.dataset, "validation")
+            data = images, held_out if resolved.validation_images else None
+        trainer = assemble(resolved, run, progress=world.first, world=world, data=data)
         test = images_of(resolved.dataset, "test", world.first) if evaluate else None
         if test is not None:
             check_test_images(trainer.train, test)
@@ -385,6 +389,7 @@ def _fresh_folder(config: TrainConfig) -> Path:
 def _fit(trainer: Trainer, run: Path, tensorboard: bool) -> None:
     from ebmkit.data.imagesets import summarize_reasons
     from ebmkit.storage import write_atomically
+    from ebmkit.training.callbacks import TensorBoard, TrainingBar
 
     config, first = trainer.config, trainer.step
     parameters = sum(p.numel() for p in trainer.model.parameters())
@@ -400,18 +405,12 @@ def _fit(trainer: Trainer, run: Path, tensorboard: bool) -> None:
         return
     if first:
         console.say(f"resuming after step {first}")
-    bar = TrainingBar(config.steps, first)
-    reporters: list[Reporter] = [bar]
+    if trainer.world.first:
+        boards = [TensorBoard(run / "tensorboard")] if tensorboard else []
+        trainer.callbacks = [TrainingBar(), *boards]
     start = time.perf_counter()
     try:
-        with ExitStack() as stack:
-            if tensorboard and trainer.world.first:
-                reporters.append(board := TensorBoard(run / "tensorboard", first))
-                stack.callback(board.writer.close)
-            trainer.reporter = Reporters(reporters) if trainer.world.first else None
-            if trainer.world.first:
-                stack.enter_context(bar)
-            trainer.fit()
+        trainer.fit()
     except Interrupted as stopped:
         interrupted(
             f"saved after step {stopped.step}. Resume with:\n"
@@ -486,8 +485,10 @@ def _terminated_as_interrupted(stop: Stop) -> Iterator[None]:
 
 def _fit_row(trainer: Trainer, name: str) -> None:
     """Train and show progress under ``name``."""
+    from ebmkit.training.callbacks import TrainingBar
+
     steps = trainer.config.steps
     resumed = f" after step {trainer.step:,}" if trainer.step else ""
     console.say(f"{name}: training, {steps:,} steps{resumed}")
-    with TrainingBar(steps, trainer.step, name) as trainer.reporter:
-        trainer.fit()
+    trainer.callbacks = [TrainingBar(name)]
+    trainer.fit()

@@ -12,7 +12,7 @@ from ebmkit.data.imagesets import (
     fingerprint,
 )
 from ebmkit.data.schedule import Phase, StreamConfig
-from ebmkit.data.sets import DATASETS, DatasetEntry, load_dataset
+from ebmkit.data.sets import DATASETS, DatasetEntry, as_images, load_dataset
 from ebmkit.data.streams import Batch, Stream
 from ebmkit.noise import NoiseLaw
 
@@ -32,6 +32,7 @@ __all__ = [
     "Stream",
     "StreamConfig",
     "StreamedSet",
+    "as_images",
     "fingerprint",
     "load_dataset",
     "read_image",

@@ -7,7 +7,8 @@ The file holds one set, of which a fixed random tenth is the test set::
     class_names  (K,) text (optional; default: the label numbers)
 
 or a training and a test set: images and labels in the groups ``train`` and ``test``, and
-``class_names`` in the root. `ebmkit.data.sets.pack` writes such files.
+``class_names`` in the root. `ebmkit.data.sets.pack` writes such files. With a group ``validation``
+too, no training images are held out, and all keep their order.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from torch import Tensor
 from ebmkit.data import imagesets
 from ebmkit.data.images import MAX_PIXELS_IN_SET
 from ebmkit.data.imagesets import (
+    SPLITS,
     AnyImages,
     DatasetRequest,
     Split,
@@ -122,11 +124,12 @@ def load_hdf5(request: DatasetRequest) -> AnyImages:
     _check_path(path)
     with open_hdf5(path) as file:
         one_set = not holds(file, "train") and not holds(file, "test")
-        group = "" if one_set else "test" if split == "test" else "train"
+        ordered = holds(file, "validation") and not one_set
+        group = "" if one_set else split if ordered or split == "test" else "train"
         if group and not holds(file, group):
             raise UserError(
                 f"{str(path)!r} has no group {group!r}, so no {split} images: pack a folder with "
-                "train/ and test/ in it"
+                "train/ and test/ in it, or choose another split (--split validation)"
             )
     reader = read_contents(path, group)
     count, height, width, _ = reader.shape
@@ -139,7 +142,8 @@ def load_hdf5(request: DatasetRequest) -> AnyImages:
     if not group:
         rows, tenth = shuffled(count), max(1, count // 10)
         rows = rows[:tenth] if split == "test" else rows[tenth:]
-    rows = rows[split_rows(request, len(rows), repr(str(path)))]
+    if not ordered:
+        rows = rows[split_rows(request, len(rows), repr(str(path)))]
     return load_rows(request.name, split, reader, rows)
 
 
@@ -198,7 +202,7 @@ def read_contents(path: Path, group: str = "", class_names: tuple[str, ...] = ()
         labels = _labels(file, group, what, len(images), names)
         if labels is not None and not names:
             # over all groups, so that training and test set have the same classes
-            every = [_labels(file, own, what) for own in ("", "train", "test")]
+            every = [_labels(file, own, what) for own in ("", *SPLITS)]
             top = max(int(own.max()) for own in every if own is not None and len(own))
             names = tuple(str(label) for label in range(1 + top))
         return Hdf5Reader(path, group, tuple(images.shape), labels, names, stamp)

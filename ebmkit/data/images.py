@@ -274,22 +274,31 @@ def _has_more(image: Image.Image) -> bool:
 
 def _decoded(image: Image.Image, path: Path) -> DecodedImage:
     """Decode, apply the orientation, and convert to L, RGB or 16-bit gray."""
-    mode, notes = image.mode, []
     with path.open("rb") as file:
         header = file.read(26)
+    found = upright_image(image, repr(str(path)))
     if image.format == "PNG" and header[24] == 16 and header[25] != 0:  # bit depth; not gray
-        notes.append(f"{str(path)!r} has 16-bit colour, which is read with 8 bits")
+        note = f"{str(path)!r} has 16-bit colour, which is read with 8 bits"
+        return found._replace(notes=(note, *found.notes))
+    return found
+
+
+def upright_image(image: Image.Image, what: str) -> DecodedImage:
+    """Apply the orientation of a Pillow image and convert it to L, RGB or 16-bit gray.
+
+    Raises:
+        UserError: if it is partly transparent; the message calls the image ``what``.
+    """
+    mode, notes = image.mode, []
     image.load()
     turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
     upright = image if turn is None else image.transpose(turn)
     if upright.mode in _SIXTEEN_BIT:
-        return DecodedImage(upright, mode, tuple(notes))
+        return DecodedImage(upright, mode, ())
     if upright.has_transparency_data:
         alpha = upright.convert("RGBA").getchannel("A")
         if alpha.getextrema() != (255, 255):
-            raise UserError(
-                f"{str(path)!r} is partly transparent: flatten it onto a background first"
-            )
-        notes.append(f"{str(path)!r} has an alpha channel, fully opaque, which is ignored")
+            raise UserError(f"{what} is partly transparent: flatten it onto a background first")
+        notes.append(f"{what} has an alpha channel, fully opaque, which is ignored")
     gray = upright.mode in ("1", "L", "LA", "La")
     return DecodedImage(upright.convert("L" if gray else "RGB"), mode, tuple(notes))

@@ -126,6 +126,14 @@ class _ImageSetBase(ABC):
     @abstractmethod
     def read_exactly(self, indices: Sequence[int]) -> tuple[Tensor, Tensor | None]: ...
 
+    def __repr__(self: Any) -> str:
+        height, width = self.image_size
+        classes = f", {self.num_classes} classes" if self.num_classes else ", no labels"
+        return (
+            f"{type(self).__name__}({self.name!r}, {self.split!r}: {len(self):,} images of "
+            f"{self.channels}x{height}x{width}{classes})"
+        )
+
     @property
     def num_classes(self) -> int:
         """Number of classes; 0 without labels."""
@@ -219,7 +227,7 @@ class _ImageSetBase(ABC):
         check_range(labels, self.num_classes, what)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ImageSet(_ImageSetBase):
     """Images in memory on one device: a loaded data set, or your own tensors.
 
@@ -299,7 +307,7 @@ class ImageSet(_ImageSetBase):
         return to_floats(self.images[rows])
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class StreamedSet(_ImageSetBase):
     """Images on disk, read on demand, with the interface of `ImageSet`.
 

@@ -26,6 +26,7 @@ from __future__ import annotations
 import contextlib
 import importlib.resources
 import inspect
+import os
 import pickle
 import socket
 from collections.abc import Callable, Mapping
@@ -38,19 +39,16 @@ import numpy as np
 import torch
 import yaml
 from einops import rearrange
-from PIL import Image
-from torch import Tensor
 
+from ebmkit.data.convert import convert
 from ebmkit.data.folders import (
     has_parts,
     list_folder,
     load_folder,
     load_imagenet,
     load_pictures,
-    to_pixels,
 )
 from ebmkit.data.hdf5 import load_hdf5, load_rows, read_contents
-from ebmkit.data.images import is_coloured
 from ebmkit.data.imagesets import (
     SPLITS,
     AnyImages,
@@ -347,6 +345,31 @@ def load_dataset(
     return images
 
 
+def find_source(source: str | os.PathLike[str]) -> tuple[str, Path | None]:
+    """Name in `DATASETS` and ``data_dir`` of a data set given by its name, or by a path.
+
+    Raises:
+        UserError: if ``source`` is neither a name nor a folder or file.
+    """
+    path = Path(source)
+    if isinstance(source, str) and source in DATASETS:
+        return source, None
+    if path.exists():
+        return "folder" if path.is_dir() else "hdf5", path.absolute()
+    raise unknown_name("data set, folder or HDF5 file", str(source), DATASETS)
+
+
+def as_images(source: Any, split: Split = "train", **options: Any) -> AnyImages:
+    """Images of a name, folder or HDF5 file (`load_dataset`), or of an object (`convert`).
+
+    ``options`` are those of `ebmkit.data.convert.convert`.
+    """
+    if isinstance(source, (str, os.PathLike)):
+        size = options.get("image_size")
+        return load_dataset(*find_source(source), split, image_size=size, progress=False)
+    return convert(source, split=split, **options)
+
+
 # --- packing -------------------------------------------------------------------------------------
 
 _BLOCK = 256
@@ -354,49 +377,6 @@ _CHUNK_BYTES = 65536
 
 _BROKEN = (OSError, RuntimeError, ValueError, TypeError, LookupError, EOFError, SyntaxError)
 """Exceptions of torchvision on missing, damaged or other files."""
-
-
-class _Items:
-    """Reads a torchvision data set item by item, with the size and channels of the first item."""
-
-    def __init__(self, source: Any, name: str, image_size: int | None) -> None:
-        self.source, self.name, self.resized = source, name, image_size is not None
-        first = self._item(0)
-        if not (isinstance(first, tuple) and isinstance(first[0], Image.Image)):
-            raise UserError(f"{name!r} does not return images with labels: pack a folder of images")
-        self.channels = 1 if first[0].mode in ("1", "L") else 3
-        self.image_size = (image_size, image_size) if image_size else first[0].size[::-1]
-        self.class_names = tuple(str(c) for c in getattr(source, "classes", ()))
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def read(self, rows: range) -> tuple[Tensor, Tensor]:
-        """Images (B, C, H, W) uint8 and labels (B,)."""
-        images, labels, name = [], [], self.name
-        for row in rows:
-            image, label = self._item(row)
-            if not self.resized and image.size[::-1] != self.image_size:
-                raise UserError(f"images of {name!r} differ in size: choose one by --image-size")
-            if not isinstance(label, int):
-                raise UserError(f"{name!r} has labels that are not whole numbers, as {label!r}")
-            if self.channels == 1 and is_coloured(image.convert("RGB")):
-                raise UserError(
-                    f"image {row} of {self.name!r} is in colour and the first is gray: pack a "
-                    "folder of its images"
-                )
-            images.append(to_pixels(image, self.channels, self.image_size))
-            labels.append(label)
-        return torch.stack(images), torch.tensor(labels)
-
-    def _item(self, row: int) -> Any:
-        try:
-            return self.source[row]
-        except _BROKEN as error:
-            raise UserError(f"image {row} of {self.name!r} cannot be read: {error}") from None
-
-
-Source = ImageSet | StreamedSet | _Items
 
 
 def pack(
@@ -439,15 +419,21 @@ def pack(
             f"training and test images in {str(src)!r} differ in size, colour or classes: give an "
             "image size, convert all to one colour, and have the same classes in both"
         )
-    names = list(next(iter(parts.values())).class_names)
     with replacing(out) as temporary, h5py.File(temporary, "w") as file:
-        if names:
-            file.create_dataset("class_names", data=names, dtype=h5py.string_dtype())
-        for group, source in parts.items():
-            _write(file.require_group(group or "/"), source, progress)
+        write_parts(file, parts, progress)
 
 
-def _write(group: h5py.Group, source: Source, progress: bool) -> None:
+def write_parts(file: h5py.File, parts: Mapping[str, AnyImages], progress: bool = False) -> None:
+    """Write sets to an open HDF5 file: group ("" for the root) -> images of its classes."""
+    import h5py
+
+    if names := next(iter(parts.values())).class_names:
+        file.create_dataset("class_names", data=list(names), dtype=h5py.string_dtype())
+    for group, source in parts.items():
+        _write(file.require_group(group or "/"), source, progress)
+
+
+def _write(group: h5py.Group, source: AnyImages, progress: bool) -> None:
     count, labels = len(source), []
     what = group.name.strip("/") or "images"
     for start in progress_bar(range(0, count, _BLOCK), f"packing {what}", progress):
@@ -473,7 +459,7 @@ def _write(group: h5py.Group, source: Source, progress: bool) -> None:
 
 def _parts(
     src: str, image_size: int | None, progress: bool, faults: FaultPolicy
-) -> Mapping[str, Source]:
+) -> Mapping[str, AnyImages]:
     """Group of the HDF5 file -> source of its images."""
     if src.startswith("torchvision:"):
         return _torchvision_parts(src, image_size)
@@ -492,7 +478,7 @@ def _parts(
 
 def _folder_parts(
     root: Path, image_size: int | None, progress: bool, faults: FaultPolicy
-) -> Mapping[str, Source]:
+) -> Mapping[str, AnyImages]:
     groups = [""]
     if has_parts(root):
         there = {name for name in ("train", "test", "val") if (root / name).is_dir()}
@@ -507,7 +493,7 @@ def _folder_parts(
     return parts
 
 
-def _torchvision_parts(src: str, image_size: int | None) -> Mapping[str, Source]:
+def _torchvision_parts(src: str, image_size: int | None) -> Mapping[str, AnyImages]:
     """`_parts` of a ``src`` ``torchvision:NAME[:FOLDER]``."""
     import torchvision
 
@@ -519,7 +505,7 @@ def _torchvision_parts(src: str, image_size: int | None) -> Mapping[str, Source]
     if not {"train", "split"} & set(options):
         raise UserError(f"{src!r} has no training and test parts: pack a folder of its images")
     download = {"download": True} if "download" in options else {}
-    parts: dict[str, _Items] = {}
+    parts: dict[str, AnyImages] = {}
     for part in ("train", "test"):
         choice = {"train": part == "train"} if "train" in options else {"split": part}
         try:
@@ -527,5 +513,5 @@ def _torchvision_parts(src: str, image_size: int | None) -> Mapping[str, Source]
         except _BROKEN as error:
             reason = first_line(error)
             raise UserError(f"cannot get {src!r} into {folder or 'data'!r}: {reason}") from None
-        parts[part] = _Items(source, src, image_size)
+        parts[part] = convert(source, src, image_size=image_size, like=parts.get("train"))
     return parts

@@ -223,6 +223,31 @@ class MeanPooled(nn.Module):
         return mean_over_windows(maps[-1], grid)
 
 
+class PooledBackbone(nn.Module):
+    """A network that returns a tensor, as a backbone.
+
+    Fused attention, which has only one derivative, is switched off in modules of timm.
+
+    Args:
+        network: maps images (B, C, H, W) to features (B, K), or to maps (B, K, H, W).
+        num_features: K.
+    """
+
+    def __init__(self, network: nn.Module, num_features: int) -> None:
+        super().__init__()
+        self.network, self.num_features = network, num_features
+        for module in network.modules():
+            if hasattr(module, "fused_attn"):
+                setattr(module, "fused_attn", False)  # noqa: B010  (not every module has it)
+
+    def forward(self, y: Tensor) -> Features:
+        """Features of images ``y`` (B, C, H, W)."""
+        found: Tensor = self.network(y)
+        if found.ndim == 2:
+            return Features(found)
+        return Features(mean_over_windows(found).squeeze(1), (found,))
+
+
 def mean_over_positions(h: Tensor) -> Tensor:
     """Mean of maps ``h`` (B, C, H, W) over H and W: (B, C); differentiable to any order."""
     if torch.compiler.is_compiling() or in_forward_mode():  # a compiler chooses layouts itself

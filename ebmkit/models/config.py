@@ -195,6 +195,11 @@ class ModelConfig(BaseModel):
 
     def build(self) -> ScoreModel:
         """Build the model: a `JointModel` for a backbone, or a denoiser."""
+        model = self._build()
+        model.built_from = self
+        return model
+
+    def _build(self) -> ScoreModel:
         if isinstance(self.backbone, DenoiserConfig):
             return self.backbone.build_model(self.in_channels, self.num_classes)
         assert isinstance(self.backbone, BackboneConfig)
@@ -211,6 +216,15 @@ class ModelConfig(BaseModel):
             input_mean=self.input_mean,
             input_std=self.input_std,
         )
+
+
+def preset_name(config: NetworkConfig) -> str:
+    """Name for `find_network` of the preset of the same class that is most like ``config``."""
+    if isinstance(config, TimmConfig):
+        return f"{TIMM}{config.name}"
+    own, fields = {**BACKBONES, **DENOISERS}, config.model_dump().items()
+    of_class = [name for name, preset in own.items() if type(preset.config) is type(config)]
+    return max(of_class, key=lambda name: len(fields & own[name].config.model_dump().items()))
 
 
 def create_model(

@@ -20,10 +20,10 @@ from __future__ import annotations
 from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator
-from torch import Tensor, nn
+from torch import Tensor
 
 from ebmkit.errors import UserError, first_line, shown
-from ebmkit.models.base import BackboneConfig, Features
+from ebmkit.models.base import BackboneConfig, Features, PooledBackbone
 
 INSTALL = "pip install 'ebmkit-vision[timm]'"
 
@@ -77,7 +77,7 @@ class TimmConfig(BackboneConfig):
         return TimmBackbone(in_channels, self)
 
 
-class TimmBackbone(nn.Module):
+class TimmBackbone(PooledBackbone):
     """A timm model without its classifier; K is the number of features before the classifier.
 
     Args:
@@ -86,7 +86,6 @@ class TimmBackbone(nn.Module):
     """
 
     def __init__(self, in_channels: int, config: TimmConfig) -> None:
-        super().__init__()
         try:
             import timm
         except ImportError:
@@ -112,13 +111,9 @@ class TimmBackbone(nn.Module):
                 f"timm cannot build {config.name} of {in_channels} channel(s) with options "
                 f"{shown(config.options)}: {first_line(error)}"
             ) from None
-        self.name = config.name
-        self.network = network
         width: Any = getattr(network, "head_hidden_size", None) or network.num_features
-        self.num_features = int(width)
-        for module in network.modules():
-            if hasattr(module, "fused_attn"):
-                setattr(module, "fused_attn", False)  # noqa: B010  (not every module has it)
+        super().__init__(network, int(width))
+        self.name = config.name
 
     def forward(self, y: Tensor) -> Features:
         """Features of images ``y`` (B, C, H, W), of a size that the network accepts.
@@ -127,7 +122,7 @@ class TimmBackbone(nn.Module):
             UserError: if the network does not accept their size.
         """
         try:
-            pooled: Tensor = self.network(y)
+            return super().forward(y)
         except (AssertionError, RuntimeError, ValueError) as error:
             reason = next(iter(str(error).strip().splitlines()), "")
             too_small = any(words in reason.lower() for words in SIZE_ERRORS)
@@ -138,4 +133,3 @@ class TimmBackbone(nn.Module):
                 f"{y.shape[-1]} ({reason}): set dataset.image_size, or for a network of fixed size "
                 "model.backbone.options.img_size"
             ) from None
-        return Features(pooled)

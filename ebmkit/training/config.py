@@ -260,6 +260,13 @@ class TrainConfig(_Config):
             )
         return self
 
+    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
+        """The main settings; ``model_dump`` has all."""
+        yield "dataset", self.dataset.name
+        yield from ((n, getattr(self, n)) for n in ("backbone", "head", "objective", "steps"))
+        yield "optimizer", self.optimizer.kind
+        yield from (("lr", self.optimizer.lr), ("seed", self.seed))
+
     def objective_settings(self) -> dict[str, ObjectiveConfig | None]:
         """Settings of each objective by its name; None for an objective without settings."""
         return {

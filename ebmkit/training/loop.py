@@ -12,16 +12,17 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
+from torch import nn
 
 from ebmkit.compile import make_inference
 from ebmkit.compute import describe, peak_memory, pick_device
-from ebmkit.data import AnyImages, Batch, ImageSet, Stream
+from ebmkit.data import AnyImages, Batch, ImageSet, Stream, as_images
 from ebmkit.data.schedule import images_between, stage_at, stages
 from ebmkit.data.streams import prefetch
 from ebmkit.data.workers import translate_worker_errors
@@ -56,6 +57,7 @@ from ebmkit.training.setup import (
     check_classes,
     check_compiled,
     check_terms,
+    config_of,
     images_of,
     make_card,
     make_loss,
@@ -106,25 +108,20 @@ def stop_requested() -> Iterator[Stop]:
             signal.signal(number, old)
 
 
-class Reporter(Protocol):
-    """Receives the rows of metrics (a progress bar, TensorBoard)."""
-
-    def report(self, row: dict[str, Any]) -> None: ...
-
-
-@dataclass
+@dataclass(repr=False)
 class Trainer:
     """Trains a model with `fit`.
 
     Args:
         model: any `ScoreModel`; the command line builds the one of ``config.model``.
         config: resolved configuration.
-        train: training images.
-        validation: held-out images; None: no validation.
+        train: training images, as an `ImageSet`, or anything that `ebmkit.data.as_images` converts:
+            a data set of PyTorch or Hugging Face, a pair of tensors, a folder, ...
+        validation: held-out images, as for ``train``; None: no validation.
         run: run folder to save to; None: nothing is saved.
         built_from: configuration that builds the model, for ``model.json``; None: a custom model.
-        reporter: receives each row of metrics.
-        world: processes that train together. Only the first should have a run and a reporter.
+        callbacks: objects with methods of `ebmkit.training.Callback`.
+        world: processes that train together. Only the first should have a run and callbacks.
 
     Attributes:
         state: the part of a checkpoint that is the same for all objectives.
@@ -139,15 +136,20 @@ class Trainer:
 
     model: ScoreModel
     config: TrainConfig
-    train: AnyImages
-    validation: AnyImages | None = None
+    train: Any
+    validation: Any = None
     run: RunFolder | None = None
     built_from: ModelConfig | None = None
-    reporter: Reporter | None = None
+    callbacks: Sequence[Any] = ()
     world: DistributedContext = field(default_factory=DistributedContext)
 
     def __post_init__(self) -> None:
         config, model, world = self.config, self.model, self.world
+        size = config.dataset.image_size
+        self.train = as_images(self.train, image_size=size)
+        if self.validation is not None:
+            options = {"image_size": size, "like": self.train}
+            self.validation = as_images(self.validation, "validation", **options)
         self.device = device = device_of_rank(pick_device(config.device))
         model.to(device)
         self.loss = make_loss(model, config).to(device)
@@ -176,7 +178,7 @@ class Trainer:
         if self.update.compiled:
             check_compiled(self.stages)
         self.state = TrainingState(self.update, SkippedSamples(self.train, self.streams, world))
-        self.first_step, self.stopwatch = 0, Stopwatch()
+        self.first_step, self.stopwatch, self._stopped = 0, Stopwatch(), False
         self.initial: Initialization | None = None
         self.budget = Budget(
             self.loss,
@@ -227,8 +229,19 @@ class Trainer:
         assert isinstance(averaged, ScoreModel)
         return averaged
 
+    def __repr__(self) -> str:
+        steps = f"step {self.step:,} of {self.config.steps:,}"
+        where = "" if self.run is None else f", run {str(self.run.path)!r}"
+        return f"Trainer({self.config.objective}, {self.model!r}, {self.train!r}, {steps}{where})"
+
+    def stop(self) -> None:
+        """End `fit` after the current step, with the state saved; for callbacks."""
+        self._stopped = True
+
     def fit(self) -> ScoreModel:
         """Train from the current step to ``config.steps``; return the model in evaluation mode.
+
+        A callback may end training earlier by `stop`; then `fit` can be called again.
 
         Raises:
             Interrupted: on Ctrl-C or a request to terminate, after saving.
@@ -242,14 +255,18 @@ class Trainer:
         self.state.start_clock()
         self.stopwatch.restart()
         self.model.train()
+        self._stopped = False
         alone = self.world.size == 1  # several processes agree on the last step when they read
         holding = nullcontext() if self.run is None else self.run.held()
         where_saved = (lambda: "") if self.run is None else self.run.where_saved
-        with translate_worker_errors(where_saved), holding, stop_requested() as stop:
+        with (
+            translate_worker_errors(where_saved), holding, stop_requested() as stop,
+            self._calling_back(),
+        ):  # fmt: skip
             if self.initial is not None and self.run is not None:
                 self.run.write_document("init.json", self.initial._asdict())
             while self.step < config.steps:
-                self._advance(batches, stop())
+                self._advance(batches, stop() or self._stopped)
                 log, validate, save = (
                     self.step % every == 0 or self.step == config.steps
                     for every in (config.log_every, config.validate_every, config.checkpoint_every)
@@ -260,21 +277,27 @@ class Trainer:
                     self.stopwatch.restart()
                     continue
                 due = log or validate or save or (alone and stop())
-                if self.device.type != "cpu" and not due:
-                    continue  # reading would make the host wait for the device
-                stats = self._read()
-                if log:
+                # else, reading would make the host wait for the device
+                stats = self._read() if self.device.type == "cpu" or due else None
+                if log and stats:
                     self._log_step(stats)
                 if validate:
                     self._validate()
-                stopping = stop() if alone else stats.stop_requested
+                self._call("on_step", self)
+                stopping = (
+                    stop() or self._stopped if alone else bool(stats and stats.stop_requested)
+                )
+                if stopping and not stats:
+                    self._read()
                 if save or stopping:
                     self.state.skipped.update()  # all processes reach this line
                     self.save()
                 if validate or save:
                     self.stopwatch.restart()
-                if stopping:
+                if stopping and any(self.world.gather(stop())):
                     raise Interrupted(self.step, self.config.steps, stop.signal)
+                if stopping:
+                    break
         return self.trained.eval()
 
     def try_steps(self, count: int) -> None:
@@ -350,11 +373,25 @@ class Trainer:
         return rate if self.rollback is None else rate * self.rollback.monitor.mitigations.rate
 
     def report(self, row: dict[str, Any], written: bool = False) -> None:
-        """Write a row of metrics, unless it is already ``written``, and pass it to the reporter."""
+        """Write a row of metrics, unless it is already ``written``; pass it to the callbacks."""
         if self.run is not None and not written:
             self.run.log(row)
-        if self.reporter is not None:
-            self.reporter.report(row)
+        self._call("report", row)
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        """Call the method ``name`` of each callback that has it."""
+        for callback in self.callbacks:
+            if (method := getattr(callback, name, None)) is not None:
+                method(*arguments)
+
+    @contextmanager
+    def _calling_back(self) -> Iterator[None]:
+        """Context that calls ``on_start``, and at its end, also after an error, ``on_end``."""
+        self._call("on_start", self)
+        try:
+            yield
+        finally:
+            self._call("on_end", self)
 
     def run_stats(self) -> RunStats:
         """Measured cost of the steps so far."""
@@ -494,8 +531,10 @@ class Trainer:
         model, best, loss = self.trained.eval(), self.state.best, self.validator.loss
         stage = self.stages[stage_at(self.stages, self.step - 1)]
         means = self.validator(stage)
+        row = {"kind": "validation", "step": self.step, **means}
+        self.report(row)
+        self._call("on_validation", self, row)
         self.model.train()
-        self.report({"kind": "validation", "step": self.step, **means})
         if self.step == self.config.steps and self.world.first:
             warn_if_at_chance(means, loss, model.num_classes, self.config)
         summary = loss.summary({term.name: means[term.name] for term in loss.terms})
@@ -508,22 +547,27 @@ class Trainer:
 def assemble(
     config: TrainConfig,
     run: RunFolder | None = None,
-    reporter: Reporter | None = None,
+    callbacks: Sequence[Any] = (),
     progress: bool = False,
     world: DistributedContext | None = None,
-    train: AnyImages | None = None,
+    *,
+    data: tuple[AnyImages, AnyImages | None] | None = None,
+    network: nn.Module | None = None,
 ) -> Trainer:
     """Load the data, build model and trainer, and resume from the run's checkpoint.
 
-    Arguments are those of `Trainer`, and ``progress``: whether to show progress bars while data is
-    downloaded or read; ``train``: the training images, if they are loaded already, before
-    ``dataset.limit``. Raises a `UserError` if one of these steps does.
+    Arguments are those of `Trainer`, and the following. Raises a `UserError` if a step does.
+
+    Args:
+        progress: show progress bars while data is downloaded or read.
+        data: training and held-out images; None: load those of ``config.dataset``.
+        network: model, or backbone for the head of the configuration; None: build that of
+            ``config.model``.
     """
     world = world or DistributedContext()
     if not world.first:
         world.broadcast(None)  # the first process alone downloads data
-    if train is None:
-        train = images_of(config.dataset, "train", progress)
+    train = data[0] if data else images_of(config.dataset, "train", progress)
     if world.first:
         world.broadcast(None)
     if (limit := config.dataset.limit) is not None:
@@ -533,15 +577,17 @@ def assemble(
         check_labels(term.name, term.objective, train.num_classes)
     validation = None
     if config.validation_images:
-        validation = images_of(config.dataset, "validation").first(config.validation_images)
-    model, built_from = build_model(config, train), model_config(config, train)
+        held_out = data[1] if data else images_of(config.dataset, "validation")
+        validation = None if held_out is None else held_out.first(config.validation_images)
+    model = build_model(config, train, network)
+    built_from = config_of(model) if network is not None else model_config(config, train)
     with run.held() if run is not None else nullcontext():
         checkpoint = world.broadcast(run.load_checkpoint() if run is not None else None)
     initial = None
     if config.init is not None and checkpoint is None:
         state = world.broadcast(read_weights(config.init) if world.first else None)
         initial = initialize(model, config.init, state or {})
-    trainer = Trainer(model, config, train, validation, run, built_from, reporter, world)
+    trainer = Trainer(model, config, train, validation, run, built_from, callbacks, world)
     trainer.initial = initial
     if trainer.device.type == "cpu":  # where the system kills a process that runs out of memory
         trainer.budget.check()

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from ebmkit.blind import fit_calibration
 from ebmkit.card import ModelCard
@@ -16,8 +17,9 @@ from ebmkit.data import AnyImages, load_dataset
 from ebmkit.data.imagesets import FaultPolicy
 from ebmkit.data.schedule import Stage, images_between, stages
 from ebmkit.energy import EnergyModel, ScoreModel
-from ebmkit.errors import UserError, shown
-from ebmkit.models import ModelConfig
+from ebmkit.errors import UserError, first_line, shown
+from ebmkit.models import Features, JointModel, ModelConfig
+from ebmkit.models.base import PooledBackbone
 from ebmkit.objectives import Scale, TrainingLoss, parse_objective
 from ebmkit.objectives.loss import check_labels
 from ebmkit.randomness import keyed_generator
@@ -73,24 +75,79 @@ def steps_of_epochs(epochs: float, images: int, config: TrainConfig) -> int:
     return max(1, math.ceil(epochs * images * many / images_between(plan, 0, many)))
 
 
-def build_model(config: TrainConfig, images: AnyImages) -> ScoreModel:
+def build_model(
+    config: TrainConfig, images: AnyImages, network: nn.Module | None = None
+) -> ScoreModel:
     """Build the model of ``config`` for ``images``, with initial weights drawn from its seed.
 
+    Args:
+        network: a model, returned unchanged, or a backbone for the head of ``config``.
+
     Raises:
-        UserError: if the memory is too small for it.
+        UserError: if the memory is too small, ``network`` does not take the images, or it returns
+            neither `Features` nor a tensor of features.
     """
+    if isinstance(network, ScoreModel):
+        return network
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        try:
-            return model_config(config, images).build()
-        except (RuntimeError, MemoryError) as error:
-            text = str(error).lower()
-            if "memory" not in text and "overflow" not in text:
-                raise
-            raise UserError(
-                f"the memory is too small for network {config.backbone!r}: take a smaller one, or "
-                "reduce its width or depth"
-            ) from None
+        if network is None:
+            try:
+                return model_config(config, images).build()
+            except (RuntimeError, MemoryError) as error:
+                text = str(error).lower()
+                if "memory" not in text and "overflow" not in text:
+                    raise
+                raise UserError(
+                    f"the memory is too small for network {config.backbone!r}: take a smaller "
+                    "one, or reduce its width or depth"
+                ) from None
+        own, size = config.model, training_image_size(config, images)
+        backbone = _as_backbone(network, (images.channels, *size))
+        return JointModel(
+            backbone,
+            own.head.build(backbone.num_features, images.num_classes),
+            images.channels,
+            own.reference_size or size,
+            own.size_scaling,
+            own.input_mean,
+            own.input_std,
+        )
+
+
+def _as_backbone(network: nn.Module, shape: tuple[int, int, int]) -> Any:
+    """``network`` as a `Backbone`, tried on images of ``shape`` (C, H, W)."""
+    name, mode = type(network).__name__, network.training
+    place = next((p.device for p in network.parameters()), torch.device("cpu"))
+    try:
+        with torch.no_grad():
+            found = network.eval()(torch.zeros(2, *shape, device=place))
+    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+        size = "x".join(map(str, shape))
+        raise UserError(f"{name} takes no images of {size}: {first_line(error)}") from error
+    finally:
+        network.train(mode)
+    if isinstance(found, Features):
+        return network
+    if isinstance(found, Tensor) and found.ndim in (2, 4):
+        return PooledBackbone(network, found.shape[1])
+    raise UserError(
+        f"{name} is no backbone: it must return Features, a tensor of features (B, K), or maps "
+        "(B, K, H, W)"
+    )
+
+
+def config_of(model: ScoreModel) -> ModelConfig | None:
+    """The configuration that builds ``model``; None if it was composed or changed by hand."""
+    config = model.built_from
+    if not isinstance(config, ModelConfig):
+        return None
+
+    def layers(network: nn.Module) -> list[tuple[str, str, str]]:
+        return [(n, type(m).__name__, m.extra_repr()) for n, m in network.named_modules()]
+
+    with torch.random.fork_rng(devices=[]):
+        return config if layers(config.without_pretrained().build()) == layers(model) else None
 
 
 def model_config(config: TrainConfig, images: AnyImages) -> ModelConfig:
@@ -165,6 +222,18 @@ def check_terms(loss: TrainingLoss, config: TrainConfig, images: AnyImages) -> N
         UserError: if labels, noise or a second derivative are missing, or labels are mixed for an
             objective that needs hard labels.
     """
+    model, data = loss.model, f"data set {images.name!r}"
+    if model.in_channels not in (None, images.channels):
+        raise UserError(
+            f"the model takes images of {model.in_channels} channel(s), and {data} has "
+            f"{images.channels}: convert the images, or build the model with in_channels="
+            f"{images.channels}"
+        )
+    if model.num_classes and images.num_classes not in (0, model.num_classes):
+        raise UserError(
+            f"the model has {model.num_classes} classes, and {data} has {images.num_classes}: "
+            f"build the model with num_classes={images.num_classes}"
+        )
     for term in loss.terms:
         name = loss.stream_of[term.name]
         stream = config.stream(name)

@@ -1,7 +1,6 @@
 """The command line: output, files, errors and exit codes."""
 
 import csv
-import io
 import json
 import os
 import shutil
@@ -18,10 +17,8 @@ from ebmkit_tests.support.command_line import ebmkit_command
 from PIL import Image
 
 import ebmkit
-from ebmkit.cli.console import TrainingBar
 from ebmkit.cli.tools import tables
 from ebmkit.storage import Claim
-from ebmkit.terminal import CleanConsole
 from ebmkit.training import RunFolder
 
 pytestmark = pytest.mark.usefixtures("count_memory_once", "few_resamples")
@@ -190,19 +187,6 @@ def test_list_without_a_kind_is_an_overview(home):
     assert "drunet" in kinds["denoisers"]
     assert kinds["diffusion"] == {"unet", "unet-cifar10"}
     assert not kinds["denoisers"] & kinds["diffusion"]
-
-
-def test_progress_bar_shows_the_last_held_out_figures(monkeypatch):
-    monkeypatch.setattr("ebmkit.cli.console.console", terminal := CleanConsole(
-        force_terminal=True, width=80, file=io.StringIO()
-    ))  # fmt: skip
-    with TrainingBar(10) as bar:
-        bar.report({"kind": "train", "step": 4, "lr": 1, "ce": 2.5, "images_per_s": 90})
-        bar.report({"kind": "validation", "step": 4, "accuracy": 0.25})
-        bar.report({"kind": "train", "step": 5, "lr": 1, "ce": 1.5, "images_per_s": 90})
-    shown = terminal.file.getvalue()
-    assert "held-out: accuracy 0.25 (step 4)" in shown
-    assert shown.rindex("ce 1.5") < shown.rindex("held-out: accuracy 0.25 (step 4)")
 
 
 @pytest.mark.parametrize("kind", ["backbones", "heads", "objectives", "datasets", "recipes"])

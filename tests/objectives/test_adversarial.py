@@ -44,9 +44,9 @@ TINY = {
 }
 
 
-def start(tmp_path, name, *layers, reporter=None):
+def start(tmp_path, name, *layers, callbacks=()):
     config = resolve(TINY, *layers, recipe="digits-robust")
-    return assemble(config, RunFolder.create(tmp_path / name, config), reporter)
+    return assemble(config, RunFolder.create(tmp_path / name, config), callbacks)
 
 
 def weights(trainer):
@@ -389,7 +389,7 @@ def test_resume_after_interrupt_is_bit_identical(tmp_path):
     layer = {"objective": "trades+dsm", "steps": 5, "optimizer": {"sharpness": 0.1, "ema": 0.9}}
     whole = start(tmp_path, "whole", layer)
     whole.fit()
-    cut = start(tmp_path, "cut", layer, reporter=StopAt(3))
+    cut = start(tmp_path, "cut", layer, callbacks=[StopAt(3)])
     with pytest.raises(Interrupted, match="after step 3"):
         cut.fit()
     resumed = assemble(cut.config, RunFolder.open(tmp_path / "cut"))

@@ -36,9 +36,9 @@ TINY = {
 }
 
 
-def start(tmp_path, name, *layers, reporter=None):
+def start(tmp_path, name, *layers, callbacks=()):
     config = resolve(TINY, *layers)
-    return assemble(config, RunFolder.create(tmp_path / name, config), reporter)
+    return assemble(config, RunFolder.create(tmp_path / name, config), callbacks)
 
 
 def weights(trainer):
@@ -197,7 +197,7 @@ class StopAt:
 def test_resume_after_interrupt_is_bit_identical(tmp_path, layer):
     whole = start(tmp_path, "whole", layer)
     whole.fit()
-    cut = start(tmp_path, "cut", layer, reporter=StopAt(3))
+    cut = start(tmp_path, "cut", layer, callbacks=[StopAt(3)])
     with pytest.raises(Interrupted, match="after step 3"):
         cut.fit()
     resumed = assemble(cut.config, RunFolder.open(tmp_path / "cut"))

@@ -256,10 +256,10 @@ def small(image_folder, *assignments):
     return resolve({"dataset": {"data_dir": image_folder}}, own, recipe="imagenet")
 
 
-def trainer_of(image_folder, *assignments, run=None, reporter=None):
+def trainer_of(image_folder, *assignments, run=None, callbacks=()):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Budget, "check", lambda self: None)  # for speed; it has its own tests
-        return assemble(small(image_folder, *assignments), run, reporter)
+        return assemble(small(image_folder, *assignments), run, callbacks)
 
 
 class Tiny(nn.Module):
@@ -280,7 +280,7 @@ def tiny_trainer(image_folder, *assignments):
     torch.manual_seed(0)
     config = small(image_folder, "validation_images=0", *assignments)
     model = ebmkit.JointModel(Tiny(), LinearQuadraticHead(8, 3))
-    return Trainer(model, config, images_of(config.dataset, "train"), reporter=RowReporter())
+    return Trainer(model, config, images_of(config.dataset, "train"), callbacks=[RowReporter()])
 
 
 class RowReporter:
@@ -300,14 +300,14 @@ def test_resume_within_a_phase_is_bit_identical(image_folder, tmp_path):
     config = small(image_folder)
     # step 5 is the second of its phase
     reports = RowReporter(), RowReporter(stop_at=4), RowReporter()
-    whole = trainer_of(image_folder, reporter=reports[0])
+    whole = trainer_of(image_folder, callbacks=reports[:1])
     whole.fit()
     cut = trainer_of(
-        image_folder, run=RunFolder.create(tmp_path / "cut", config), reporter=reports[1]
+        image_folder, run=RunFolder.create(tmp_path / "cut", config), callbacks=reports[1:2]
     )
     with pytest.raises(Interrupted, match="after step 4"):
         cut.fit()
-    resumed = trainer_of(image_folder, run=RunFolder.open(tmp_path / "cut"), reporter=reports[2])
+    resumed = trainer_of(image_folder, run=RunFolder.open(tmp_path / "cut"), callbacks=reports[2:])
     assert resumed.step == 4
     resumed.fit()
     for key, value in whole.model.state_dict().items():
@@ -321,11 +321,11 @@ def test_resume_within_a_phase_is_bit_identical(image_folder, tmp_path):
 
 def test_each_phase_is_logged_at_its_end_with_its_own_speed(image_folder, monkeypatch):
     trainer = trainer_of(
-        image_folder, "log_every=100", "validation_images=0", reporter=RowReporter()
+        image_folder, "log_every=100", "validation_images=0", callbacks=[RowReporter()]
     )
     monkeypatch.setattr(trainer.stopwatch, "stop", lambda stage: 1.0)  # a second for every step
     trainer.fit()
-    speeds = {row["step"]: row["images_per_s"] for row in trainer.reporter.rows}
+    speeds = {row["step"]: row["images_per_s"] for row in trainer.callbacks[0].rows}
     assert speeds == {3: 16, 5: 14, 7: 12, 8: 10}
 
 
@@ -430,7 +430,7 @@ def test_compiled_step_trains_through_the_phases(image_folder, monkeypatch):
     monkeypatch.setattr(TrainingStep, "__init__", with_backend)
     compiled, eager = fit("on"), fit("off")
     assert compiled.update.compiled
-    for a, b in zip(compiled.reporter.rows, eager.reporter.rows, strict=True):
+    for a, b in zip(compiled.callbacks[0].rows, eager.callbacks[0].rows, strict=True):
         assert a["dsm"] == pytest.approx(b["dsm"], rel=1e-5)
     for a, b in zip(compiled.model.parameters(), eager.model.parameters(), strict=True):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from ebmkit.cli.console import Reporters, TensorBoard, TrainingBar
-from ebmkit.training import RunFolder, resolve
+from ebmkit.training import RunFolder, TensorBoard, resolve
+from ebmkit.training.callbacks import TrainingBar
 from ebmkit.training.cost import MAX_TIMED_INTERVALS, Stopwatch
 from ebmkit.training.loop import assemble
 
@@ -59,10 +59,7 @@ def test_two_thousand_steps_do_not_grow_the_process(tmp_path):
     run = RunFolder.create(tmp_path / "run", config)
     installed = find_spec("tensorboard") is not None
     board = [TensorBoard(tmp_path / "board")] if installed else []
-    with TrainingBar(2000) as bar:
-        assemble(config, run, Reporters([bar, *board, meter])).fit()
-    for own in board:
-        own.close()
+    assemble(config, run, [TrainingBar(), *board, meter]).fit()
     early, late = meter.found
     assert late["objects"] - early["objects"] < 300  # one object per step would be 1000
     assert late["megabytes"] - early["megabytes"] < 2

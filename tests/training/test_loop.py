@@ -47,10 +47,10 @@ class StopAt:
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def start(tmp_path, name, *layers, reporter=None):
+def start(tmp_path, name, *layers, callbacks=()):
     config = resolve(SMALL, *layers)
     run = RunFolder.create(tmp_path / name, config)
-    return assemble(config, run, reporter)
+    return assemble(config, run, callbacks)
 
 
 def copied_state(trainer):
@@ -77,7 +77,7 @@ def test_resume_after_interrupt_is_bit_identical(tmp_path, layer):
     whole = start(tmp_path, "whole", layer)
     whole.fit()
 
-    cut = start(tmp_path, "cut", layer, reporter=StopAt(5))
+    cut = start(tmp_path, "cut", layer, callbacks=[StopAt(5)])
     with pytest.raises(Interrupted, match="after step 5"):
         cut.fit()
     resumed = assemble(cut.config, RunFolder.open(tmp_path / "cut"))
@@ -105,7 +105,7 @@ def test_resume_after_a_crash_repeats_the_steps_since_the_last_checkpoint(tmp_pa
 
     whole = start(tmp_path, "whole")
     whole.fit()
-    crashed = start(tmp_path, "crashed", reporter=Crash())
+    crashed = start(tmp_path, "crashed", callbacks=[Crash()])
     with pytest.raises(RuntimeError, match="power cut"):
         crashed.fit()
     resumed = assemble(crashed.config, RunFolder.open(tmp_path / "crashed"))
@@ -170,7 +170,7 @@ def test_log_is_cleared_if_the_run_has_no_checkpoint(tmp_path):
 
 
 def test_full_disk_keeps_the_previous_checkpoint(tmp_path, monkeypatch):
-    trainer = start(tmp_path, "run", reporter=StopAt(2))
+    trainer = start(tmp_path, "run", callbacks=[StopAt(2)])
     with pytest.raises(Interrupted):
         trainer.fit()
     path = tmp_path / "run" / "checkpoints" / "step-00000002.pt"
@@ -407,7 +407,7 @@ def test_batch_norm_and_relu_cause_a_warning(tmp_path):
 
 def test_run_of_an_earlier_version_resumes(tmp_path):
     """Its configuration lacks later fields, whose defaults change nothing."""
-    cut = start(tmp_path, "cut", reporter=StopAt(3))
+    cut = start(tmp_path, "cut", callbacks=[StopAt(3)])
     with pytest.raises(Interrupted):
         cut.fit()
     path = tmp_path / "cut" / "config.yaml"
@@ -432,7 +432,7 @@ def test_run_of_an_earlier_version_without_validation_keeps_its_images(tmp_path)
     earlier = {"validation_images": 0, "dataset": {"hold_out": True}}
     whole, cut = (start(tmp_path, name, earlier) for name in ("whole", "cut"))
     whole.fit()
-    cut.reporter = StopAt(3)
+    cut.callbacks = [StopAt(3)]
     with pytest.raises(Interrupted):
         cut.fit()
     path = tmp_path / "cut" / "config.yaml"

@@ -320,7 +320,7 @@ def test_nan_in_adversarial_maximum_likelihood_is_diagnosed(tmp_path):
 
 def test_report_names_the_step_after_resuming_in_the_same_process(tmp_path):
     trainer = start(tmp_path / "run")
-    trainer.reporter = StopAt(2)
+    trainer.callbacks = [StopAt(2)]
     with pytest.raises(Interrupted):
         trainer.fit()
     inject_nan(trainer, 4, "denoise", 0)

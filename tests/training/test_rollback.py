@@ -30,9 +30,9 @@ TINY = {
 }
 
 
-def start(tmp_path, name, *layers, reporter=None):
+def start(tmp_path, name, *layers, callbacks=()):
     config = resolve(TINY, *layers)
-    return assemble(config, RunFolder.create(tmp_path / name, config), reporter)
+    return assemble(config, RunFolder.create(tmp_path / name, config), callbacks)
 
 
 def reason(monitor, losses=None, gradient=1.0, gap=0.1, sample=0.5):
@@ -101,7 +101,7 @@ class NaNWeights:
 
 def start_with_nan(tmp_path, times):
     reporter = NaNWeights(5, times)
-    trainer = start(tmp_path, "run", reporter=reporter)
+    trainer = start(tmp_path, "run", callbacks=[reporter])
     reporter.trainer = trainer
     return trainer, reporter
 
