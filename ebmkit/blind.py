@@ -32,14 +32,14 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from ebmkit.card import ModelCard
-from ebmkit.noise import SLACK, format_sigma
+from ebmkit.noise import format_sigma
 
 POINTS = 16
 """Maximum number of points of a calibration."""
 
 MARGIN = 1.25
-"""Factor by which an estimate exceeds its bound before it is called unreliable: in images like
-those of training estimates vary by about a tenth."""
+"""Factor by which an estimate exceeds its bound, or leaves the trained range, before it is called
+unreliable: in images like those of training estimates vary by about a tenth."""
 
 MAX_CORRELATION = 0.1
 """Correlation of neighbouring entries of a residual, beside 3 standard errors, up to which it is
@@ -149,7 +149,7 @@ def reliability_warnings(
     if card.sigma_range is not None:
         low, high = card.sigma_range
         check(
-            (level < low * (1 - SLACK)) | (level > high * (1 + SLACK)),
+            (level < low / MARGIN) | (level > high * MARGIN),
             lambda k: (
                 f"the estimated noise level {format_sigma(float(level[k]))} is outside the range "
                 f"this model was trained for, {format_sigma(low)} to {format_sigma(high)}"

@@ -167,7 +167,7 @@ def rows(document: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def markdown(document: dict[str, Any]) -> str:
+def markdown(document: Mapping[str, Any]) -> str:
     """`rows` as a Markdown table, with 95 % intervals and b in thousandths of a nat."""
     names = ("family", "fit", "parameters", "rank", "v", "v by (26)-(27)", "v measured", "b (mnat)",
              "b measured (mnat)")  # fmt: skip
