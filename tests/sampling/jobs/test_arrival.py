@@ -88,6 +88,8 @@ def test_results_state_how_many_samples_arrived(tmp_path):
     for name, kind, arrived in (("good", BlindMixture, 4), ("stuck", StuckAtGray, 0)):
         job = job_of(tmp_path / name, kind, count=4, steps=60, options={"beta": 0.5})
         job.run()
+        batch = job.finished(0)
+        assert (batch["level"] >= batch["last_sigma"]).all()
         write_results(job, "run")
         document = json.loads((tmp_path / name / "sampling.json").read_text())
         noise = document["diagnostics"]["noise"]
