@@ -156,8 +156,8 @@ def train(
             stack.enter_context(run.held())
         data = None
         if images is not None:
-            held_out = images_of(resolved.dataset, "validation")
-            data = images, held_out if resolved.validation_images else None
+            some = resolved.validation_images > 0
+            data = images, images_of(resolved.dataset, "validation") if some else None
         trainer = assemble(resolved, run, progress=world.first, world=world, data=data)
         test = images_of(resolved.dataset, "test", world.first) if evaluate else None
         if test is not None:

@@ -433,9 +433,11 @@ def check_range(labels: Tensor, classes: int, what: str) -> None:
 
 def warn_of_empty_classes(labels: Tensor, names: Sequence[str], what: str) -> None:
     """Warn about classes without an image, such as class 0 of labels that start at 1."""
+    if len(labels) == 0 or labels.min() < 0:  # refused elsewhere
+        return
     counts = labels.cpu().bincount(minlength=len(names))
     empty = [name for name, count in zip(names, counts.tolist(), strict=False) if not count]
-    if not empty or len(labels) == 0:
+    if not empty:
         return
     ask = "take out what is no class"
     if not counts[0] and counts[1:].all():

@@ -161,7 +161,7 @@ def test_resumed_run_counts_skipped_images_like_an_uninterrupted_one(folder, tmp
                 raise Stop
 
     with pytest.raises(Stop):
-        assemble(config, resumed, StopAt()).fit()
+        assemble(config, resumed, [StopAt()]).fit()
     assert resumed.load_checkpoint()["step"] == 8
     assemble(config, resumed).fit()
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import pytest
 
 from ebmkit.cli import main
+from ebmkit.terminal import console, errors
 
 
 class Ended(NamedTuple):
@@ -30,6 +31,8 @@ def ebmkit_command(*arguments, cwd, **environment):
         patch.setattr(sys, "argv", ["ebmkit", *map(str, arguments)])
         for name, value in {"COLUMNS": "120", **environment}.items():
             patch.setenv(name, value)
+        for one in (console, errors):  # they read the width when they are created
+            patch.setattr(one, "_width", int(environment.get("COLUMNS", 120)))
         main()
     warnings.showwarning = before
     return Ended(int(ended.value.code or 0), out.getvalue(), err.getvalue())
