@@ -3,11 +3,11 @@
 import io
 import os
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from ebmkit import terminal
-from ebmkit.cli.console import TrainingBar
 from ebmkit.terminal import (
     COUNT,
     CleanConsole,
@@ -16,6 +16,7 @@ from ebmkit.terminal import (
     progress_bar,
     replace_unencodable,
 )
+from ebmkit.training.callbacks import TrainingBar
 
 
 @pytest.fixture
@@ -48,12 +49,15 @@ def test_short_work_prints_no_line(clock, capsys):
 
 def test_training_shows_name_step_total_and_loss_without_terminal(clock, capsys):
     row = {"kind": "train", "ce": 0.5, "images_per_s": 8.0}
-    with TrainingBar(400, name="table1 a") as bar:
-        for step in (10, 20, 30):
-            clock[0] += 8
-            bar.report(row | {"step": step})
-        bar.report({"kind": "validation", "step": 30, "accuracy": 0.5})
-        bar.report(row | {"step": 400})
+    trainer = SimpleNamespace(config=SimpleNamespace(steps=400), step=0)
+    bar = TrainingBar("table1 a")
+    bar.on_start(trainer)
+    for step in (10, 20, 30):
+        clock[0] += 8
+        bar.report(row | {"step": step})
+    bar.report({"kind": "validation", "step": 30, "accuracy": 0.5})
+    bar.report(row | {"step": 400})
+    bar.on_end(trainer)
     lines = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
     first = ["table1 a: training", "step 20/400", "ce 0.5", "8 images/s"]
     assert lines[0][:4] == first

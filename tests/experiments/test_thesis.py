@@ -121,6 +121,7 @@ def unguided(tmp_path, monkeypatch):
         out=tmp_path,
         device="cpu",
         seed=0,
+        progress=False,
         stopped={},
         log=lambda sentence: None,
         folder=lambda variant: variant.name,

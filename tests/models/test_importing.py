@@ -387,14 +387,14 @@ def test_averaged_weights_are_imported_by_default_with_a_warning(tmp_path, raw, 
     content, x = {raw: dncnn_state(), mean: dncnn_state(0.1)}, torch.rand(1, 1, 8, 8)
     for name in ("both", raw, mean):
         torch.save(content if name == "both" else {name: content[name]}, tmp_path / name)
-    expected = {name: load_checkpoint(tmp_path / name).denoise(x) for name in (raw, mean)}
+    expected = {name: load_checkpoint(tmp_path / name).denoise_blind(x)[0] for name in (raw, mean)}
     with pytest.warns(
         UserWarning, match=f"raw .{raw}. and averaged weights .{mean}.*--no-averaged"
     ):
         found = load_checkpoint(tmp_path / "both")
-    assert torch.equal(found.denoise(x), expected[mean])
+    assert torch.equal(found.denoise_blind(x)[0], expected[mean])
     found = load_checkpoint(tmp_path / "both", averaged=False)
-    assert torch.equal(found.denoise(x), expected[raw])
+    assert torch.equal(found.denoise_blind(x)[0], expected[raw])
 
 
 def test_lightning_prefix_is_removed(tmp_path):
@@ -416,4 +416,4 @@ def test_lightning_module_around_a_denoiser_is_recognised(tmp_path):
     torch.save({"state_dict": {f"model.{n}": v for n, v in state.items()}}, tmp_path / "lit.ckpt")
     x = torch.rand(1, 1, 8, 8)
     plain, lit = (load_checkpoint(tmp_path / name) for name in ("plain.pth", "lit.ckpt"))
-    assert torch.equal(plain.denoise(x), lit.denoise(x))
+    assert torch.equal(plain.denoise_blind(x)[0], lit.denoise_blind(x)[0])

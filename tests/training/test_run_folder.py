@@ -376,7 +376,7 @@ def test_deleted_folder_is_reported(tmp_path):
                 shutil.rmtree(tmp_path / "run")
 
     config = resolve(SMALL)
-    trainer = assemble(config, RunFolder.create(tmp_path / "run", config), DeleteFolder())
+    trainer = assemble(config, RunFolder.create(tmp_path / "run", config), [DeleteFolder()])
     with pytest.raises(UserError, match=r"cannot write .*No such file or directory"):
         trainer.fit()
     assert not (tmp_path / "run").exists()
