@@ -143,7 +143,7 @@ def _fit(points: Sequence[Point], expansion: Expansion) -> dict[str, Any]:
     return found
 
 
-def rows(document: dict[str, Any]) -> list[dict[str, Any]]:
+def rows(document: Mapping[str, Any]) -> list[dict[str, Any]]:
     """One row per family and estimator of a document of `figure1`.
 
     Keys: ``family``, ``about``, ``estimator`` (generative or discriminative), ``well_specified``,
@@ -191,7 +191,7 @@ def _interval(estimate: dict[str, Any] | None, factor: float, digits: int) -> st
     return f"{value} [{low}, {high}]"
 
 
-def draw_figure1(document: dict[str, Any], path: Path) -> None:
+def draw_figure1(document: Mapping[str, Any], path: Path) -> None:
     """Draw a document of `figure1` to the PNG file ``path``.
 
     Every panel shows the excess error E[KL(p(c|x) || p_theta(c|x))] in nats against the number of
