@@ -290,11 +290,14 @@ def arrival(
     """Entry ``noise`` of ``sampling.json``: median levels, and how many ``samples`` arrived.
 
     ``samples`` (N,) and ``data`` (M,) are levels of samples and of held-out images. Without images
-    the limit is half of the highest level of training. It is at least ``lowest_limit``.
+    the limit is half of the highest level of training, and with images at most that level, as the
+    estimates of a model that hardly learnt to denoise are far above it. It is at least
+    ``lowest_limit``.
     """
     limits = trained_range(model)
     assert limits is not None
-    limit = limits[1] / 2 if data is None else MARGIN * float(data.quantile(0.95))
+    of_data = limits[1] / 2 if data is None else MARGIN * float(data.quantile(0.95))
+    limit = min(of_data, limits[1])
     limit = max(limit, lowest_limit)
     return {
         "meaning": "noise level by the model's own estimate, median; arrived: at most the limit",

@@ -6,17 +6,28 @@ import pytest
 import torch
 from ebmkit_tests.support import known_targets as known
 
-from ebmkit import Gaussian
+from ebmkit import Gaussian, ModelCard
 from ebmkit.errors import UserError
 from ebmkit.sampling import MALA, Chains, density_of
 from ebmkit.sampling.diagnostics import (
     Trace,
+    arrival,
     effective_size,
     energy_gap,
     random_projections,
     split_rhat,
 )
 from ebmkit.sampling.langevin import MALAConfig
+
+
+@pytest.mark.parametrize(("of_data", "limit"), [(0.01, 0.02), (17.0, 0.4), (None, 0.2)])
+def test_no_sample_above_the_trained_range_arrives(of_data, limit):
+    """A model that learnt nothing estimates levels far above it, also of held-out images."""
+    model = Gaussian(torch.zeros(4))
+    model.card = ModelCard(sigma_range=(0.004, 0.4))
+    data = None if of_data is None else torch.full((10,), of_data)
+    found = arrival(model, torch.tensor([0.001, 0.5, 36.0]), data)
+    assert (found["limit"], found["arrived"]) == (pytest.approx(limit), 1)
 
 
 def uniform(count, seed):
