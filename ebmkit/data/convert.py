@@ -146,7 +146,8 @@ def convert(
         raise UserError(f"{shown(type(source).__name__)} has several splits: give one of {splits}")
     what = f"data set {name!r}"
     size = None if image_size is None else (image_size, image_size)
-    given = tuple(class_names) or ((like.class_names if like.num_classes else ()) if like else ())
+    stated = tuple(class_names) or _class_names(source)
+    given = stated or ((like.class_names if like.num_classes else ()) if like else ())
     if (arrays := _arrays(source)) is not None:
         levels, labels = _batch_pixels(arrays[0], what), arrays[1]
         if size is not None and tuple(levels.shape[2:]) != size:
@@ -159,7 +160,6 @@ def convert(
             f"{shown(source)} is no data set: give a data set of PyTorch, torchvision or Hugging "
             "Face, a pair (images, labels), a folder, or a name from `ebmkit list datasets`"
         )
-    given = given or _class_names(source)
     items: Iterator[Any] = iter(())
     if stream:
         items = iter(source)
@@ -205,7 +205,9 @@ def _in_memory(
 ) -> ImageSet:
     pixels, labels = zip(*items, strict=True)
     channels = max(map(len, pixels))  # gray images among colour ones are repeated
-    images = torch.stack([x.expand(channels, -1, -1) for x in pixels])
+    if min(map(len, pixels)) < channels and not any((x != x[:1]).any() for x in pixels):
+        channels = 1  # some are stored in colour, and none has any
+    images = torch.stack([x[:channels].expand(channels, -1, -1) for x in pixels])
     return ImageSet(images, *number_labels(labels, len(images), class_names, what), name, split)
 
 
@@ -277,9 +279,31 @@ def _checked(images: AnyImages, like: AnyImages | None) -> AnyImages:
         raise UserError(f"{what} have no labels, and the training images have: give labels too")
     if like.labels is None:
         images = replace(images, labels=None, class_names=())
+    elif images.class_names != like.class_names:
+        images = _numbered_like(images, like.class_names, what)
     if isinstance(images, ImageSet) and images.channels != like.channels:
         images = replace(images, images=with_channels(images.images, like.channels, what))
     return images
+
+
+def _numbered_like(images: AnyImages, names: tuple[str, ...], what: str) -> AnyImages:
+    """``images`` with labels numbered as in ``names``; unchanged numbers without a common name.
+
+    Raises:
+        UserError: if only some of the classes that have images are in ``names``.
+    """
+    own, labels = images.class_names, images.labels
+    assert labels is not None
+    if not {*own} & {*names}:
+        return replace(images, class_names=names)
+    unknown = [own[label] for label in sorted(set(labels.tolist())) if own[label] not in names]
+    if unknown:
+        raise UserError(
+            f"{what} have the class {shown(unknown[0], 60)}, and the training images only "
+            f"{shown(list(names))}: give both the same classes"
+        )
+    numbers = torch.tensor([names.index(name) if name in names else 0 for name in own])
+    return replace(images, labels=numbers[labels], class_names=names)
 
 
 def find_columns(
@@ -445,6 +469,6 @@ def with_channels(images: Tensor, channels: Literal[1, 3] | int, what: str) -> T
     Raises:
         UserError: if they are in colour, and ``channels`` is 1.
     """
-    if images.shape[1] > channels:
+    if images.shape[1] > channels and (images != images[:, :1]).any():
         raise UserError(f"{what}: an image is in colour among gray images: convert it to gray")
-    return images.expand(-1, channels, -1, -1).contiguous()
+    return images[:, :channels].expand(-1, channels, -1, -1).contiguous()

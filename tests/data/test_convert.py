@@ -129,6 +129,29 @@ def test_unusable_sources_are_refused_in_one_sentence(source, options, message):
         as_images(source, **options)
 
 
+def test_images_stored_in_colour_without_a_pixel_in_colour_are_gray():
+    gray = PIXELS[:, :1]
+    pictures = [Image.fromarray(x[0].numpy()) for x in gray]
+    pictures[2] = pictures[2].convert("RGBA")
+    assert torch.equal(as_images(Items(pictures)).images, gray)
+    held = as_images(Items([pictures[2]]), "validation", like=as_images(gray))
+    assert torch.equal(held.images, gray[2:3])
+    assert as_images(Items([pictures[2]])).channels == 3  # all are stored in colour
+
+
+def test_classes_of_other_splits_are_matched_by_name():
+    """As of two image folders of torchvision, of which one lacks a class."""
+    train = as_images(Items(PAIRS, classes=["cat", "dog", "eel"]))
+    pairs = [(PIXELS[0], 0), (PIXELS[1], 1)]
+    held = as_images(Items(pairs, classes=["cat", "eel", "fox"]), "test", like=train)
+    assert (held.labels.tolist(), held.class_names) == ([0, 2], train.class_names)
+    with pytest.raises(UserError, match="test images have the class 'ant', and the training"):
+        as_images(Items(pairs, classes=["cat", "ant"]), "test", like=train)
+    unnamed = as_images((PIXELS, LABELS))
+    held = as_images(Items(pairs, classes=["cat", "dog"]), "test", like=unnamed)
+    assert (held.labels.tolist(), held.class_names) == ([0, 1], ("0", "1", "2"))
+
+
 def test_validation_that_does_not_fit_is_refused():
     train = as_images((PIXELS[:, :1], LABELS))
     for source, message in (((PIXELS, LABELS), "in colour"), (PIXELS, "have no labels")):
