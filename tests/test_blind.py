@@ -3,6 +3,7 @@
 import json
 import math
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -212,6 +213,16 @@ def test_training_ends_with_a_calibration_and_the_same_weights(monkeypatch, held
     assert 1 < len(model.card.sigma_calibration) <= 16
     for name, value in model.state_dict().items():
         assert torch.equal(value, plain.state_dict()[name]), name
+
+
+def test_a_run_that_a_callback_ends_is_calibrated_too(monkeypatch):
+    monkeypatch.setattr(setup, "MIN_STEPS", 1)
+    monkeypatch.setattr(setup, "CALIBRATION_IMAGES", 6)
+    trainer = small_run(validation_images=0, steps=3)
+    trainer.callbacks = [SimpleNamespace(on_step=lambda own: own.step == 2 and own.stop())]
+    assert len(trainer.fit().card.sigma_calibration) > 1
+    trainer.save()  # as after Ctrl-C: the weights will change
+    assert (trainer.step, trainer.card.sigma_calibration) == (2, [])
 
 
 @pytest.mark.slow

@@ -63,6 +63,7 @@ from ebmkit.training.setup import (
     make_loss,
     model_config,
     shapes,
+    steps_of_epochs,
     warn_if_at_chance,
 )
 from ebmkit.training.state import SkippedSamples, TrainingState
@@ -289,12 +290,13 @@ class Trainer:
                 )
                 if stopping and not stats:
                     self._read()
+                requested = stopping and any(self.world.gather(stop()))
                 if save or stopping:
                     self.state.skipped.update()  # all processes reach this line
-                    self.save()
+                    self.save(ended=stopping and not requested)
                 if validate or save:
                     self.stopwatch.restart()
-                if stopping and any(self.world.gather(stop())):
+                if requested:
                     raise Interrupted(self.step, self.config.steps, stop.signal)
                 if stopping:
                     break
@@ -338,18 +340,20 @@ class Trainer:
             self.run.truncate_metrics(self.step)
             self.state.best.restore(self.run)
 
-    def save(self, rolled_back: tuple[int, dict[str, Any]] | None = None) -> None:
+    def save(
+        self, rolled_back: tuple[int, dict[str, Any]] | None = None, ended: bool = False
+    ) -> None:
         """Write the checkpoint, the model and the best weights so far, all or nothing.
 
-        After the last step, first calibrate the noise levels that the model estimates.
-
-        ``rolled_back`` is that of `RunFolder.save_checkpoint`.
+        After the last step, or if a callback ``ended`` the run before it, first calibrate the noise
+        levels that the model estimates. ``rolled_back`` is that of `RunFolder.save_checkpoint`.
 
         Raises:
             UserError: if they cannot be written; the earlier files stay intact.
         """
-        self.card.steps = self.step
-        if self.step == self.config.steps:  # in all processes alike, as all evaluate with the model
+        self.card.steps, self.card.sigma_calibration = self.step, []
+        if ended or self.step == self.config.steps:
+            # in all processes alike, as all evaluate with the model
             held_out = self.validation
             images = self.train if held_out is None or not len(held_out) else held_out
             calibrate_sigma(self.trained, images, self.card)
@@ -378,20 +382,26 @@ class Trainer:
             self.run.log(row)
         self._call("report", row)
 
-    def _call(self, name: str, *arguments: Any) -> None:
+    def _call(self, name: str, *arguments: Any, of: Sequence[Any] | None = None) -> None:
         """Call the method ``name`` of each callback that has it."""
-        for callback in self.callbacks:
+        for callback in self.callbacks if of is None else of:
             if (method := getattr(callback, name, None)) is not None:
                 method(*arguments)
 
     @contextmanager
     def _calling_back(self) -> Iterator[None]:
-        """Context that calls ``on_start``, and at its end, also after an error, ``on_end``."""
-        self._call("on_start", self)
+        """Context that calls ``on_start``, and at its end, also after an error, ``on_end``.
+
+        A callback that could not start is not ended; those before it are.
+        """
+        started: list[Any] = []
         try:
+            for callback in self.callbacks:
+                self._call("on_start", self, of=[callback])
+                started.append(callback)
             yield
         finally:
-            self._call("on_end", self)
+            self._call("on_end", self, of=started)
 
     def run_stats(self) -> RunStats:
         """Measured cost of the steps so far."""
@@ -553,6 +563,7 @@ def assemble(
     *,
     data: tuple[AnyImages, AnyImages | None] | None = None,
     network: nn.Module | None = None,
+    epochs: float | None = None,
 ) -> Trainer:
     """Load the data, build model and trainer, and resume from the run's checkpoint.
 
@@ -563,6 +574,7 @@ def assemble(
         data: training and held-out images; None: load those of ``config.dataset``.
         network: model, or backbone for the head of the configuration; None: build that of
             ``config.model``.
+        epochs: length of the run in passes over the training images; None: ``config.steps``.
     """
     world = world or DistributedContext()
     if not world.first:
@@ -573,6 +585,11 @@ def assemble(
     if (limit := config.dataset.limit) is not None:
         balanced = config.dataset.subset == "balanced"
         train = train.sample(limit, config.seed) if balanced else train.first(limit)
+    if epochs is not None:
+        steps = steps_of_epochs(epochs, len(train), config)
+        config = config.model_copy(update={"steps": steps})
+        if run is not None:
+            run.check_config(config)
     for term in parse_objective(config.objective):  # before the head, which may need labels
         check_labels(term.name, term.objective, train.num_classes)
     validation = None

@@ -24,7 +24,7 @@ from ebmkit.errors import UserError
 from ebmkit.models.config import preset_name
 from ebmkit.storage.manifest import commit_files
 from ebmkit.training.callbacks import TrainingBar
-from ebmkit.training.config import TrainConfig, resolve
+from ebmkit.training.config import StreamsConfig, TrainConfig, resolve
 from ebmkit.training.loop import Trainer, assemble
 from ebmkit.training.metrics import learning_curves
 from ebmkit.training.run_folder import RunFolder
@@ -90,6 +90,7 @@ def train(
     out: Path | str | None = None,
     resume: bool = False,
     recipe: str | None = None,
+    epochs: float | None = None,
     callbacks: Sequence[Any] = (),
     on_step: Callable[[Trainer], None] | None = None,
     on_validation: Callable[[Trainer, dict[str, Any]], None] | None = None,
@@ -118,6 +119,7 @@ def train(
             None: nothing is saved.
         resume: resume the run in ``out``.
         recipe: name of a recipe. Default: that of the data set; for own data that of ``hdf5``.
+        epochs: length of the run in passes over the training images, in place of ``steps``.
         callbacks: objects with methods of `ebmkit.training.Callback`.
         on_step: called with the trainer after each step.
         on_validation: called with the trainer and the metrics of each validation.
@@ -125,8 +127,8 @@ def train(
         progress: show a progress bar; lines of text if it can not be drawn.
         **options: fields of `ebmkit.training.TrainConfig`, such as ``steps=500``, ``seed=1`` or
             ``optimizer={"lr": 1e-3}``, with dots as in ``**{"streams.denoise.noise.max": 0.2}``, or
-            one of ``width``, ``lr``, ``ema``, ``data_dir``, ``image_size``, ``limit``,
-            ``workers``, ``precision``, ``compile``.
+            one of ``width``, ``lr``, ``batch_size`` (of every stream), ``ema``, ``data_dir``,
+            ``image_size``, ``limit``, ``workers``, ``precision``, ``compile``.
 
     Raises:
         UserError: if the data, the model and the settings do not fit together.
@@ -135,7 +137,10 @@ def train(
     >>> images, labels = torch.rand(100, 1, 8, 8), torch.arange(100) % 4
     >>> result = ebmkit.train("gradresnet18", dataset=(images, labels), steps=50)  # doctest: +SKIP
     """
+    if epochs is not None and "steps" in options:
+        raise UserError(f"epochs = {epochs:g} and steps exclude each other: give one")
     network = model if isinstance(model, nn.Module) else None
+    known = network.card.class_names if isinstance(network, ScoreModel) and network.card else []
     given: Any = {"backbone": model} if network is None else _layer_of(network)
     given |= {"objective": objective} if objective is not None else {}
     layers = [given, *(_setting(name, value) for name, value in options.items())]
@@ -145,7 +150,8 @@ def train(
         if isinstance(dataset, (str, os.PathLike)):
             name, path = find_source(dataset)
             layers.insert(1, {"dataset": {"name": name} | ({"data_dir": path} if path else {})})
-            unused = {"validation": validation, "test": test} | columns
+            unused = {"validation": validation, "test": test, **columns}
+            unused |= {"class_names": class_names or None}
             if wrong := [name for name, value in unused.items() if value is not None]:
                 raise UserError(f"{wrong[0]} is for data given as objects, not as {dataset!r}")
             config = resolve(*layers, recipe=recipe)
@@ -169,6 +175,8 @@ def train(
                     )
                     if validation is not None and split != "test" and found is not source:
                         found = found.select(shuffled(len(found)))  # may be sorted by class
+                    if split == "train" and {*found.class_names} <= {*known}:
+                        found = found.with_classes(known)  # numbered as in the model
                     named = found.name if out is None else "hdf5"
                     sets[split] = replace(found, name=named, split=split)
         data = _training_data(sets, config) if sets else None
@@ -181,9 +189,10 @@ def train(
                 config = resolve(run.config(), *layers)
                 run.check_config(config)
                 stack.enter_context(run.held())
-        trainer = assemble(config, run, (), progress, world, data=data, network=network)
+        more: dict[str, Any] = {"data": data, "network": network, "epochs": epochs}
+        trainer = assemble(config, run, (), progress, world, **more)
         if out is not None and run is None and world.first:  # data and model are legal
-            trainer.run = run = RunFolder.create(Path(out), config)
+            trainer.run = run = RunFolder.create(Path(out), trainer.config)
             stack.enter_context(run.held())
             _store(sets, run)
         history: list[dict[str, Any]] = [] if run is None else run.metrics()
@@ -198,6 +207,8 @@ def train(
 
 def _setting(name: str, value: Any) -> dict[str, Any]:
     """The configuration layer of one option of `train`."""
+    if name == "batch_size":
+        return {"streams": {own: {name: value} for own in StreamsConfig.model_fields}}
     *outer, last = SHORT_NAMES.get(name, name).split(".")
     layer = {last: value}
     for key in reversed(outer):

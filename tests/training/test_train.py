@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -147,9 +148,50 @@ def test_callbacks_are_called_in_order():
                      "end"]  # fmt: skip
 
 
+def test_a_callback_that_cannot_start_ends_those_before_it():
+    calls = []
+
+    class Login(ebmkit.training.Callback):
+        def on_start(self, trainer):
+            raise ValueError("no network")
+
+        def on_end(self, trainer):
+            calls.append("end of what did not start")
+
+    before = SimpleNamespace(on_end=lambda trainer: calls.append("end"))
+    with pytest.raises(ValueError, match="no network"):
+        ebmkit.train(NAME, PAIR, callbacks=[before, Login()], **FAST)
+    assert calls == ["end"]
+
+
+def test_epochs_and_batch_size(tmp_path):
+    """Two passes over 59 images (one is held out) in batches of 16 are 8 steps."""
+    fast = {k: v for k, v in FAST.items() if k not in ("steps", "streams")}
+    fast |= {"epochs": 2, "batch_size": 16, "out": tmp_path / "run"}
+    config = ebmkit.train(NAME, PAIR, **fast).trainer.config
+    assert config.steps == 8
+    assert {config.stream(name).batch_size for name in ("classify", "denoise", "generate")} == {16}
+    assert RunFolder.open(tmp_path / "run").config()["steps"] == 8
+    assert ebmkit.train(NAME, PAIR, resume=True, **fast).trainer.step == 8
+    with pytest.raises(UserError, match="steps was 8 and is now 12"):
+        ebmkit.train(NAME, PAIR, resume=True, **fast | {"epochs": 3})
+
+
+def test_labels_are_numbered_as_in_a_model_that_is_trained_further():
+    fast = {k: v for k, v in FAST.items() if k != "width"}
+    model = ebmkit.train(NAME, PAIR, class_names=["fox", "dog", "cat"], **FAST).model
+    again = ebmkit.train(model, (IMAGES, ["cat", "dog"] * 30), validation=(IMAGES, ["fox"] * 60),
+                         **fast).trainer  # fmt: skip
+    assert again.train.class_names == ("fox", "dog", "cat")
+    assert again.train.labels.unique().tolist() == [1, 2]
+    assert again.validation.labels.unique().tolist() == [0]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"epochs": 2, "steps": 3}, "epochs = 2 and steps exclude each other"),
+        ({"dataset": "digits", "class_names": ["a"]}, "class_names is for data given as objects"),
         ({"dataset": IMAGES}, "objective 'ce' needs labels, and this data set has none"),
         ({"step": 3}, "there is no field 'step': did you mean 'steps'"),
         (
