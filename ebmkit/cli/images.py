@@ -229,7 +229,8 @@ def _row_writer(json_: Path | None, csv_: Path | None) -> Callable[[list[_Row]],
             write_atomically(json_, (json.dumps(rows, indent=1) + "\n").encode())
         if csv_ is not None:
             text = io.StringIO(newline="")
-            table = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)))
+            ordered = sorted(rows, key=lambda row: "error" in row)  # its column is the last one
+            table = csv.DictWriter(text, list(dict.fromkeys(key for row in ordered for key in row)))
             table.writeheader()
             table.writerows(rows)
             write_atomically(csv_, text.getvalue().encode(errors="surrogateescape"))

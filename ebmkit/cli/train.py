@@ -339,7 +339,7 @@ def _resolved(
             layers = [RunFolder.open(resume).config(), *layers]
         resolved = resolve(*layers, recipe=recipe)
         if epochs is not None:
-            images = images_of(resolved.dataset, "train", console.is_terminal)
+            images = images_of(resolved.dataset, "train", True)
             count = min(len(images), resolved.dataset.limit or len(images))
             layers = [*layers, {"steps": steps_of_epochs(epochs, count, resolved)}]
             resolved = resolve(*layers, recipe=recipe)
