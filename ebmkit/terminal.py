@@ -208,7 +208,9 @@ def counting(what: str, show: bool = True) -> Iterator[Callable[[int, int], None
 def progress_bar(
     items: Iterable[T], text: str, show: bool, total: int | None = None
 ) -> Iterable[T]:
-    """Iterate over ``items``, with a `ProgressBar` on stderr if ``show``; ``total``: their number,
-    if they have no length."""
-    with ProgressBar(COUNT, to=errors, show=show, transient=True) as progress:
+    """Iterate over ``items``, with a `ProgressBar` on stderr if ``show``, unless `console` is quiet.
+
+    ``total`` is their number, if they have no length.
+    """
+    with ProgressBar(COUNT, to=errors, show=show and not console.quiet, transient=True) as progress:
         yield from progress.track(items, total, description=escape_markup(text))

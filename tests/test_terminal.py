@@ -12,6 +12,7 @@ from ebmkit.terminal import (
     COUNT,
     CleanConsole,
     ProgressBar,
+    console,
     escape_markup,
     progress_bar,
     replace_unencodable,
@@ -45,6 +46,30 @@ def test_short_work_prints_no_line(clock, capsys):
     clock[0] += 100
     assert list(progress_bar(range(3), "reading", False)) == [0, 1, 2]
     assert capsys.readouterr() == ("", "")
+
+
+def test_quiet_output_has_no_progress_and_verbose_output_every_logged_step(
+    clock, capsys, monkeypatch
+):
+    def work():
+        for number in range(3):
+            clock[0] += 100
+            yield number
+
+    assert list(progress_bar(work(), "reading", True, total=3)) == [0, 1, 2]
+    assert "reading" in capsys.readouterr().err
+    monkeypatch.setattr(console, "quiet", True)
+    assert list(progress_bar(work(), "reading", True, total=3)) == [0, 1, 2]
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr(console, "quiet", False)
+    monkeypatch.setattr(console, "verbose", True)
+    bar = TrainingBar()
+    bar.on_start(SimpleNamespace(config=SimpleNamespace(steps=400), step=0))
+    for step in (1, 2):
+        bar.report({"kind": "train", "ce": 0.5, "images_per_s": 8.0, "step": step})
+    bar.on_end(None)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [f"step {step}/400  ce 0.5  8 images/s" for step in (1, 2)]
 
 
 def test_training_shows_name_step_total_and_loss_without_terminal(clock, capsys):
