@@ -121,7 +121,7 @@ def train(
         "head": head,
         "model": {"backbone": {"width": width}},
         "objective": objective,
-        "init": str(Path(init).absolute()) if init and Path(init).exists() else init,
+        "init": init,
         "streams": {name: {"batch_size": batch_size} for name in StreamsConfig.model_fields},
         "optimizer": {"lr": lr, "ema": ema},
         "steps": steps,

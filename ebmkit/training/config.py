@@ -97,6 +97,11 @@ AbsolutePath = Annotated[
 DecayShare = Annotated[float, BeforeValidator(partial(parse_share, of_decay=True))]
 
 
+def _absolute_if_it_exists(source: str) -> str:
+    path = Path(os.path.expanduser(source))
+    return str(path.absolute()) if path.exists() else source
+
+
 class _Config(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
@@ -231,7 +236,7 @@ class TrainConfig(_Config):
     optimizer: OptimizerConfig = OptimizerConfig()
     negatives: NegativesConfig = NegativesConfig()
     rollback: RollbackConfig = RollbackConfig()
-    init: str | None = None
+    init: Annotated[str, AfterValidator(_absolute_if_it_exists)] | None = None
     """run, file or name on the Hugging Face hub with the initial weights; null: random"""
     steps: int = Field(1000, ge=1, description="number of optimiser steps")
     seed: int = Field(0, ge=0, lt=2**63)

@@ -20,10 +20,10 @@ from ebmkit.data.imagesets import shuffled, split_rows
 from ebmkit.data.sets import find_source, write_parts
 from ebmkit.distributed import join
 from ebmkit.energy import ScoreModel
-from ebmkit.errors import UserError
+from ebmkit.errors import UserError, shown
 from ebmkit.models.config import preset_name
 from ebmkit.storage.manifest import commit_files
-from ebmkit.training.callbacks import TrainingBar
+from ebmkit.training.callbacks import Callback, TrainingBar
 from ebmkit.training.config import StreamsConfig, TrainConfig, resolve
 from ebmkit.training.loop import Trainer, assemble
 from ebmkit.training.metrics import learning_curves
@@ -42,6 +42,9 @@ SHORT_NAMES = {
     "compile": "compute.compile",
 }
 """Options of `train` that are no top-level fields of `TrainConfig`, and the fields they set."""
+
+CALLBACK_METHODS = [name for name in vars(Callback) if not name.startswith("_")]
+"""Methods that the trainer calls."""
 
 DATA = "data.h5"
 """File in a run folder with the images of a run that was started in Python."""
@@ -137,6 +140,12 @@ def train(
     >>> images, labels = torch.rand(100, 1, 8, 8), torch.arange(100) % 4
     >>> result = ebmkit.train("gradresnet18", dataset=(images, labels), steps=50)  # doctest: +SKIP
     """
+    for own in callbacks:
+        if isinstance(own, type) or not any(hasattr(own, name) for name in CALLBACK_METHODS):
+            raise UserError(
+                f"{shown(own, 60)} is no callback: give an object with a method such as on_step, "
+                "for example CSVLog('metrics.csv')"
+            )
     if epochs is not None and "steps" in options:
         raise UserError(f"epochs = {epochs:g} and steps exclude each other: give one")
     network = model if isinstance(model, nn.Module) else None

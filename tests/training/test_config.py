@@ -244,6 +244,9 @@ def test_data_folder_is_absolute_wherever_it_is_set(tmp_path, monkeypatch):
     assigned = parse_assignments(["dataset.data_dir=~/x"])
     for layer in (read_config(tmp_path / "a.yaml"), assigned, {"dataset": {"data_dir": "x"}}):
         assert resolve(layer).dataset.data_dir == tmp_path / "x"
+    (tmp_path / "net.pt").touch()
+    for source, found in (("net.pt", tmp_path / "net.pt"), ("owner/name:net.pt",) * 2):
+        assert resolve({"init": source}).init == str(found)
 
 
 def test_assignments_and_files_that_do_not_parse_are_refused(tmp_path):

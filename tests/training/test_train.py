@@ -190,6 +190,8 @@ def test_labels_are_numbered_as_in_a_model_that_is_trained_further():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"callbacks": ["wandb"]}, "'wandb' is no callback: give an object"),
+        ({"callbacks": [ebmkit.training.CSVLog]}, "CSVLog.* is no callback"),
         ({"epochs": 2, "steps": 3}, "epochs = 2 and steps exclude each other"),
         ({"dataset": "digits", "class_names": ["a"]}, "class_names is for data given as objects"),
         ({"dataset": IMAGES}, "objective 'ce' needs labels, and this data set has none"),
