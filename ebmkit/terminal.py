@@ -208,7 +208,7 @@ def counting(what: str, show: bool = True) -> Iterator[Callable[[int, int], None
 def progress_bar(
     items: Iterable[T], text: str, show: bool, total: int | None = None
 ) -> Iterable[T]:
-    """Iterate over ``items``, with a `ProgressBar` on stderr if ``show``; a quiet `console` has none.
+    """Iterate over ``items``, with a `ProgressBar` on stderr if ``show``, unless output is quiet.
 
     ``total`` is their number, if they have no length.
     """
