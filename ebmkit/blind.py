@@ -155,6 +155,16 @@ def reliability_warnings(
                 f"this model was trained for, {format_sigma(low)} to {format_sigma(high)}"
             ),
         )
+    if card.sigma_calibration:
+        lowest = card.sigma_calibration[0][1]
+        check(
+            level <= MARGIN * lowest,
+            lambda k: (
+                f"the model estimates {format_sigma(float(level[k]))}, and does not tell levels "
+                f"below about {format_sigma(lowest)} apart: if there is less noise, the result may "
+                "be worse than the input"
+            ),
+        )
     pairs = residual[..., 1:] * residual[..., :-1], residual[..., 1:, :] * residual[..., :-1, :]
     products = torch.cat([own.flatten(1) for own in pairs], dim=1)
     if products.shape[1]:

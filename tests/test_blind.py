@@ -147,7 +147,9 @@ def test_every_reason_of_an_unreliable_result_is_named(fitted):
 
     half = torch.full_like(y, 0.5)
     assert reasons(half, 0.2) == []
-    (outside,) = reasons(half, 0.001)
+    (low,) = reasons(y, card.sigma_calibration[0][1], by_score=False)
+    assert "does not tell levels below" in low
+    outside, _ = reasons(half, 0.001)
     assert "0.255/255 is outside the range" in outside
     assert "1/255 to 100/255" in outside
     assert outside.endswith("give sigma if you know it, or use a model trained on such images")

@@ -181,6 +181,13 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
             for quantity, values in (("psnr", own), ("gain", gain)):
                 entry.setdefault(quantity, {})[key] = statistics.mean(values)
             entry.setdefault("ssim", {})[key] = statistics.bounded_mean(likeness)
+        if ("blind", "psnr") in columns:
+            blind, clipped = (columns[name, "psnr"].mean() for name in ("blind", "clipped"))
+            if blind < clipped:
+                warnings.append(
+                    f"{LABELS['blind']} at {key}/255: {blind:.2f} dB, below the clipped input's "
+                    f"{clipped:.2f} dB: give sigma"
+                )
         if (noise := columns.get(("", "sigma"))) is not None:
             std = float(noise.std()) if len(noise) > 1 else None
             sigmas[key] = {"true": sigma, "std": std, **statistics.bounded_mean(noise).document()}

@@ -171,18 +171,33 @@ def test_ssim_uses_reported_window(size, side):
     assert float(ssim(a, a)) == pytest.approx(1)
 
 
+def other_warnings(document):
+    return [line for line in document["warnings"] if "below the clipped input" not in line]
+
+
+def test_blind_denoising_below_the_input_gives_warning(network, random_images, tmp_path):
+    document = measure(network, random_images, tmp_path)
+    worse = [line for line in document["warnings"] if "below the clipped input" in line]
+    psnr = {
+        name: document["denoisers"][name]["psnr"]["25"]["value"] for name in ("blind", "clipped")
+    }
+    assert psnr["blind"] < psnr["clipped"]  # an untrained network
+    assert f"at 25/255: {psnr['blind']:.2f} dB" in worse[1]
+    assert len(worse) == 3
+
+
 def test_sigma_outside_trained_range_gives_warning(network, random_images, tmp_path):
     network.card.sigma_range = (1 / 255, 30 / 255)
-    (line,) = measure(network, random_images, tmp_path)["warnings"]
+    (line,) = other_warnings(measure(network, random_images, tmp_path))
     assert "50/255 is outside the range" in line
     network.card.sigma_range = None
-    (line,) = measure(network, random_images, tmp_path)["warnings"]
+    (line,) = other_warnings(measure(network, random_images, tmp_path))
     assert "not trained to denoise" in line
 
 
 def test_published_denoiser_of_unknown_range_gives_no_warning(network, random_images, tmp_path):
     network.card.sigma_range, network.card.published_denoiser = None, True
-    assert measure(network, random_images, tmp_path)["warnings"] == []
+    assert other_warnings(measure(network, random_images, tmp_path)) == []
 
 
 def test_sigmas_are_a_setting_of_the_suite(network, random_images, tmp_path):
