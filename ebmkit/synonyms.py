@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
 
 SYNONYMS = {
     "lr": "learning-rate lr0 base-lr",
@@ -74,3 +75,12 @@ def meant(
     if KEYS.get(name) in every:
         return None, [KEYS[name]]
     return None, [key for key in every if key.split(".")[-1] == leaf]
+
+
+def field_keys(model: Any, prefix: str = "") -> Iterator[str]:
+    """Names of the fields of a pydantic ``model``, with dots for those of inner models."""
+    for name, field in model.model_fields.items():
+        if hasattr(field.annotation, "model_fields"):
+            yield from field_keys(field.annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"

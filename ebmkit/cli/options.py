@@ -22,7 +22,7 @@ from typing import Annotated, Any, get_args, get_origin
 from typer import Argument, Option
 from typer.core import TyperCommand
 
-from ebmkit.synonyms import meant
+from ebmkit.synonyms import field_keys, meant
 
 SHARED = {
     "run": Argument(help="run folder"),
@@ -132,16 +132,18 @@ def _hint(command: Command, option: str, given: list[str]) -> str:
 
 def setting_keys(command: str | None) -> list[str]:
     """Keys that ``--set`` of ``command`` accepts, such as ``optimizer.lr``."""
-    if command not in ("train", "cost", "evaluate", "sample", "restore"):
-        return []
-    from ebmkit.evaluation import SUITES
-    from ebmkit.sampling import SAMPLERS
-    from ebmkit.training.config import field_keys, setting_keys
-
+    found: list[tuple[Any, str]] = []
     if command in ("train", "cost"):
-        return setting_keys()
-    found = [(suite.options, f"{name}.") for name, suite in SUITES.items()]
-    if command != "evaluate":
+        from ebmkit.training import config
+
+        return config.setting_keys()
+    if command == "evaluate":
+        from ebmkit.evaluation import SUITES
+
+        found = [(suite.options, f"{name}.") for name, suite in SUITES.items()]
+    elif command in ("sample", "restore"):
+        from ebmkit.sampling import SAMPLERS
+
         found = [(sampler.config, "") for sampler in SAMPLERS.values()]
     return [*dict.fromkeys(key for own, prefix in found if own for key in field_keys(own, prefix))]
 

@@ -143,7 +143,7 @@ def train(
         out, resume = resume, None
     with join() as world, ExitStack() as stack:
         console.quiet |= not world.first
-        resolved, resume = _resolved(world, layers, recipe, out, resume)
+        resolved, resume = _resolved(world, layers, recipe, out, resume, epochs)
         if dry_run:
             _estimate_cost(resolved, world, epochs)
             return
@@ -311,10 +311,11 @@ def _resolved(
     recipe: str | None,
     out: Path | None,
     resume: Path | None,
+    epochs: float | None,
 ) -> tuple[TrainConfig, Path | None]:
     """The configuration, the same on all processes, and the run to resume, if any.
 
-    Only rank 0 needs access to the run folder.
+    Only rank 0 needs access to the run folder. `assemble` sets the steps of ``epochs``.
     """
     from ebmkit.distributed import launch, restarted
     from ebmkit.training import RunFolder, resolve
@@ -326,7 +327,7 @@ def _resolved(
         resolved = resolve(*layers, recipe=recipe)
         if resume is None and restarted() and launch() is not None:
             resume = _interrupted_run(out, resolved)
-        if resume is not None:
+        if resume is not None and epochs is None:  # else when the steps are known
             RunFolder.open(resume).check_config(resolved)
         found = resolved.model_dump(mode="json"), resume
     config, resume = world.broadcast(found)

@@ -162,8 +162,8 @@ class TensorBoard(Callback):
 class WeightsAndBiases(Callback):
     """Writes the same as `TensorBoard` to a run of Weights & Biases.
 
-    Without an API key or a connection, the run is written offline, in the run folder if there is
-    one; `wandb sync` uploads it.
+    Without an API key or a connection, the run is written offline, to ``wandb`` in the working
+    folder; `wandb sync` uploads it.
 
     Args:
         project: name of the project.
@@ -188,7 +188,7 @@ class WeightsAndBiases(Callback):
         """Start a run with the configuration of the trainer."""
         settings = {"config": trainer.config.model_dump(mode="json")} | self.options
         if trainer.run is not None:
-            settings = {"dir": str(trainer.run.path)} | settings
+            settings = {"name": trainer.run.path.name} | settings
         try:
             self.run = self.wandb.init(**settings)
         except self.wandb.Error as error:  # no API key, no network
@@ -254,7 +254,7 @@ LOGGERS: dict[str, type[Callback]] = {
     "wandb": WeightsAndBiases,
     "csv": CSVLog,
 }
-"""Loggers by name; by default they write into the run folder."""
+"""Loggers by name; without arguments, the first and the last write into the run folder."""
 
 
 def _in_run(trainer: Trainer, name: str) -> Path:

@@ -40,7 +40,7 @@ from ebmkit.objectives.base import mapping_at
 from ebmkit.objectives.likelihood import NegativesConfig
 from ebmkit.registry import Plugin, check_plugins, find, loaded_plugins
 from ebmkit.storage.reading import YAML_BYTES, parse_yaml, read_text
-from ebmkit.synonyms import KEYS, meant
+from ebmkit.synonyms import KEYS, field_keys, meant
 
 MAX_KEY_DEPTH = 20
 """Maximum number of names in a key; ``optimizer.lr`` has two."""
@@ -589,15 +589,6 @@ def setting_keys() -> list[str]:
     found += [(own.config, f"objective.{name}.") for name, own in OBJECTIVES.items()]
     keys = [key for model, prefix in found if model for key in field_keys(model, prefix)]
     return [key for key in dict.fromkeys(keys) if not key.startswith("terms.")]
-
-
-def field_keys(model: Any, prefix: str = "") -> Iterator[str]:
-    """Names of the fields of a pydantic ``model``, with dots for those of inner models."""
-    for name, field in model.model_fields.items():
-        if hasattr(field.annotation, "model_fields"):
-            yield from field_keys(field.annotation, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}"
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -245,7 +245,9 @@ class Trainer:
 
     def sentences(self) -> Iterator[str]:
         """What was loaded, what is trained, and from which step."""
-        config, own = self.config, getattr(self.model, "backbone", self.model)
+        config, own = self.config, self.model
+        for part in ("backbone", "network"):
+            own = getattr(own, part, own)
         if self.initial is not None:
             yield self.initial.sentence()
         name = type(own).__name__ if self.built_from is None else config.backbone

@@ -113,8 +113,8 @@ def train(
         resume: resume the run in ``out``.
         recipe: name of a recipe. Default: that of the data set; for own data that of ``hdf5``.
         epochs: length of the run in passes over the training images, in place of ``steps``.
-        callbacks: objects with methods of `ebmkit.training.Callback`, or names of loggers that
-            write into the run folder: "tensorboard", "wandb", "csv".
+        callbacks: objects with methods of `ebmkit.training.Callback`, or names of loggers:
+            "tensorboard" and "csv", which write into the run folder, and "wandb".
         on_step: called with the trainer after each step.
         on_validation: called with the trainer and the metrics of each validation.
         on_end: called with the trainer at the end. All three may call ``trainer.stop()``.

@@ -89,7 +89,7 @@ def test_weights_and_biases_without_a_connection_logs_offline(tmp_path, monkeypa
     monkeypatch.setitem(__import__("sys").modules, "wandb", fake)
     with pytest.warns(UserWarning, match=r"offline \(No API key configured\): .*offline-run-1$"):
         train("wandb", out=tmp_path / "run")
-    assert [call["dir"] for call in calls] == 2 * [str(tmp_path / "run")]
+    assert [call["name"] for call in calls] == ["run", "run"]
 
 
 def test_missing_logger_is_named(monkeypatch):

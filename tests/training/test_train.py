@@ -220,7 +220,7 @@ def test_labels_are_numbered_as_in_a_model_that_is_trained_further():
         ({"max_epochs": 8}, "'max_epochs': did you mean epochs"),
         ({"weight_decay": 0.1}, r"write \*\*\{'optimizer.weight_decay': 0.1\}"),
         ({"optimizer": "sgd"}, r"write \*\*\{'optimizer.kind': 'sgd'\}"),
-        ({"nonsense": 1}, "there is no field 'nonsense': fields here"),
+        ({"zzz": 1}, "there is no field 'zzz': fields here"),
         (
             {"model": create_model(NAME, 10, 1, width=8)},
             "10 classes, and .* has 3: build",
