@@ -9,21 +9,36 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from numbers import Integral
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ebmkit.compute import in_functional_transform
 from ebmkit.errors import UserError, shown
 from ebmkit.noise import check_sigma, parse_sigma
 
-LEVELS: dict[Any, int] = {
-    **{torch.uint8: 255, torch.uint16: 65535},
-    **{np.dtype("uint8"): 255, np.dtype("uint16"): 65535},
+ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
 }
-"""Highest level of integer images."""
+"""EXIF orientation -> the transposition that makes the image upright."""
+SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N")
+"""Pillow modes of 16-bit gray images."""
+
+LEVELS: dict[Any, int] = {
+    **{torch.bool: 1, torch.uint8: 255, torch.uint16: 65535},
+    **{np.dtype("bool"): 1, np.dtype("uint8"): 255, np.dtype("uint16"): 65535},
+}
+"""Highest level of images of other types than floats."""
 
 NEEDED = "images must be floats in [0, 1] (noisy ones may exceed it) or 8-bit or 16-bit levels"
 
@@ -33,8 +48,8 @@ def image_batch(y: Any, channels: int | None, like: Tensor | None = None) -> Ten
 
     Args:
         y: a tensor (B, C, H, W), uint8 and uint16 are divided by 255 and 65535; a NumPy array
-            (H, W), (H, W, C), (C, H, W), (B, H, W, C) or (B, C, H, W); or a PIL image (L, RGB or
-            16-bit gray). A gray array (H, W) or PIL image is repeated for a model of colours.
+            (H, W), (H, W, C), (C, H, W), (B, H, W, C) or (B, C, H, W); or a PIL image
+            (`pil_array`). A gray array (H, W) or PIL image is repeated for a model of colours.
         channels: C of the model; None: 1 or 3.
         like: a parameter of the model, whose device tensors must have; NumPy arrays are moved to
             it, and get its dtype, or float32 if it is of lower precision.
@@ -63,10 +78,10 @@ def image_batch(y: Any, channels: int | None, like: Tensor | None = None) -> Ten
 
 def _float_array(y: Any, channels: int | None) -> np.ndarray[Any, Any]:
     """A NumPy array or PIL image as (B, C, H, W) float32 in image units."""
-    if hasattr(y, "getbands") and hasattr(y, "mode"):  # a PIL image
-        if y.mode not in ("L", "RGB", "I;16"):
-            raise UserError(f"a PIL image of mode {y.mode!r} must be converted: y.convert('RGB')")
-        y = np.asarray(y)
+    if isinstance(y, Image.Image):
+        y = pil_array(y, "the image")
+        if channels == 1 and y.ndim == 3 and (y == y[..., :1]).all():
+            y = y[..., 0]  # stored in colour, and no pixel is
     if not isinstance(y, np.ndarray):
         wrong = type(y).__name__
         raise UserError(
@@ -89,6 +104,60 @@ def _float_array(y: Any, channels: int | None) -> np.ndarray[Any, Any]:
         )
     levels = np.array(y, np.float32, order="C")  # a copy, which PyTorch may own
     return levels / np.float32(LEVELS.get(y.dtype, 1))
+
+
+class DecodedImage(NamedTuple):
+    """A decoded image.
+
+    Attributes:
+        image: Pillow image of mode L, RGB or 16-bit gray.
+        mode: Pillow mode of the file.
+        notes: warnings about conversions.
+    """
+
+    image: Image.Image
+    mode: str
+    notes: tuple[str, ...]
+
+    @property
+    def is_16_bit(self) -> bool:
+        """Whether the image is 16-bit gray."""
+        return self.image.mode not in ("L", "RGB")
+
+
+def upright_image(image: Image.Image, what: str) -> DecodedImage:
+    """Apply the orientation of a Pillow image and convert it to L, RGB or 16-bit gray.
+
+    Raises:
+        UserError: if it is partly transparent or has 32 bits per pixel; ``what`` names the image.
+    """
+    mode, notes = image.mode, []
+    if mode in ("F", "I"):
+        raise UserError(f"{what} has 32 bits per pixel: convert it to 8 bits, or to 16-bit gray")
+    image.load()
+    turn = _TURNS.get(image.getexif().get(ORIENTATION, 1))
+    upright = image if turn is None else image.transpose(turn)
+    if upright.mode in SIXTEEN_BIT:
+        return DecodedImage(upright, mode, ())
+    if upright.has_transparency_data:
+        alpha = upright.convert("RGBA").getchannel("A")
+        if alpha.getextrema() != (255, 255):
+            raise UserError(f"{what} is partly transparent: flatten it onto a background first")
+        notes.append(f"{what} has an alpha channel, fully opaque, which is ignored")
+    gray = upright.mode in ("1", "L", "LA", "La")
+    return DecodedImage(upright.convert("L" if gray else "RGB"), mode, tuple(notes))
+
+
+def pil_array(image: Image.Image, what: str) -> np.ndarray[Any, Any]:
+    """Levels (H, W) or (H, W, 3) of a PIL image: uint8, or uint16 of 16-bit gray.
+
+    The orientation is applied; palettes and an opaque alpha channel are converted.
+
+    Raises:
+        UserError: as `upright_image`.
+    """
+    found = upright_image(image, what)
+    return np.array(found.image, np.uint16 if found.is_16_bit else np.uint8)
 
 
 def noise_level(

@@ -73,6 +73,33 @@ def test_pil_images_and_single_arrays_are_batches_of_one(model):
     torch.testing.assert_close(model.logits(deep), expected)
 
 
+GRAY = Image.fromarray(LEVELS[0, :, :, 0])
+COLOUR = Image.fromarray(LEVELS[0])
+PICTURES = {
+    "L": GRAY, "LA": GRAY.convert("LA"), "1": GRAY.convert("1"), "RGB": COLOUR,
+    "RGBA": COLOUR.convert("RGBA"), "P": COLOUR.quantize(), "CMYK": COLOUR.convert("CMYK"),
+    "I;16": Image.fromarray(LEVELS[0, :, :, 0].astype(np.uint16) * 257),
+    "I;16B": Image.frombytes("I;16B", (8, 8), (LEVELS[0, :, :, 0].astype(">u2") * 257).tobytes()),
+    "bool array": LEVELS[0, :, :, 0] > 99, "uint16 array": LEVELS[0].astype(np.uint16) * 257,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", PICTURES)
+def test_pictures_are_the_same_to_a_model_and_to_training(kind):
+    """Opaque alpha, palettes and 16 bits; independently, Pillow's conversion to RGB."""
+    picture = PICTURES[kind]
+    expected = ebmkit.data.as_images([picture, picture]).images[:1].expand(-1, 3, -1, -1)
+    torch.testing.assert_close(ebmkit.inputs.image_batch(picture, 3), expected / 255)
+    if isinstance(picture, Image.Image) and not kind.startswith("I"):
+        levels = torch.from_numpy(np.array(picture.convert("RGB"))).movedim(-1, 0)[None]
+        assert torch.equal(expected, levels)
+
+
+def test_pictures_in_colour_without_a_pixel_in_colour_fit_a_gray_model():
+    gray = ebmkit.inputs.image_batch(GRAY, 1)
+    assert torch.equal(ebmkit.inputs.image_batch(GRAY.convert("RGBA"), 1), gray)
+
+
 def test_denoise_image_takes_arrays(model):
     expected = denoise_image(model, CHW[0] / 255, 0.1).image
     for one in (CHW[0], LEVELS[0], Image.fromarray(LEVELS[0])):
@@ -89,7 +116,8 @@ def test_denoise_image_takes_arrays(model):
         (LEVELS.astype(np.float64), "levels of 8 bits.*divide it by 255"),
         (CHW[0] / 255, r"not \(3, 8, 8\): a batch of one is y\[None\]"),
         (CHW.movedim(1, -1) / 255, r"3 channel.s., not 8: move the channels by y.movedim"),
-        (Image.new("RGBA", (8, 8)), r"mode 'RGBA' must be converted"),
+        (Image.new("RGBA", (8, 8)), "the image is partly transparent: flatten it"),
+        (Image.new("I", (8, 8)), "32 bits per pixel: convert it"),
     ],
 )
 @pytest.mark.parametrize("method", METHODS)

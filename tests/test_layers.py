@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 LAYERS = [
-    ("errors", "registry", "randomness", "terminal", "__init__"),
+    ("errors", "registry", "randomness", "synonyms", "terminal", "__init__"),
     ("noise", "storage", "metrics"),
     ("distributed", "compute", "card", "blind"),
     ("inputs",),

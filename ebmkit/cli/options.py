@@ -13,15 +13,16 @@ the settings imports PyTorch.
 from __future__ import annotations
 
 import copy
-import difflib
 import inspect
 import re
 import shlex
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Annotated, Any, get_args, get_origin
 
 from typer import Argument, Option
 from typer.core import TyperCommand
+
+from ebmkit.synonyms import field_keys, meant
 
 SHARED = {
     "run": Argument(help="run folder"),
@@ -44,53 +45,6 @@ SHARED = {
     "seed": Option(min=0, max=2**63 - 1, help="random seed"),
 }
 """Help shared by several commands, by parameter name."""
-
-SYNONYMS = {
-    "lr": "learning-rate lr0 base-lr",
-    "batch-size": "batch bs b",
-    "workers": "num-workers n-workers j",
-    "epochs": "epoch num-epochs max-epochs num-train-epochs",
-    "steps": "iterations iters num-steps max-steps n-steps step",
-    "ema": "ema-decay model-ema",
-    "backbone": "model arch network net",
-    "objective": "loss criterion",
-    "data-dir": "data root data-root data-path dataset-dir path",
-    "dataset": "data dataset-name",
-    "out": "output output-dir out-dir save-dir o",
-    "resume": "checkpoint ckpt resume-from",
-    "image-size": "imgsz img-size size resolution",
-    "device": "gpu cuda accelerator",
-    "precision": "amp fp16 bf16 half dtype",
-    "config": "cfg c yaml",
-    "sigma": "noise noise-level std level",
-    "label": "class class-label c y",
-    "count": "num-samples samples number",
-    "suite": "metrics task tasks",
-    "limit": "num-images max-images subset",
-    "top": "topk top-k k",
-    "quiet": "silent q",
-    "verbose": "debug v",
-    "scale": "guidance-scale cfg-scale",
-}
-"""Option -> names that other programs have for it."""
-
-KEYS = {
-    "optimizer": "optimizer.kind",
-    "opt": "optimizer.kind",
-    "wd": "optimizer.weight_decay",
-    "scheduler": "optimizer.schedule",
-    "lr-scheduler": "optimizer.schedule",
-    "warmup": "optimizer.warmup_steps",
-    "grad-clip": "optimizer.clip_norm",
-    "clip-grad": "optimizer.clip_norm",
-    "max-grad-norm": "optimizer.clip_norm",
-    "accumulate-grad-batches": "compute.accumulate",
-    "val-images": "validation_images",
-    "save-every": "checkpoint_every",
-    "eval-every": "validate_every",
-    "limit": "dataset.limit",
-}
-"""Name that other programs have for a setting -> the key of ``ebmkit train --set``."""
 
 _HELP = re.compile(r"^    (\w+): (.+(?:\n {8}.+)*)", re.MULTILINE)
 _TYPE = re.compile(r"<(?:list\[)?(\w+)[^|>]*>")
@@ -163,17 +117,9 @@ class Command(TyperCommand):
 def _hint(command: Command, option: str, given: list[str]) -> str:
     """What to write in place of the unknown ``option``; empty if nothing is similar."""
     own = {flag.lstrip("-"): flag for p in command.params for flag in (*p.opts, *p.secondary_opts)}
-    name = option.lstrip("-").replace("_", "-").lower()
-    meant = [name, *(known for known, others in SYNONYMS.items() if name in others.split())]
-    exact = next((known for known in meant if known in own), None)
-    if exact is not None:
-        return f"Did you mean {own[exact]}?"
-    key = KEYS.get(name) if command.name in ("train", "cost") else None
-    near = difflib.get_close_matches(name, own, n=1, cutoff=0.75)
-    if near and key is None:
-        return f"Did you mean {own[near[0]]}?"
-    leaf = name.replace("-", "_")
-    keys = [key] if key else [k for k in setting_keys(command.name) if k.split(".")[-1] == leaf]
+    known, keys = meant(option.lstrip("-"), own, lambda: setting_keys(command.name))
+    if known is not None:
+        return f"Did you mean {own[known]}?"
     if not keys:
         return ""
     after = [a for a in given if a == option or a.startswith(f"{option}=")][:1]
@@ -188,13 +134,10 @@ def setting_keys(command: str | None) -> list[str]:
     """Keys that ``--set`` of ``command`` accepts, such as ``optimizer.lr``."""
     found: list[tuple[Any, str]] = []
     if command in ("train", "cost"):
-        from ebmkit.models.config import NETWORKS
-        from ebmkit.objectives import OBJECTIVES
-        from ebmkit.training import TrainConfig
+        from ebmkit.training import config
 
-        found = [(TrainConfig, ""), *((network, "model.backbone.") for network in NETWORKS)]
-        found += [(own.config, f"objective.{name}.") for name, own in OBJECTIVES.items()]
-    elif command == "evaluate":
+        return config.setting_keys()
+    if command == "evaluate":
         from ebmkit.evaluation import SUITES
 
         found = [(suite.options, f"{name}.") for name, suite in SUITES.items()]
@@ -202,16 +145,7 @@ def setting_keys(command: str | None) -> list[str]:
         from ebmkit.sampling import SAMPLERS
 
         found = [(sampler.config, "") for sampler in SAMPLERS.values()]
-    keys = [key for model, prefix in found if model for key in _keys(model, prefix)]
-    return [key for key in dict.fromkeys(keys) if not key.startswith("terms.")]
-
-
-def _keys(model: Any, prefix: str) -> Iterator[str]:
-    for name, field in model.model_fields.items():
-        if hasattr(field.annotation, "model_fields"):
-            yield from _keys(field.annotation, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}"
+    return [*dict.fromkeys(key for own, prefix in found if own for key in field_keys(own, prefix))]
 
 
 def _sections(function: Callable[..., None]) -> tuple[str, str, str]:

@@ -25,9 +25,9 @@ from ebmkit.errors import Interrupted, UserError
 from ebmkit.terminal import console
 
 if TYPE_CHECKING:
-    from ebmkit.data import AnyImages
     from ebmkit.distributed import DistributedContext
     from ebmkit.training import RunFolder, TrainConfig, Trainer
+    from ebmkit.training.callbacks import Callback
     from ebmkit.training.loop import Stop
 
 TRIAL_STEPS = 4
@@ -63,7 +63,9 @@ def train(
     init: str | None = None,
     resume: Path | None = None,
     evaluate: bool = True,
+    log: str | None = None,
     tensorboard: Annotated[bool, Option("--tensorboard/--no-tensorboard")] = False,
+    wandb: bool = False,
     dry_run: bool = False,
 ) -> None:
     """Train a model, then evaluate it on the test images.
@@ -101,40 +103,34 @@ def train(
             the head may have another size
         resume: run folder to resume
         evaluate: evaluate on the test images and write plots at the end
-        tensorboard: also write TensorBoard events
+        log: also log to these, joined by commas: tensorboard, wandb (Weights & Biases; offline
+            without a connection), csv
+        tensorboard: short for --log tensorboard
+        wandb: short for --log wandb
         dry_run: estimate the cost of the run, and write nothing
     """
     from ebmkit.distributed import join
-    from ebmkit.training import RunFolder, TensorBoard, parse_assignments, read_config
-    from ebmkit.training.config import StreamsConfig
+    from ebmkit.registry import find
+    from ebmkit.training import RunFolder, parse_assignments, read_config
+    from ebmkit.training.callbacks import LOGGERS
+    from ebmkit.training.config import layer_of
     from ebmkit.training.loop import assemble
     from ebmkit.training.setup import check_test_images, images_of
 
-    named = {
-        "dataset": {
-            "name": dataset,
-            "data_dir": data_dir,
-            "image_size": image_size,
-            "workers": workers,
-        },
-        "backbone": backbone,
-        "head": head,
-        "model": {"backbone": {"width": width}},
-        "objective": objective,
-        "init": init,
-        "streams": {name: {"batch_size": batch_size} for name in StreamsConfig.model_fields},
-        "optimizer": {"lr": lr, "ema": ema},
-        "steps": steps,
-        "seed": seed,
-        "device": device,
-        "compute": {"precision": precision, "compile": compile_},
-    }
+    options = {
+        "dataset": dataset, "data_dir": data_dir, "image_size": image_size, "workers": workers,
+        "backbone": backbone, "head": head, "width": width, "objective": objective, "init": init,
+        "batch_size": batch_size, "lr": lr, "ema": ema, "steps": steps, "seed": seed,
+        "device": device, "precision": precision, "compile": compile_,
+    }  # fmt: skip
     layers = [read_config(config)] if config else []
-    layers += [_given(named), parse_assignments(set_ or [])]
+    layers += [layer_of({name: value for name, value in options.items() if value is not None})]
+    layers += [parse_assignments(set_ or [])]
     if epochs is not None and (steps is not None or "steps" in layers[-1]):
         raise UserError(f"--epochs {epochs:g} and a number of steps exclude each other: give one")
-    if tensorboard:
-        TensorBoard.check()
+    names = [*(["tensorboard"] if tensorboard else []), *(["wandb"] if wandb else [])]
+    names += log.split(",") if log else []
+    loggers = [find("logger", LOGGERS, name)() for name in dict.fromkeys(map(str.strip, names))]
     if resume is not None and (out is not None or recipe is not None):
         raise UserError("--resume writes into its own folder: leave out --out and --recipe")
     if resume is not None and init is not None:
@@ -147,29 +143,23 @@ def train(
         out, resume = resume, None
     with join() as world, ExitStack() as stack:
         console.quiet |= not world.first
-        resolved, resume, images = _resolved(world, layers, recipe, out, resume, epochs)
+        resolved, resume = _resolved(world, layers, recipe, out, resume, epochs)
         if dry_run:
-            _estimate_cost(resolved, world)
+            _estimate_cost(resolved, world, epochs)
             return
         run = RunFolder.open(resume) if resume is not None and world.first else None
         if run is not None:
             stack.enter_context(run.held())
-        data = None
-        if images is not None:
-            some = resolved.validation_images > 0
-            data = images, images_of(resolved.dataset, "validation") if some else None
-        trainer = assemble(resolved, run, progress=world.first, world=world, data=data)
+        trainer = assemble(resolved, run, progress=world.first, world=world, epochs=epochs)
         test = images_of(resolved.dataset, "test", world.first) if evaluate else None
         if test is not None:
             check_test_images(trainer.train, test)
         if resume is None and world.first:  # write nothing if data or model are illegal
-            run = RunFolder.create(out or _fresh_folder(resolved), resolved)
+            run = RunFolder.create(out or _fresh_folder(resolved), trainer.config)
             stack.enter_context(run.held())
             trainer.run = run
-        if trainer.initial is not None:
-            console.say(trainer.initial.sentence())
         path = world.broadcast(run.path if run else Path())
-        _fit(trainer, path, tensorboard)
+        _fit(trainer, path, loggers)
         if test is not None:
             from ebmkit.training.metrics import learning_curves
 
@@ -200,7 +190,7 @@ def cost(**options: Any) -> None:
     train(**options, dry_run=True)
 
 
-_RUN_OPTIONS = ("out", "resume", "evaluate", "tensorboard", "dry_run")
+_RUN_OPTIONS = ("out", "resume", "evaluate", "log", "tensorboard", "wandb", "dry_run")
 declare(cost, (option for option in options_of(train)[1] if option.name not in _RUN_OPTIONS))
 
 
@@ -322,34 +312,26 @@ def _resolved(
     out: Path | None,
     resume: Path | None,
     epochs: float | None,
-) -> tuple[TrainConfig, Path | None, AnyImages | None]:
+) -> tuple[TrainConfig, Path | None]:
     """The configuration, the same on all processes, and the run to resume, if any.
 
-    Only rank 0 needs access to the run folder. The third value is the training images, if they were
-    loaded to count the steps of ``epochs``.
+    Only rank 0 needs access to the run folder. `assemble` sets the steps of ``epochs``.
     """
     from ebmkit.distributed import launch, restarted
     from ebmkit.training import RunFolder, resolve
-    from ebmkit.training.setup import images_of, steps_of_epochs
 
-    images = None
     found: tuple[dict[str, Any], Path | None] = ({}, None)
     if world.first:
         if resume is not None:
             layers = [RunFolder.open(resume).config(), *layers]
         resolved = resolve(*layers, recipe=recipe)
-        if epochs is not None:
-            images = images_of(resolved.dataset, "train", True)
-            count = min(len(images), resolved.dataset.limit or len(images))
-            layers = [*layers, {"steps": steps_of_epochs(epochs, count, resolved)}]
-            resolved = resolve(*layers, recipe=recipe)
         if resume is None and restarted() and launch() is not None:
             resume = _interrupted_run(out, resolved)
-        if resume is not None:
+        if resume is not None and epochs is None:  # else when the steps are known
             RunFolder.open(resume).check_config(resolved)
         found = resolved.model_dump(mode="json"), resume
     config, resume = world.broadcast(found)
-    return resolve(config), resume, images
+    return resolve(config), resume
 
 
 def _interrupted_run(out: Path | None, config: TrainConfig) -> Path | None:
@@ -369,12 +351,6 @@ def _interrupted_run(out: Path | None, config: TrainConfig) -> Path | None:
     return None
 
 
-def _given(layer: dict[str, Any]) -> dict[str, Any]:
-    """The options that were given, as a configuration layer."""
-    found = {k: _given(v) if isinstance(v, dict) else v for k, v in layer.items()}
-    return {key: value for key, value in found.items() if value is not None and value != {}}
-
-
 def _stem(config: TrainConfig) -> str:
     stem = f"{config.dataset.name}-{config.backbone}-{config.objective.replace('*', 'x')}"
     return "".join(stem.split())
@@ -386,28 +362,20 @@ def _fresh_folder(config: TrainConfig) -> Path:
     return next(folder for name in names if not (folder := Path("runs", name)).exists())
 
 
-def _fit(trainer: Trainer, run: Path, tensorboard: bool) -> None:
+def _fit(trainer: Trainer, run: Path, loggers: list[Callback]) -> None:
     from ebmkit.data.imagesets import summarize_reasons
     from ebmkit.storage import write_atomically
-    from ebmkit.training.callbacks import TensorBoard, TrainingBar
+    from ebmkit.training.callbacks import TrainingBar
 
-    config, first = trainer.config, trainer.step
-    parameters = sum(p.numel() for p in trainer.model.parameters())
-    console.say(
-        f"{config.objective} on {trainer.train.name} ({len(trainer.train):,} images), "
-        f"{config.backbone} with {parameters:,} parameters, {config.steps:,} steps "
-        f"on {_describe_device(trainer)}, in {run}"
-    )
-    if first >= config.steps:
-        console.say(f"this run is finished: {config.steps} of {config.steps} steps are done")
+    steps, first = trainer.config.steps, trainer.step
+    for sentence in trainer.sentences():
+        console.say(sentence)
+    if first >= steps:
         if trainer.run is not None:
             _rewrite_damaged_model(trainer, trainer.run)
         return
-    if first:
-        console.say(f"resuming after step {first}")
     if trainer.world.first:
-        boards = [TensorBoard(run / "tensorboard")] if tensorboard else []
-        trainer.callbacks = [TrainingBar(), *boards]
+        trainer.callbacks = [TrainingBar(), *loggers]
     start = time.perf_counter()
     try:
         trainer.fit()
@@ -424,7 +392,7 @@ def _fit(trainer: Trainer, run: Path, tensorboard: bool) -> None:
     if skipped:
         count = f"{len(skipped)} training images cannot be read and were skipped"
         console.say(f"{count}: {summarize_reasons(skipped.reasons)}")
-    console.say(f"{config.steps - first:,} steps in {seconds:.0f} s; {stats.sentence()}")
+    console.say(f"{steps - first:,} steps in {seconds:.0f} s; {stats.sentence()}")
 
 
 def _rewrite_damaged_model(trainer: Trainer, run: RunFolder) -> None:
@@ -438,31 +406,24 @@ def _rewrite_damaged_model(trainer: Trainer, run: RunFolder) -> None:
         trainer.save()
 
 
-def _estimate_cost(config: TrainConfig, world: DistributedContext) -> None:
+def _estimate_cost(config: TrainConfig, world: DistributedContext, epochs: float | None) -> None:
     """Print the cost of the run, counted, and timed over a few steps; write nothing."""
     from ebmkit.training.cost import format_seconds
     from ebmkit.training.loop import assemble
 
-    trainer = assemble(config, progress=world.first, world=world)
+    trainer = assemble(config, progress=world.first, world=world, epochs=epochs)
+    steps = trainer.config.steps
     with console.status("counting, and timing a few steps"):
-        cost = trainer.budget.cost(config.steps)
+        cost = trainer.budget.cost(steps)
         trainer.try_steps(TRIAL_STEPS)
     seconds = trainer.stopwatch.seconds
     title = "cost of training" if world.size == 1 else f"cost to each of {world.size} processes"
-    table = Table(title, _describe_device(trainer), show_edge=False)
+    table = Table(title, trainer.where, show_edge=False)
     for name, value in cost.rows():
         table.add_row(name, value)
     table.add_row("step, measured", f"{format_seconds(seconds)}, MFU {cost.mfu(seconds):.0%}")
-    table.add_row(f"{config.steps:,} steps", format_seconds(seconds * config.steps))
+    table.add_row(f"{steps:,} steps", format_seconds(seconds * steps))
     console.print(table)
-
-
-def _describe_device(trainer: Trainer) -> str:
-    """Text with device, precision and number of processes."""
-    step = trainer.update
-    compiled = ", compiled" if step.compiled else ""
-    processes = f", {trainer.world.size} processes" if trainer.world.size > 1 else ""
-    return f"{trainer.device} ({step.precision}{compiled}{processes})"
 
 
 @contextmanager

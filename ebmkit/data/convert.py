@@ -24,9 +24,9 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from ebmkit.data import imagesets
 from ebmkit.data.folders import to_image, to_pixels
-from ebmkit.data.images import upright_image
 from ebmkit.data.imagesets import AnyImages, ImageSet, Split, StreamedSet, warn_of_empty_classes
 from ebmkit.errors import UserError, first_line, shown
+from ebmkit.inputs import LEVELS, pil_array
 from ebmkit.terminal import progress_bar
 
 Column = str | int
@@ -122,7 +122,7 @@ def convert(
             tensors or arrays, or images alone; a map-style data set of PyTorch, torchvision or
             Hugging Face, or any sequence of items; or an iterable of items. An item is an image,
             a tuple (image, label) or a mapping; an image is a PIL image, tensor or array, gray
-            (H, W) or with 1 or 3 channels, first or last, as uint8 or floats in [0, 1].
+            (H, W) or with 1 or 3 channels, first or last, as uint8, uint16 or floats in [0, 1].
         name, split: those of the result.
         image, label: columns of the items. Default: by the types of the features of Hugging Face
             (`Image`, `ClassLabel`), or by usual names; positions 0 and 1 of a tuple.
@@ -415,13 +415,10 @@ def image_pixels(image: Any, what: str) -> Tensor:
 
     Raises:
         UserError: if it is none of these, has another shape or number of channels, is partly
-            transparent, or its values are not uint8, bool, or floats in [0, 1].
+            transparent, or its values are not uint8, uint16, bool, or floats in [0, 1].
     """
     if isinstance(image, Image.Image):
-        found = upright_image(image, what)
-        if found.is_16_bit or found.mode in ("I", "F"):
-            raise UserError(f"{what} has more than 8 bits per channel: convert it to 8")
-        return to_pixels(found.image, len(found.image.getbands()))
+        image = pil_array(image, what)
     if not isinstance(image, (Tensor, np.ndarray)):
         raise UserError(f"{what} is a {type(image).__name__}: give a PIL image, tensor or array")
     if image.ndim not in (2, 3):
@@ -445,14 +442,14 @@ def _batch_pixels(images: Any, what: str) -> Tensor:
             f"{what}: an image of shape {shape[1:]} has no 1 or 3 channels: images are (H, W), "
             "(C, H, W) or (H, W, C)"
         )
-    if values.dtype == torch.bool:
-        return values.to(torch.uint8) * 255
     if values.dtype == torch.uint8:
         return values.contiguous()
+    if values.dtype in LEVELS:
+        values = values.float() / LEVELS[values.dtype]
     if not values.is_floating_point():
         raise UserError(
             f"{what}: values are {str(values.dtype).removeprefix('torch.')}: convert images to "
-            "uint8 (0..255), or to floats in [0, 1]"
+            "uint8 (0..255), uint16, or floats in [0, 1]"
         )
     low, high = values.aminmax()
     if not (low >= 0 and high <= 1):

@@ -24,6 +24,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from ebmkit.errors import UserError, first_line
+from ebmkit.inputs import ORIENTATION, SIXTEEN_BIT, DecodedImage, upright_image
 from ebmkit.storage import write_atomically
 
 MAX_PIXELS = 170_000_000
@@ -37,19 +38,7 @@ MAX_SCANS = 200
 
 _FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP", "GIF", "PPM")
 WRITERS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".tif": "TIFF", ".tiff": "TIFF"}
-_ORIENTATION = 0x0112
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-"""EXIF orientation -> the transposition that makes the image upright."""
-_SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N")
-_GRAY = ("1", "L", "LA", "I", "F", *_SIXTEEN_BIT)
+_GRAY = ("1", "L", "LA", "I", "F", *SIXTEEN_BIT)
 
 # Exceptions of Pillow's decoders on damaged or malicious files.
 _BROKEN = (
@@ -82,25 +71,6 @@ class LoadedImage(NamedTuple):
     def was_gray(self) -> bool:
         """Whether the file is gray, even if ``image`` has three channels."""
         return self.mode in _GRAY
-
-
-class DecodedImage(NamedTuple):
-    """A decoded image.
-
-    Attributes:
-        image: Pillow image of mode L, RGB or 16-bit gray.
-        mode: Pillow mode of the file.
-        notes: warnings about conversions.
-    """
-
-    image: Image.Image
-    mode: str
-    notes: tuple[str, ...]
-
-    @property
-    def is_16_bit(self) -> bool:
-        """Whether the image is 16-bit gray."""
-        return self.image.mode not in ("L", "RGB")
 
 
 def read_image(path: Path | str, channels: int | None = None) -> LoadedImage:
@@ -187,7 +157,7 @@ def image_header(path: Path, most: int = MAX_PIXELS_IN_SET) -> tuple[int, tuple[
     Reads only the header; raises as `read_image` for errors that the header shows.
     """
     with _opened(path, most) as image:
-        turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+        turned = image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
         size = image.size if turned else image.size[::-1]
         return 1 if image.mode in _GRAY else 3, size
 
@@ -245,17 +215,13 @@ def _check_file(path: Path) -> None:
 
 
 def _check_header(image: Image.Image, path: Path) -> None:
-    """Refuse animated images, 32-bit pixels and JPEGs with too many scans, before decoding."""
+    """Refuse animated images and JPEGs with too many scans, before decoding."""
     if _has_more(image):
         raise UserError(f"{str(path)!r} is animated or has several pages: save one of them alone")
     if image.info.get("progressive") and path.read_bytes().count(b"\xff\xda") > MAX_SCANS:
         raise UserError(
             f"{str(path)!r} is a JPEG with more than {MAX_SCANS} scans, which take very long to "
             "decode: save it again"
-        )
-    if image.mode in ("F", "I"):
-        raise UserError(
-            f"{str(path)!r} has 32 bits per pixel: convert it to 8 bits, or to 16-bit gray"
         )
 
 
@@ -281,24 +247,3 @@ def _decoded(image: Image.Image, path: Path) -> DecodedImage:
         note = f"{str(path)!r} has 16-bit colour, which is read with 8 bits"
         return found._replace(notes=(note, *found.notes))
     return found
-
-
-def upright_image(image: Image.Image, what: str) -> DecodedImage:
-    """Apply the orientation of a Pillow image and convert it to L, RGB or 16-bit gray.
-
-    Raises:
-        UserError: if it is partly transparent; the message calls the image ``what``.
-    """
-    mode, notes = image.mode, []
-    image.load()
-    turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
-    upright = image if turn is None else image.transpose(turn)
-    if upright.mode in _SIXTEEN_BIT:
-        return DecodedImage(upright, mode, ())
-    if upright.has_transparency_data:
-        alpha = upright.convert("RGBA").getchannel("A")
-        if alpha.getextrema() != (255, 255):
-            raise UserError(f"{what} is partly transparent: flatten it onto a background first")
-        notes.append(f"{what} has an alpha channel, fully opaque, which is ignored")
-    gray = upright.mode in ("1", "L", "LA", "La")
-    return DecodedImage(upright.convert("L" if gray else "RGB"), mode, tuple(notes))

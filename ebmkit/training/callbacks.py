@@ -9,6 +9,8 @@ from __future__ import annotations
 import csv
 import importlib.util
 import io
+import shlex
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -18,7 +20,7 @@ import torch
 from rich.text import Text
 from torch import Tensor
 
-from ebmkit.errors import UserError
+from ebmkit.errors import UserError, first_line
 from ebmkit.randomness import keyed_generator
 from ebmkit.storage import write_atomically
 from ebmkit.terminal import COUNT, ProgressBar, console, errors, escape_markup, is_live
@@ -121,30 +123,26 @@ class TrainingBar(Callback):
 class TensorBoard(Callback):
     """Writes metrics as curves, and at each validation `example_images`, to ``folder``.
 
-    Needs the extra ``tensorboard``.
+    Args:
+        folder: folder of the events. None: ``tensorboard`` in the run folder.
+
+    Raises:
+        UserError: if the extra ``tensorboard`` is not installed.
     """
 
-    def __init__(self, folder: Path | str) -> None:
-        self.check()
+    def __init__(self, folder: Path | str | None = None) -> None:
+        if importlib.util.find_spec("tensorboard") is None:
+            raise UserError(
+                "TensorBoard is not installed: pip install 'ebmkit-vision[tensorboard]'"
+            )
         self.folder = folder
 
     def on_start(self, trainer: Trainer) -> None:
         """Open the file; events after the trainer's step, of an earlier process, are hidden."""
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(self.folder, purge_step=trainer.step + 1)
-
-    @staticmethod
-    def check() -> None:
-        """Check that TensorBoard is installed.
-
-        Raises:
-            UserError: if it is not.
-        """
-        if importlib.util.find_spec("tensorboard") is None:
-            raise UserError(
-                "TensorBoard is not installed: pip install 'ebmkit-vision[tensorboard]'"
-            )
+        folder = self.folder or _in_run(trainer, "tensorboard")
+        self.writer = SummaryWriter(folder, purge_step=trainer.step + 1)
 
     def report(self, row: dict[str, Any]) -> None:
         """Write a row of metrics."""
@@ -162,14 +160,17 @@ class TensorBoard(Callback):
 
 
 class WeightsAndBiases(Callback):
-    """Writes the same as `TensorBoard` to a run of Weights & Biases; needs the extra ``wandb``.
+    """Writes the same as `TensorBoard` to a run of Weights & Biases.
+
+    Without an API key or a connection, the run is written offline, to ``wandb`` in the working
+    folder; `wandb sync` uploads it.
 
     Args:
         project: name of the project.
         **options: further arguments of `wandb.init`, for example ``mode="offline"``.
 
     Raises:
-        UserError: if wandb is not installed.
+        UserError: if the extra ``wandb`` is not installed.
     """
 
     def __init__(self, project: str = "ebmkit", **options: Any) -> None:
@@ -186,7 +187,17 @@ class WeightsAndBiases(Callback):
     def on_start(self, trainer: Trainer) -> None:
         """Start a run with the configuration of the trainer."""
         settings = {"config": trainer.config.model_dump(mode="json")} | self.options
-        self.run = self.wandb.init(**settings)
+        if trainer.run is not None:
+            settings = {"name": trainer.run.path.name} | settings
+        try:
+            self.run = self.wandb.init(**settings)
+        except self.wandb.Error as error:  # no API key, no network
+            self.run = self.wandb.init(**settings | {"mode": "offline"})
+            warnings.warn(
+                f"Weights & Biases logs offline ({first_line(error)}): upload the run by "
+                f"wandb sync {shlex.quote(str(Path(self.run.dir).parent))}",
+                stacklevel=2,
+            )
 
     def report(self, row: dict[str, Any]) -> None:
         """Write a row of metrics."""
@@ -207,13 +218,16 @@ class CSVLog(Callback):
     """Writes the rows of metrics to the CSV file ``path``, at each validation and at the end.
 
     Columns are ``step``, ``kind`` and one for each metric; a metric that a row lacks is empty.
+    ``path`` None is ``metrics.csv`` in the run folder.
     """
 
-    def __init__(self, path: Path | str) -> None:
-        self.path, self.rows = Path(path), list[dict[str, Any]]()
+    def __init__(self, path: Path | str | None = None) -> None:
+        self.path = None if path is None else Path(path)
+        self.rows: list[dict[str, Any]] = []
 
     def on_start(self, trainer: Trainer) -> None:
         """Start with the rows of a resumed run."""
+        self.path = self.path or _in_run(trainer, "metrics.csv")
         self.rows = trainer.run.metrics() if trainer.run is not None else []
 
     def report(self, row: dict[str, Any]) -> None:
@@ -227,11 +241,27 @@ class CSVLog(Callback):
         writer = csv.DictWriter(text, list(columns))
         writer.writeheader()
         writer.writerows(self.rows)
+        assert self.path is not None
         write_atomically(self.path, text.getvalue().encode())
 
     def on_end(self, trainer: Trainer) -> None:
         """Write the file."""
         self.on_validation(trainer, {})
+
+
+LOGGERS: dict[str, type[Callback]] = {
+    "tensorboard": TensorBoard,
+    "wandb": WeightsAndBiases,
+    "csv": CSVLog,
+}
+"""Loggers by name; without arguments, the first and the last write into the run folder."""
+
+
+def _in_run(trainer: Trainer, name: str) -> Path:
+    """The path ``name`` in the run folder."""
+    if trainer.run is None:
+        raise UserError(f"there is no run folder for {name!r}: give out, or the logger a path")
+    return trainer.run.path / name
 
 
 def metrics_of(row: Mapping[str, Any]) -> dict[str, float]:

@@ -33,13 +33,14 @@ from ebmkit.data import StreamConfig
 from ebmkit.data.schedule import parse_share
 from ebmkit.errors import UserError, shown, unknown_name, validated
 from ebmkit.models import ModelConfig
-from ebmkit.models.config import find_network
+from ebmkit.models.config import NETWORKS, find_network
 from ebmkit.models.heads import find_head
 from ebmkit.objectives import BALANCE, OBJECTIVES, ObjectiveConfig, TermSettings, parse_objective
 from ebmkit.objectives.base import mapping_at
 from ebmkit.objectives.likelihood import NegativesConfig
 from ebmkit.registry import Plugin, check_plugins, find, loaded_plugins
 from ebmkit.storage.reading import YAML_BYTES, parse_yaml, read_text
+from ebmkit.synonyms import KEYS, field_keys, meant
 
 MAX_KEY_DEPTH = 20
 """Maximum number of names in a key; ``optimizer.lr`` has two."""
@@ -83,6 +84,22 @@ FREE_TO_CHANGE = {
     *("compute.precision", "compute.compile", "compute.accumulate", "compute.recompute"),
 }
 """Fields that may change when a run is resumed: they affect no result, or only its rounding."""
+
+OPTIONS = {
+    "dataset": "dataset.name",
+    "data_dir": "dataset.data_dir",
+    "image_size": "dataset.image_size",
+    "limit": "dataset.limit",
+    "workers": "dataset.workers",
+    "width": "model.backbone.width",
+    "batch_size": "streams.*.batch_size",
+    "lr": "optimizer.lr",
+    "ema": "optimizer.ema",
+    "precision": "compute.precision",
+    "compile": "compute.compile",
+}
+"""Options of ``ebmkit train`` and `ebmkit.train` that are no fields of `TrainConfig`, and the
+fields that they set; ``*`` stands for every stream."""
 
 SAVED_FIELDS = RUN_FIELDS | {"draw_from", "device"}
 """A layer with all of these fields is a run's ``config.yaml``; recipes lack some."""
@@ -520,11 +537,58 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
             raise UserError(
                 f"--set {shown(text)} is not of the form key=value, as in optimizer.lr=1e-3"
             )
-        nested: Any = parse_yaml(value, f"the value of --set {shown(text)}")
-        for part in reversed(keys):
-            nested = {part: nested}
+        nested = _nested(keys, parse_yaml(value, f"the value of --set {shown(text)}"))
         result = merge(result, _move_terms(nested))
     return result
+
+
+def layer_of(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration layer of ``options``: names in `OPTIONS`, or fields, with dots or without.
+
+    >>> layer_of({"lr": 0.1, "optimizer.ema": 0.9, "seed": 1})
+    {'optimizer': {'lr': 0.1, 'ema': 0.9}, 'seed': 1}
+    """
+    return merge(
+        *(
+            _nested(OPTIONS.get(name, name).replace("*", stream).split("."), value)
+            for name, value in options.items()
+            for stream in StreamsConfig.model_fields
+        )
+    )
+
+
+def _nested(keys: Sequence[str], value: Any) -> dict[str, Any]:
+    for key in reversed(keys):
+        value = {key: value}
+    return dict(value)
+
+
+def check_options(options: Mapping[str, Any], others: Iterable[str]) -> None:
+    """Check the names of ``options``; ``others`` are further options of the same function.
+
+    Raises:
+        UserError: if one is unknown and another option or a field is meant.
+    """
+    known = [name.replace("_", "-") for name in (*others, *OPTIONS, *TrainConfig.model_fields)]
+    for name, value in options.items():
+        is_field = name.partition(".")[0] in TrainConfig.model_fields
+        if name in OPTIONS or (is_field and (name not in KEYS or isinstance(value, Mapping))):
+            continue
+        option, keys = meant(name, [own for own in known if own != name], setting_keys)
+        if option is not None:
+            raise UserError(f"unknown option {name!r}: did you mean {option.replace('-', '_')}?")
+        if keys:
+            fix = " or ".join(f"**{{{key!r}: {shown(value, 40)}}}" for key in keys[:3])
+            raise UserError(f"{name} = {shown(value, 40)} is no option: write {fix}")
+
+
+def setting_keys() -> list[str]:
+    """Keys of all settings, such as ``optimizer.lr`` and ``objective.ce.label_smoothing``."""
+    found: list[tuple[Any, str]] = [(TrainConfig, "")]
+    found += [(network, "model.backbone.") for network in NETWORKS]
+    found += [(own.config, f"objective.{name}.") for name, own in OBJECTIVES.items()]
+    keys = [key for model, prefix in found if model for key in field_keys(model, prefix)]
+    return [key for key in dict.fromkeys(keys) if not key.startswith("terms.")]
 
 
 def read_config(path: Path) -> dict[str, Any]:

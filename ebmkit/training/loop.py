@@ -235,6 +235,33 @@ class Trainer:
         where = "" if self.run is None else f", run {str(self.run.path)!r}"
         return f"Trainer({self.config.objective}, {self.model!r}, {self.train!r}, {steps}{where})"
 
+    @property
+    def where(self) -> str:
+        """Device, precision and number of processes."""
+        step = self.update
+        compiled = ", compiled" if step.compiled else ""
+        processes = f", {self.world.size} processes" if self.world.size > 1 else ""
+        return f"{self.device} ({step.precision}{compiled}{processes})"
+
+    def sentences(self) -> Iterator[str]:
+        """What was loaded, what is trained, and from which step."""
+        config, own = self.config, self.model
+        for part in ("backbone", "network"):
+            own = getattr(own, part, own)
+        if self.initial is not None:
+            yield self.initial.sentence()
+        name = type(own).__name__ if self.built_from is None else config.backbone
+        parameters = sum(p.numel() for p in self.model.parameters())
+        yield (
+            f"{config.objective} on {self.train.name} ({len(self.train):,} images), "
+            f"{name} with {parameters:,} parameters, {config.steps:,} steps on {self.where}"
+            + ("" if self.run is None else f", in {self.run.path}")
+        )
+        if self.step >= config.steps:
+            yield f"this run is finished: {self.step} of {config.steps} steps are done"
+        elif self.step:
+            yield f"resuming after step {self.step}"
+
     def stop(self) -> None:
         """End `fit` after the current step, with the state saved; for callbacks."""
         self._stopped = True

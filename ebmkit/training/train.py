@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import os
 import warnings
@@ -22,26 +23,15 @@ from ebmkit.distributed import join
 from ebmkit.energy import ScoreModel
 from ebmkit.errors import UserError, shown
 from ebmkit.models.config import preset_name
+from ebmkit.registry import find
 from ebmkit.storage.manifest import commit_files
-from ebmkit.training.callbacks import Callback, TrainingBar
-from ebmkit.training.config import StreamsConfig, TrainConfig, resolve
+from ebmkit.terminal import console
+from ebmkit.training.callbacks import LOGGERS, Callback, TrainingBar
+from ebmkit.training.config import TrainConfig, check_options, layer_of, resolve
 from ebmkit.training.loop import Trainer, assemble
 from ebmkit.training.metrics import learning_curves
 from ebmkit.training.run_folder import RunFolder
 from ebmkit.training.setup import config_of
-
-SHORT_NAMES = {
-    "width": "model.backbone.width",
-    "lr": "optimizer.lr",
-    "ema": "optimizer.ema",
-    "data_dir": "dataset.data_dir",
-    "image_size": "dataset.image_size",
-    "limit": "dataset.limit",
-    "workers": "dataset.workers",
-    "precision": "compute.precision",
-    "compile": "compute.compile",
-}
-"""Options of `train` that are no top-level fields of `TrainConfig`, and the fields they set."""
 
 CALLBACK_METHODS = [name for name in vars(Callback) if not name.startswith("_")]
 """Methods that the trainer calls."""
@@ -123,11 +113,13 @@ def train(
         resume: resume the run in ``out``.
         recipe: name of a recipe. Default: that of the data set; for own data that of ``hdf5``.
         epochs: length of the run in passes over the training images, in place of ``steps``.
-        callbacks: objects with methods of `ebmkit.training.Callback`.
+        callbacks: objects with methods of `ebmkit.training.Callback`, or names of loggers:
+            "tensorboard" and "csv", which write into the run folder, and "wandb".
         on_step: called with the trainer after each step.
         on_validation: called with the trainer and the metrics of each validation.
         on_end: called with the trainer at the end. All three may call ``trainer.stop()``.
-        progress: show a progress bar; lines of text if it can not be drawn.
+        progress: say what is trained, and show a progress bar; lines of text if it can not be
+            drawn.
         **options: fields of `ebmkit.training.TrainConfig`, such as ``steps=500``, ``seed=1`` or
             ``optimizer={"lr": 1e-3}``, with dots as in ``**{"streams.denoise.noise.max": 0.2}``, or
             one of ``width``, ``lr``, ``batch_size`` (of every stream), ``ema``, ``data_dir``,
@@ -140,25 +132,29 @@ def train(
     >>> images, labels = torch.rand(100, 1, 8, 8), torch.arange(100) % 4
     >>> result = ebmkit.train("gradresnet18", dataset=(images, labels), steps=50)  # doctest: +SKIP
     """
+    callbacks = [
+        find("logger", LOGGERS, own)() if isinstance(own, str) else own for own in callbacks
+    ]
     for own in callbacks:
         if isinstance(own, type) or not any(hasattr(own, name) for name in CALLBACK_METHODS):
             raise UserError(
                 f"{shown(own, 60)} is no callback: give an object with a method such as on_step, "
-                "for example CSVLog('metrics.csv')"
+                f"or a name: {', '.join(LOGGERS)}"
             )
+    check_options(options, inspect.signature(train).parameters)
     if epochs is not None and "steps" in options:
         raise UserError(f"epochs = {epochs:g} and steps exclude each other: give one")
     network = model if isinstance(model, nn.Module) else None
     known = network.card.class_names if isinstance(network, ScoreModel) and network.card else []
     given: Any = {"backbone": model} if network is None else _layer_of(network)
     given |= {"objective": objective} if objective is not None else {}
-    layers = [given, *(_setting(name, value) for name, value in options.items())]
+    layers = [given, layer_of(options)]
     columns = {"image": image, "label": label}
     with join() as world, ExitStack() as stack:
         sets: dict[str, AnyImages] = {}
         if isinstance(dataset, (str, os.PathLike)):
             name, path = find_source(dataset)
-            layers.insert(1, {"dataset": {"name": name} | ({"data_dir": path} if path else {})})
+            layers.insert(1, layer_of({"dataset": name} | ({"data_dir": path} if path else {})))
             unused = {"validation": validation, "test": test, **columns}
             unused |= {"class_names": class_names or None}
             if wrong := [name for name, value in unused.items() if value is not None]:
@@ -166,7 +162,7 @@ def train(
             config = resolve(*layers, recipe=recipe)
         else:
             folder = {"data_dir": Path(out).absolute() / DATA} if out is not None else {}
-            layers.insert(1, {"dataset": {"name": "hdf5", **folder}})
+            layers.insert(1, layer_of({"dataset": "hdf5", **folder}))
             config = resolve(*layers, recipe=recipe)
             reading: dict[str, Any] = {"image_size": config.dataset.image_size, **columns}
             reading |= {"progress": progress and world.first}
@@ -208,21 +204,12 @@ def train(
         functions = {"on_step": on_step, "on_validation": on_validation, "on_end": on_end}
         if world.first:
             bars = [TrainingBar()] if progress else []
+            for sentence in trainer.sentences() if progress else ():
+                console.say(sentence)
             trainer.callbacks = [SimpleNamespace(report=history.append), *bars, *callbacks,
                                  SimpleNamespace(**functions)]  # fmt: skip
         trained = trainer.fit()
         return TrainingResult(trained, history, trainer, None if out is None else Path(out))
-
-
-def _setting(name: str, value: Any) -> dict[str, Any]:
-    """The configuration layer of one option of `train`."""
-    if name == "batch_size":
-        return {"streams": {own: {name: value} for own in StreamsConfig.model_fields}}
-    *outer, last = SHORT_NAMES.get(name, name).split(".")
-    layer = {last: value}
-    for key in reversed(outer):
-        layer = {key: layer}
-    return layer
 
 
 def _layer_of(network: nn.Module) -> dict[str, Any]:

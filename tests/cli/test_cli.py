@@ -220,6 +220,7 @@ def test_list_shows_the_tables(home, kind):
         (["--resume", "run", "--out", "other"], "leave out --out"),
         (["--resume", "run", "--init", "run"], "leave out one of them"),
         (["--init", "nowhere"], "nowhere"),
+        (["--log", "csv,wand"], "unknown logger 'wand': did you mean 'wandb'"),
     ],
 )
 def test_train_refuses_invalid_options_in_one_sentence(home, arguments, message):

@@ -14,11 +14,12 @@ from ebmkit_tests.support.command_line import ebmkit_command
 import ebmkit
 from ebmkit.cli import app
 from ebmkit.cli.app import COMMANDS as GROUPS
-from ebmkit.cli.options import KEYS, SYNONYMS, setting_keys
+from ebmkit.cli.options import setting_keys
 from ebmkit.cli.tools import Kind, tables
 from ebmkit.experiments import EXPERIMENTS
 from ebmkit.export import What
 from ebmkit.sampling.inverse import TASKS
+from ebmkit.synonyms import KEYS, SYNONYMS
 
 HEAVY = {"torch", "torchvision", "sympy", "scipy", "sklearn", "matplotlib", "numpy", "h5py"}
 COMMANDS = typer.main.get_command(app).commands

@@ -106,6 +106,7 @@ def test_path_is_a_folder_and_image_size_resizes(tmp_path):
         ((PIXELS.float(), LABELS), {}, r"values from 0 to 255: images are floats in \[0, 1\]"),
         ((PIXELS / 127.5 - 1, LABELS), {}, "values from -1 to 1: .* leave out the normalisation"),
         ((PIXELS.long(), LABELS), {}, "values are int64: convert images to uint8"),
+        (Items([(Image.new("F", (4, 4)), 0)]), {}, "item 0 .* has 32 bits per pixel"),
         ((PIXELS, LABELS[:4]), {}, "6 images and 4 labels"),
         ((PIXELS, LABELS - 1), {}, "label -1 is out of range: labels are 0 to 1"),
         ((PIXELS, LABELS), {"class_names": ["a", "b"]}, "label 2 is out of range"),

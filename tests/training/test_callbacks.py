@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import ebmkit
+from ebmkit.storage.verify import verify_run
 from ebmkit.terminal import CleanConsole
 from ebmkit.training import CSVLog, TensorBoard, WeightsAndBiases
 from ebmkit.training.callbacks import TrainingBar, example_images
@@ -64,6 +65,31 @@ def test_weights_and_biases_gets_metrics_by_kind_and_the_configuration(monkeypat
     assert "train/dsm" in rows[0]
     assert rows[-1] == {"clean, noisy, denoised"}
     assert calls[-1] == 0
+
+
+def test_loggers_by_name_write_into_the_run_folder(tmp_path):
+    pytest.importorskip("tensorboard")
+    train("tensorboard", "csv", out=tmp_path / "run")
+    assert "validation" in (tmp_path / "run" / "metrics.csv").read_text()
+    assert len(list((tmp_path / "run" / "tensorboard").glob("events*"))) == 1
+    assert verify_run(tmp_path / "run")
+
+
+def test_weights_and_biases_without_a_connection_logs_offline(tmp_path, monkeypatch):
+    calls = []
+
+    def init(**options):
+        calls.append(options)
+        if options.get("mode") != "offline":
+            raise ConnectionError("No API key configured")
+        folder = str(tmp_path / "offline-run-1" / "files")
+        return SimpleNamespace(log=lambda *a, **k: None, finish=lambda: None, dir=folder)
+
+    fake = SimpleNamespace(init=init, Image=lambda pixels: pixels, Error=ConnectionError)
+    monkeypatch.setitem(__import__("sys").modules, "wandb", fake)
+    with pytest.warns(UserWarning, match=r"offline \(No API key configured\): .*offline-run-1$"):
+        train("wandb", out=tmp_path / "run")
+    assert [call["name"] for call in calls] == ["run", "run"]
 
 
 def test_missing_logger_is_named(monkeypatch):

@@ -177,6 +177,23 @@ def test_epochs_and_batch_size(tmp_path):
         ebmkit.train(NAME, PAIR, resume=True, **fast | {"epochs": 3})
 
 
+def test_says_what_is_trained_and_what_was_loaded(tmp_path, capsys):
+    quiet = ebmkit.train(NAME, PAIR, out=tmp_path / "run", **FAST)
+    assert capsys.readouterr().out == ""
+    fast, init = FAST | {"progress": True}, str(tmp_path / "run")
+    ebmkit.train(NAME, PAIR, init=init, **fast)
+    lines, count = capsys.readouterr().out.splitlines(), len(quiet.model.state_dict())
+    assert lines[0] == f"{count} of {count} tensors are loaded from {init}"
+    trained = f"ce+dsm on images (59 images), {NAME} with"
+    assert lines[1].startswith(trained)
+    assert lines[1].endswith("parameters, 4 steps on cpu (fp32)")
+    ebmkit.train(NAME, PAIR, out=tmp_path / "run", resume=True, **fast)
+    assert "this run is finished: 4 of 4 steps are done" in capsys.readouterr().out
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.Tanh())
+    ebmkit.train(net, PAIR, objective="ce", **{k: v for k, v in fast.items() if k != "width"})
+    assert "Sequential with" in capsys.readouterr().out
+
+
 def test_labels_are_numbered_as_in_a_model_that_is_trained_further():
     fast = {k: v for k, v in FAST.items() if k != "width"}
     model = ebmkit.train(NAME, PAIR, class_names=["fox", "dog", "cat"], **FAST).model
@@ -190,12 +207,20 @@ def test_labels_are_numbered_as_in_a_model_that_is_trained_further():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"callbacks": ["wandb"]}, "'wandb' is no callback: give an object"),
+        ({"callbacks": ["wand"]}, "unknown logger 'wand': did you mean 'wandb'"),
+        ({"callbacks": [7]}, "7 is no callback: give an object"),
+        ({"callbacks": ["csv"]}, "no run folder for 'metrics.csv': give out"),
         ({"callbacks": [ebmkit.training.CSVLog]}, "CSVLog.* is no callback"),
         ({"epochs": 2, "steps": 3}, "epochs = 2 and steps exclude each other"),
         ({"dataset": "digits", "class_names": ["a"]}, "class_names is for data given as objects"),
         ({"dataset": IMAGES}, "objective 'ce' needs labels, and this data set has none"),
-        ({"step": 3}, "there is no field 'step': did you mean 'steps'"),
+        ({"step": 3}, "unknown option 'step': did you mean steps"),
+        ({"learning_rate": 0.1}, "unknown option 'learning_rate': did you mean lr"),
+        ({"batchsize": 8}, "'batchsize': did you mean batch_size"),
+        ({"max_epochs": 8}, "'max_epochs': did you mean epochs"),
+        ({"weight_decay": 0.1}, r"write \*\*\{'optimizer.weight_decay': 0.1\}"),
+        ({"optimizer": "sgd"}, r"write \*\*\{'optimizer.kind': 'sgd'\}"),
+        ({"zzz": 1}, "there is no field 'zzz': fields here"),
         (
             {"model": create_model(NAME, 10, 1, width=8)},
             "10 classes, and .* has 3: build",
