@@ -477,8 +477,8 @@ def sample(
     if expected is not None:
         duration = format_seconds(expected.seconds)
         of = "" if expected.steps == job.length else f"about {expected.steps:,} of at most "
-        steps = f"{of}{job.length:,} steps each"
-        console.say(f"{settings.count:,} samples, {steps}: about {duration}")
+        what = f"{settings.count:,} samples, {of}{job.length:,} steps each"
+        console.say(f"{what}: about {duration}")
     with job.folder.alone():
         _draw(job)
         document = write_results(job, str(run))

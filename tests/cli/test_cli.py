@@ -166,6 +166,7 @@ def test_epochs_and_short_options_set_fields_of_the_configuration(tmp_path):
     assert_refused(ebmkit_command("train", "--epochs", 0, cwd=tmp_path), "--epochs 0")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("always:a score is differentiated through")
 def test_batch_norm_with_a_trained_score_is_said_at_the_start_and_in_the_table(tmp_path):
     trained = ebmkit_command(

@@ -114,7 +114,8 @@ def test_time_is_that_of_the_steps_until_chains_end_without_the_first(
     assert found.seconds == pytest.approx(3 * found.steps)
 
 
-def test_guided_jobs_have_a_trial_by_the_estimate_of_the_base(tmp_path):
+def test_guided_jobs_have_a_trial_by_the_estimate_of_the_base(tmp_path, monkeypatch):
+    monkeypatch.setattr(job_module, "_plot", lambda *arguments: [])
     guidance = make_guidance(guidance="classifier-free", scale=1.0)
     for kind, stuck in ((StuckAtGray, True), (BlindMixture, False)):
         how = {"label": "all", "count": 4, "options": {"beta": 0.5}}
