@@ -58,15 +58,16 @@ def forecast(
 
     ``train`` loads training images, to try DDIM from ``class_gaussian`` if the trial fails; it may
     raise a `UserError`. ``progress`` is called with (steps done, all steps). There is only a time
-    if the model estimates no level, or the chains start from images or have a single level; None
-    if the job is little longer than a trial.
+    if the model estimates no level, the chains start from images or have a single level, or the
+    job is little longer than a trial; None if it has few steps.
     """
     settings, entry = job.settings, job.entry
-    if entry is None or job.length * settings.count <= 4 * STEPS * CHAINS:
+    if entry is None or job.total <= 10 * TIMED_STEPS:
         return None
     seconds = job.seconds_per_step(TIMED_STEPS) * settings.count
     if (
         job.first_level is None
+        or job.length * settings.count <= 4 * STEPS * CHAINS
         or settings.start not in ("noise", "mean", "uniform")
         or not estimates_level(job.model)
     ):

@@ -129,8 +129,9 @@ def test_guided_jobs_have_a_trial_by_the_estimate_of_the_base(tmp_path, monkeypa
     assert document["diagnostics"]["noise"]["arrived"] == 4
 
 
-def test_short_jobs_have_no_trial_and_other_starts_only_a_time(tmp_path):
-    assert forecast(job_of(tmp_path / "a", StuckAtGray, count=2, steps=50), no_images) is None
+def test_short_jobs_and_other_starts_have_only_a_time(tmp_path):
+    assert forecast(job_of(tmp_path / "a", StuckAtGray, count=2, steps=20), no_images) is None
+    assert not forecast(job_of(tmp_path / "c", StuckAtGray, count=2, steps=50), no_images).caution
     job = job_of(tmp_path / "b", StuckAtGray, start="class_gaussian")
     job.sources = Sources(train=(TRAIN, LABELS))
     found = forecast(job, no_images)
