@@ -1,9 +1,10 @@
 """Progress without a terminal, closed pipes, and encodings other than UTF-8."""
 
+import importlib.machinery
 import io
 import os
 import sys
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -14,6 +15,7 @@ from ebmkit.terminal import (
     ProgressBar,
     console,
     escape_markup,
+    is_live,
     progress_bar,
     replace_unencodable,
 )
@@ -39,6 +41,43 @@ def test_progress_without_terminal_is_some_lines_with_the_time_left(clock):
     assert len(lines) < 40
     assert lines[0].split() == ["row", "[a]", "step", "10/3,600", "0:00:10", "left", "59:50"]
     assert lines[-1].split()[2:] == ["step", "3,600/3,600", "1:00:00", "left", "00:00"]
+
+
+@pytest.mark.parametrize("widgets", [True, False])
+def test_notebook_has_a_bar_if_it_has_widgets_else_lines(clock, monkeypatch, widgets):
+    shown = []
+
+    class Output(list):
+        """As the widget: what is displayed in its context is in it."""
+
+        clear_output = __enter__ = __exit__ = lambda self, *args, **options: None
+
+    attributes = {
+        "IPython": {},
+        "IPython.display": {"display": lambda *one, **options: shown.extend(one)},
+        "ipywidgets": {"Output": Output},
+    }
+    for name, values in attributes.items():
+        module = ModuleType(name)
+        module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+        vars(module).update(values)
+        monkeypatch.setitem(sys.modules, name, module)
+    find = terminal.importlib.util.find_spec
+    monkeypatch.setattr(
+        terminal.importlib.util, "find_spec",
+        lambda name: None if name == "ipywidgets" and not widgets else find(name),
+    )  # fmt: skip
+    notebook = CleanConsole(force_jupyter=True, file=io.StringIO())
+    assert is_live(notebook) == widgets
+    with ProgressBar(f"step {COUNT}", to=notebook) as bar:
+        task = bar.add_task("training", total=4)
+        clock[0] = 20
+        bar.update(task, completed=2)
+        bar.refresh()
+    texts = [one.text if hasattr(one, "text") else type(one).__name__ for one in shown]
+    bars = [text for text in texts if "━" in text]
+    assert ("Output" in texts) == bool(bars) == widgets
+    assert any("training" in text and "step 2/4" in text for text in texts)
 
 
 def test_short_work_prints_no_line(clock, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
 from typing import NoReturn
@@ -32,11 +33,12 @@ def check_new_file(option: str, path: Path) -> None:
 def interrupted(sentence: str, signum: int | None) -> NoReturn:
     """Print how to resume, and exit with code 128 plus the number of the signal, as shells do.
 
-    The code is 130 for Ctrl-C, 143 for SIGTERM (also if only another process got it), and 129 for a
-    closed terminal.
+    Quiet output has the sentence on stderr. The code is 130 for Ctrl-C, 143 for SIGTERM (also if
+    only another process got it), and 129 for a closed terminal.
 
     Raises:
         typer.Exit: always.
     """
-    console.say(f"interrupted; {sentence}")
+    if not console.quiet or os.environ.get("RANK", "0") == "0":  # other processes are quiet, too
+        (errors if console.quiet else console).say(f"interrupted; {sentence}")
     raise typer.Exit(128 + (signal.SIGTERM if signum is None else signum)) from None

@@ -192,12 +192,12 @@ _Row = dict[str, Any]
 def _for_each(
     paths: list[Path],
     work: Callable[[Path], None],
-    rows: list[_Row],
-    write: Callable[[list[_Row]], None],
+    rows: list[_Row] | None = None,
+    write: Callable[[list[_Row]], None] = lambda rows: None,
 ) -> int:
     """Call ``work`` for each image and ``write`` the ``rows``; return the number of failures, which
     are printed and get a row. The error of a single image is raised."""
-    failed = 0
+    failed, rows = 0, [] if rows is None else rows
     for path in paths:
         try:
             work(path)
@@ -264,7 +264,8 @@ def restore(
     command measures it, restores it, and compares the result with it and with simple methods. With
     --measured the input is the measurement. Writes NAME-measured.png, NAME-restored.png,
     NAME-comparison.png and NAME.json; overwrites nothing. After Ctrl-C or a kill, the same command
-    resumes and produces the same images.
+    resumes and produces the same images. Images that cannot be read or restored are reported, and
+    the exit code is then 2.
 
     Example:
         ebmkit restore runs/photos photo.png --task superres --out restored
@@ -285,11 +286,12 @@ def restore(
     """
     from ebmkit.compile import make_inference, wrap_channels_last
     from ebmkit.compute import pick_device
+    from ebmkit.data import read_image
     from ebmkit.errors import validated
     from ebmkit.models import load
     from ebmkit.sampling.ascent import KADKHODAIE_SIMONCELLI_ENTRY as SAMPLER
     from ebmkit.sampling.inverse import TaskOptions, find_task
-    from ebmkit.sampling.jobs.restore import RestoreJob, read_mask
+    from ebmkit.sampling.jobs.restore import DivergedError, RestoreJob, read_mask
     from ebmkit.sampling.jobs.settings import parse_label, parse_options
     from ebmkit.training import parse_assignments
     from ebmkit.training.loop import stop_requested
@@ -305,7 +307,15 @@ def restore(
     options = TaskOptions(None if mask is None else read_mask(mask), share, factor, seed)
     computed = f"{place.type}, {inference.precision}, compile {inference.mode}"
     job = RestoreJob(model, chosen, options, config, measured, samples, seed, c, str(run), computed)
-    images = [path for path, _ in _expand(images)]
+    named, images = [path for path, _ in _expand(images)], []
+
+    def check(path: Path) -> None:
+        read_image(path, _channels(model))
+        images.append(path)
+
+    failed = _for_each(named, check)
+    if not images:
+        _check_failed(failed, len(named), "restored")
     folder = job.begin(images, out)
     mean = ["mean image, dB"] if samples > 1 else []
     table = Table("image", "restored, dB", *mean, "simple methods, dB")
@@ -316,6 +326,12 @@ def restore(
                     document = job.run_on(images, number, folder, progress, stop=stop)
             except Interrupted as stopped:
                 _interrupted(stopped, f" of {shown_name(path.name)}", stop.signal)
+            except DivergedError as error:
+                if len(named) == 1:
+                    raise
+                failed += 1
+                errors.say(f"ebmkit: {error}", "red")
+                continue
             for sentence in document["warnings"]:
                 warn(sentence)
             if document["psnr"] is not None:
@@ -324,6 +340,7 @@ def restore(
     if table.row_count:
         console.print(table)
     console.say(f"images: {out}")
+    _check_failed(failed, len(named), "restored")
 
 
 def sample(
@@ -459,7 +476,9 @@ def sample(
         warn(sentence)
     if expected is not None:
         duration = format_seconds(expected.seconds)
-        console.say(f"{settings.count:,} samples, {job.length:,} steps each: about {duration}")
+        of = "" if expected.steps == job.length else f"about {expected.steps:,} of at most "
+        what = f"{settings.count:,} samples, {of}{job.length:,} steps each"
+        console.say(f"{what}: about {duration}")
     with job.folder.alone():
         _draw(job)
         document = write_results(job, str(run))

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 Kind = Literal[
     "backbones", "denoisers", "diffusion", "heads", "objectives", "datasets", "recipes", "suites",
-    "samplers", "tasks", "checkpoints", "guidance",
+    "samplers", "tasks", "checkpoints", "guidance", "schedules",
 ]  # fmt: skip
 
 
@@ -233,6 +233,7 @@ TABLES: dict[str, tuple[str, str]] = {
     "samplers": ("sampling", "SAMPLERS"),
     "tasks": ("sampling.inverse", "TASKS"),
     "guidance": ("guidance", "GUIDES"),
+    "schedules": ("guidance", "GUIDANCE_SCHEDULES"),
 }
 """Module and name of the registry of each kind."""
 
@@ -249,6 +250,7 @@ USES: dict[str, str] = {
     "tasks": "restore --task",
     "checkpoints": "import --as",
     "guidance": "sample --guidance",
+    "schedules": "sample --schedule",
 }
 """The option that accepts the names of each kind."""
 
@@ -266,18 +268,13 @@ def described(kind: Kind) -> dict[str, str]:
 
         unets = [name for name, entry in entries.items() if isinstance(entry.config, UNetConfig)]
         entries = {n: e for n, e in entries.items() if (n in unets) == (kind == "diffusion")}
-    found = {name: entry.description for name, entry in entries.items()}
+    found = {getattr(entry, "form", name): entry.description for name, entry in entries.items()}
     if kind == "backbones":
         found["timm:NAME"] = "any network of timm, as timm:convnext_atto"
     if kind == "objectives":
         from ebmkit.objectives import ALIASES
 
         found |= {name: f"short for {'+'.join(parts)}" for name, parts in ALIASES.items()}
-    if kind == "guidance":
-        from ebmkit.guidance import GUIDANCE_SCHEDULES
-
-        schedules = GUIDANCE_SCHEDULES.values()
-        found |= {f"--schedule {s.form}": s.description for s in schedules}
     return found
 
 

@@ -3,7 +3,10 @@
 import json
 import os
 import re
+import shutil
 import signal
+import subprocess
+import sys
 
 import h5py
 import numpy as np
@@ -173,6 +176,50 @@ def test_restore_writes_images_and_baselines(home, monkeypatch):
     }  # fmt: skip
     again = ebmkit_command("restore", "run", "gray.png", "--out", "r", cwd=home)
     assert_refused(again, "exists")
+
+
+def test_restore_continues_after_a_bad_image(home, monkeypatch):
+    """After a file that is no image, and after an image whose chains all diverge."""
+    for name in ("a", "b", "c", "d"):
+        shutil.copy(home / "gray.png", home / f"{name}.png")
+    (home / "b.png").write_bytes(b"no image")
+    run_on = restore.RestoreJob.run_on
+
+    def diverging(self, images, number, folder, *rest, **saving):
+        if images[number].name == "c.png":
+            raise restore.DivergedError("every chain of 'c.png' diverged")
+        return run_on(self, images, number, folder, *rest, **saving)
+
+    monkeypatch.setattr(restore.RestoreJob, "run_on", diverging)
+    command = ["restore", "run", "[a-d].png", "--task", "superres", *QUICK]
+    result = ebmkit_command(*command, "--out", "r-bad", cwd=home)
+    assert result.returncode == 2
+    lines = [line for line in result.stderr.splitlines() if line.startswith("ebmkit: ")]
+    assert ["b.png" in lines[0], "c.png" in lines[1]] == [True, True]
+    assert "2 of 4 images could not be restored" in lines[2]
+    assert {p.name[0] for p in (home / "r-bad").iterdir()} == {"a", "d"}
+    alone = ebmkit_command("restore", "run", "b.png", "--out", "r-none", cwd=home)
+    assert_refused(alone, "b.png")
+    (home / "e.png").write_bytes(b"no image")
+    none = ebmkit_command("restore", "run", "b.png", "e.png", "--out", "r-none", cwd=home)
+    assert "2 of 2 images could not be restored" in none.stderr.splitlines()[-1]
+    assert not (home / "r-none").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["1", "0"])
+def test_class_names_are_printed_in_the_locale_of_c(tmp_path, mode):
+    """Python's UTF-8 mode, its default in that locale, prints them; without it, ? are printed."""
+    save_run(tmp_path / "run", class_names=["žluť", "été", "owl"])
+    Image.new("L", (8, 8)).save(tmp_path / "gray.png")
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONIOENCODING"}
+    environment |= {"LC_ALL": "C", "PYTHONUTF8": mode, "COLUMNS": "100"}
+    command = [sys.executable, "-m", "ebmkit", "classify", "run", "gray.png", "--device", "cpu"]
+    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    names = [b"?lu?", b"?t?"] if mode == "0" else ["žluť".encode(), "été".encode()]
+    assert all(name in ended.stdout for name in names), ended.stdout
+    assert b"Traceback" not in ended.stderr
 
 
 def test_resumed_restore_command_gives_the_same_images(home, monkeypatch):

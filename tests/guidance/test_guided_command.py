@@ -240,7 +240,10 @@ def test_guide_with_another_number_of_classes_is_refused(runs):
     assert_refused(ebmkit_command(*arguments, cwd=runs), "labels 10 and the guide 3")
 
 
-def test_list_guidance_prints_all_guides_and_schedules(runs):
-    result = ebmkit_command("list", "guidance", cwd=runs)
-    for name in [*GUIDES, *GUIDANCE_SCHEDULES]:
+@pytest.mark.parametrize(
+    ("kind", "names"), [("guidance", GUIDES), ("schedules", GUIDANCE_SCHEDULES)]
+)
+def test_list_prints_all_guides_and_schedules(runs, kind, names):
+    result = ebmkit_command("list", kind, cwd=runs)
+    for name in names:
         assert name in result.stdout

@@ -245,6 +245,8 @@ def test_data_folder_is_absolute_wherever_it_is_set(tmp_path, monkeypatch):
     for layer in (read_config(tmp_path / "a.yaml"), assigned, {"dataset": {"data_dir": "x"}}):
         assert resolve(layer).dataset.data_dir == tmp_path / "x"
     (tmp_path / "net.pt").touch()
+    (tmp_path / "b.yaml").write_text("init: net.pt")
+    assert resolve(read_config(tmp_path / "b.yaml")).init == str(tmp_path / "net.pt")
     for source, found in (("net.pt", tmp_path / "net.pt"), ("owner/name:net.pt",) * 2):
         assert resolve({"init": source}).init == str(found)
 

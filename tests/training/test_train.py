@@ -164,6 +164,20 @@ def test_a_callback_that_cannot_start_ends_those_before_it():
     assert calls == ["end"]
 
 
+@pytest.mark.slow
+def test_streaming_data_set_of_hugging_face_trains_as_its_images_do():
+    datasets = pytest.importorskip("datasets")
+    pixels, labels = (IMAGES[:, 0] * 255).to(torch.uint8), PAIR[1].tolist()
+
+    def rows():
+        yield from ({"image": x.numpy(), "label": c} for x, c in zip(pixels, labels, strict=True))
+
+    stream = datasets.IterableDataset.from_generator(rows)
+    streamed = ebmkit.train(NAME, stream, **FAST)
+    plain = ebmkit.train(NAME, (pixels[:, None], labels), **FAST)
+    assert_equal(streamed.model.state_dict(), plain.model.state_dict())
+
+
 def test_epochs_and_batch_size(tmp_path):
     """Two passes over 59 images (one is held out) in batches of 16 are 8 steps."""
     fast = {k: v for k, v in FAST.items() if k not in ("steps", "streams")}

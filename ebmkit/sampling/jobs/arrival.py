@@ -6,12 +6,15 @@ from there to images. A trial shows this before sampling: a few chains of the sa
 same starting points, in at most `STEPS` steps. A schedule is shortened to that length. The
 stochastic ascent has none; its level must fall by half as much, in logarithms, as with an ideal
 denoiser (`ebmkit.sampling.diagnostics.arrival` has the levels).
+
+The time is that of some steps of the job's first batch, after a first one, which is slower.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
+from bisect import bisect_left
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -34,12 +37,16 @@ from ebmkit.sampling.jobs.job import SamplingJob
 CHAINS, STEPS = 8, 150
 """Maximum numbers of chains and of steps of a trial."""
 
+TIMED_STEPS = 4
+"""Number of steps of a batch to time; the first does not count."""
+
 Train = tuple[Tensor, Tensor | None]  # training images (M, C, H, W) and labels (M,)
 
 
 class Forecast(NamedTuple):
     """Result of `forecast`."""
 
+    steps: int  # expected number of steps of a chain, at most those of the job
     seconds: float  # approximate time of the job
     caution: str | None  # a sentence if the chains will not arrive
 
@@ -50,26 +57,26 @@ def forecast(
     """Try whether the chains of ``job`` arrive, and how long it takes, in a short trial.
 
     ``train`` loads training images, to try DDIM from ``class_gaussian`` if the trial fails; it may
-    raise a `UserError`. ``progress`` is called with (steps done, all steps). None if there is
-    nothing to try: the model estimates no level, the chains start from images or have a single
-    level, or the job is little longer than its trial.
+    raise a `UserError`. ``progress`` is called with (steps done, all steps). There is only a time
+    if the model estimates no level, the chains start from images or have a single level, or the
+    job is little longer than a trial; None if it has few steps.
     """
     settings, entry = job.settings, job.entry
+    if entry is None or job.total <= 10 * TIMED_STEPS:
+        return None
+    seconds = job.seconds_per_step(TIMED_STEPS) * settings.count
     if (
-        entry is None
-        or job.first_level is None
-        or settings.guidance is not None
+        job.first_level is None
+        or job.length * settings.count <= 4 * STEPS * CHAINS
         or settings.start not in ("noise", "mean", "uniform")
         or not estimates_level(job.model)
-        or job.length * settings.count <= 4 * STEPS * CHAINS
     ):
-        return None
+        return Forecast(job.length, seconds * job.length, None)
     held_out = job.sources.held_out
     data = None if held_out is None else noise_level(job.model, held_out, settings.batch_size)
-    found, steps, seconds = _trial(job, entry, job.config, job.sources.train, data, progress)
-    seconds *= job.length * settings.count
+    found, steps, expected = _trial(job, entry, job.config, job.sources.train, data, progress)
     if 2 * found["arrived"] >= found["samples"]:
-        return Forecast(seconds, None)
+        return Forecast(expected, seconds * expected, None)
     level, limit = (shown_level(found[name]) for name in ("level_of_samples", "limit"))
     sentence = (
         f"chains of this model do not reach images from {settings.start}: after a trial of {steps} "
@@ -85,7 +92,7 @@ def forecast(
             offer = (
                 f"take --sampler ddim --start class_gaussian, which arrived in a trial ({level})"
             )
-    return Forecast(seconds, f"{sentence}: {offer}")
+    return Forecast(expected, seconds * expected, f"{sentence}: {offer}")
 
 
 def _trial(
@@ -95,8 +102,12 @@ def _trial(
     train: Train | None,
     data: Tensor | None,
     progress: Hook,
-) -> tuple[dict[str, Any], int, float]:
-    """`arrival` of a few chains, the steps taken, and seconds of a step of one chain."""
+) -> tuple[dict[str, Any], int, int]:
+    """`arrival` of a few chains, the steps taken, and those to expect of the job.
+
+    Chains that end by themselves take as many in the job; if they arrive so far, those that go on
+    take as many as with an ideal denoiser.
+    """
     device, count = job.device, min(CHAINS, job.settings.batch_size)
     c = None if job.labels is None else job.labels[:count].to(device)
     config = config.model_copy(update={"steps": min(config.steps, STEPS)})
@@ -107,7 +118,7 @@ def _trial(
     generator = keyed_generator(device, job.settings.seed, "trial")
     shape = (count, *job.settings.shape)
     length, record = entry.length(sampler, config), Record(STEPS)
-    chains, seconds = run_chains(
+    chains, _ = run_chains(
         sampler,
         lambda: entry.start(job.model, sampler, config, shape, generator, c, train, mean),
         shape,
@@ -116,8 +127,13 @@ def _trial(
         record,
         lambda step: progress(step, length),
     )
-    limit = 0.0
+    taken, limit, expected = chains.state.step, 0.0, job.length
+    if taken < length:
+        expected = taken
     if (ideal := getattr(sampler, "level_after", None)) is not None:
-        limit = math.sqrt(ideal(0) * ideal(chains.state.step))
+        limit = math.sqrt(ideal(0) * ideal(taken))
     found = arrival(job.model, level_reached(job.model, chains.state.x, record.level), data, limit)
-    return found, chains.state.step, seconds / (chains.state.step * count)
+    if ideal is not None and taken == length and 2 * found["arrived"] >= found["samples"]:
+        last = ideal(job.length)
+        expected = bisect_left(range(job.length), -last, key=lambda step: -ideal(step))
+    return found, taken, expected

@@ -26,8 +26,11 @@ from __future__ import annotations
 
 import io
 import math
+import time
 from collections.abc import Callable, Collection, Sequence
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -145,6 +148,28 @@ class SamplingJob:
                     done = number * self.length + stopped.step
                     raise Interrupted(done, self.total) from None
             progress((number + 1) * self.length, self.total)
+
+    @torch.no_grad()
+    def seconds_per_step(self, steps: int) -> float:
+        """Seconds of a step of one chain: the median over ``steps`` of the first batch, without the
+        first step, which is slower. Nothing is saved, and the samples do not depend on it.
+
+        Raises:
+            UserError: as `run`.
+        """
+        assert self.entry is not None
+        c, shape, times = self._labels(0), self._shape(0), list[float]()
+        sampler = self.entry.build(self.model, c, self.config)
+        run_chains(
+            sampler,
+            lambda: self._start(0, sampler, c),
+            shape,
+            min(steps, self.length),
+            lambda step: self._generator(0, step),
+            Record(self.length, self._summary(sampler, c)),
+            lambda step: times.append(time.perf_counter()),
+        )
+        return median([b - a for a, b in pairwise(times)] or [0.0]) / shape[0]
 
     def finished(self, number: int) -> dict[str, Tensor]:
         """Load the finished batch ``number``.
@@ -310,7 +335,7 @@ def write_results(job: SamplingJob, run: str) -> dict[str, Any]:
     draws, every = [batch.get("draws") for batch in batches], max(1, job.length // MAX_DRAWS)
     real = None if held_out is None else job.energies(held_out).get("log_density")
     level, noise = joined("level"), None
-    if level is not None and settings.guidance is None:
+    if level is not None:
         own = None if held_out is None else noise_level(job.model, held_out, settings.batch_size)
         noise = arrival(job.model, level[finite], own)
     document: dict[str, Any] = {

@@ -137,6 +137,10 @@ def _denoise_in_crops(model: ScoreModel, y: Tensor, c: int | None) -> Tensor:
     return y + (limits[1] / found.sigma) ** 2 * (found.image - y)
 
 
+class DivergedError(UserError):
+    """Every chain of an image diverged."""
+
+
 class RestoreJob(NamedTuple):
     """Settings of a restoration job."""
 
@@ -213,8 +217,8 @@ class RestoreJob(NamedTuple):
 
         Raises:
             Interrupted: if ``stop`` returned True; the state is saved.
-            UserError: if the image cannot be read or measured, a file cannot be written, or every
-                chain diverged.
+            DivergedError: if every chain diverged.
+            UserError: if the image cannot be read or measured, or a file cannot be written.
         """
         path, out, start_time = images[number], folder.path, time.perf_counter()
         if (out / f"{path.stem}.json").exists():
@@ -228,8 +232,9 @@ class RestoreJob(NamedTuple):
         )  # fmt: skip
         samples, finite = found.images[0], found.finite[0]
         if not bool(finite.any()):
-            folder.finish()  # there is nothing to resume
-            raise UserError(
+            if len(images) == 1:
+                folder.finish()  # there is nothing to resume
+            raise DivergedError(
                 f"every chain of {path.name!r} diverged to NaN or Inf: lower beta or first_step, "
                 "or check whether the training of the model diverged"
             )

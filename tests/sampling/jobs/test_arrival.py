@@ -7,9 +7,11 @@ import pytest
 import torch
 from ebmkit_tests.support.sampling_runs import SHAPE, BlindMixture, mixture
 
-from ebmkit import UserError
+from ebmkit import Energies, UserError
+from ebmkit.guidance import guided_model, make_guidance
 from ebmkit.sampling.ascent import StochasticAscent, StochasticAscentConfig
 from ebmkit.sampling.base import Chains
+from ebmkit.sampling.jobs import job as job_module
 from ebmkit.sampling.jobs.arrival import forecast
 from ebmkit.sampling.jobs.chains import JobFolder
 from ebmkit.sampling.jobs.job import SamplingJob, write_results
@@ -39,14 +41,29 @@ class StuckAtGray(BlindMixture):
         return torch.where(self._is_gray(y)[:, None, None, None], gray, image), level
 
 
+class Gray(BlindMixture):
+    """The ideal denoiser of gray images, of any size."""
+
+    def forward(self, y, sigma=None):
+        return Energies(y.new_zeros(len(y), 2), y.new_zeros(len(y)))
+
+    def estimate_sigma(self, y):
+        return (y - 0.5).flatten(1).square().mean(1).sqrt()
+
+    def denoise_blind(self, y, c=None, sigma_range=None):
+        return torch.full_like(y, 0.5), self.estimate_sigma(y)
+
+
 def model_of(kind):
     model = mixture(kind)
     model.card = model.card.model_copy(update={"sigma_range": (0.001, 0.2)})
     return model
 
 
-def job_of(path, kind, **settings):
+def job_of(path, kind, guidance=None, **settings):
     model = model_of(kind)
+    if guidance is not None:
+        model, settings = guided_model(model, None, guidance), settings | {"guidance": guidance}
     settings = make_settings(model, "kadkhodaie_simoncelli", **settings)
     folder = JobFolder(path)
     folder.begin(settings)
@@ -72,15 +89,54 @@ def test_trial_says_that_chains_stay_noisy_and_offers_what_arrives(tmp_path):
     assert "ddim" not in alone.caution
 
 
-def test_trial_of_a_model_that_samples_says_only_the_time(tmp_path):
-    found = forecast(job_of(tmp_path, BlindMixture), no_images)
+@pytest.mark.parametrize(("beta", "short"), [(0.1, True), (0.02, False)])
+def test_time_is_that_of_the_steps_until_chains_end_without_the_first(
+    tmp_path, monkeypatch, beta, short
+):
+    """The first call takes 1,000 s, others 1 s for a batch of any size; chains end by themselves,
+    also after more steps than a trial has."""
+    now = [0.0]
+
+    class Slow(Gray):
+        def denoise_blind(self, *args):
+            now[0] += 1 if now[0] else 1000
+            return super().denoise_blind(*args)
+
+    monkeypatch.setattr(job_module.time, "perf_counter", lambda: now[0])
+    job = job_of(tmp_path, Slow, count=6, batch_size=2, image_size=32, options={"beta": beta})
+    found = forecast(job, no_images)
     assert found.caution is None
+    job.run()
+    longest = max(len(job.finished(batch)["sums"]) for batch in range(3))
+    assert found.steps == pytest.approx(longest, rel=0.15)
+    assert (found.steps < 150) == short
+    assert longest < job.length
+    assert found.seconds == pytest.approx(3 * found.steps)
+
+
+def test_guided_jobs_have_a_trial_by_the_estimate_of_the_base(tmp_path, monkeypatch):
+    monkeypatch.setattr(job_module, "_plot", lambda *arguments: [])
+    guidance = make_guidance(guidance="classifier-free", scale=1.0)
+    for kind, stuck in ((StuckAtGray, True), (BlindMixture, False)):
+        how = {"label": "all", "count": 4, "options": {"beta": 0.5}}
+        job = job_of(tmp_path / kind.__name__, kind, guidance, **how)
+        found = forecast(job, no_images)
+        assert found.seconds > 0
+        assert (found.caution is not None) == stuck
+    job.run()
+    write_results(job, "run")
+    document = json.loads((job.folder.path / "sampling.json").read_text())
+    assert document["diagnostics"]["noise"]["arrived"] == 4
+
+
+def test_short_jobs_and_other_starts_have_only_a_time(tmp_path):
+    assert forecast(job_of(tmp_path / "a", StuckAtGray, count=2, steps=20), no_images) is None
+    assert not forecast(job_of(tmp_path / "c", StuckAtGray, count=2, steps=50), no_images).caution
+    job = job_of(tmp_path / "b", StuckAtGray, start="class_gaussian")
+    job.sources = Sources(train=(TRAIN, LABELS))
+    found = forecast(job, no_images)
+    assert (found.steps, found.caution) == (job.length, None)
     assert found.seconds > 0
-
-
-def test_short_jobs_and_other_starts_have_no_trial(tmp_path):
-    assert forecast(job_of(tmp_path / "a", StuckAtGray, count=2, steps=50), no_images) is None
-    assert forecast(job_of(tmp_path / "b", StuckAtGray, start="class_gaussian"), no_images) is None
 
 
 def test_results_state_how_many_samples_arrived(tmp_path):
