@@ -213,7 +213,7 @@ def test_killed_worker_raises_an_error_instead_of_hanging(folder, tmp_path):
     error = r"was killed by a signal, Killed; .*dataset\.workers; the last checkpoint is .*0*4\.pt"
     with warnings.catch_warnings(), pytest.raises(UserError, match=error):
         warnings.simplefilter("ignore")
-        assemble(config.model_copy(update={"steps": 500}), run, KillWorkers()).fit()
+        assemble(config.model_copy(update={"steps": 500}), run, [KillWorkers()]).fit()
     assert run.load_checkpoint()["step"] == 4
 
 

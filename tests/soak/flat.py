@@ -54,7 +54,7 @@ def measure_growth(place: Path, steps: int, **layer: Any) -> dict[str, Any]:
     config = resolve(CONFIG, {"steps": steps}, layer)
     run = RunFolder.create(place / "run", config)
     meter = Meter(run.path)
-    assemble(config, run, meter).fit()
+    assemble(config, run, [meter]).fit()
     table = np.array(meter.rows)
     settled = table[len(table) // 4 :]
     slope = float(np.polyfit(settled[:, 0], settled[:, 1], 1)[0]) * 10_000
