@@ -23,7 +23,7 @@ def test_figure_1_is_computed_once_and_reports_constants_and_command(runs, monke
     """A second call draws the stored result; another seed computes it again."""
     calls = []
 
-    def computed(scale, seed):
+    def computed(scale, seed, progress):
         calls.append((scale, seed))
         return json.loads(RESULT.read_text())
 
