@@ -67,21 +67,28 @@ def fit_calibration(raw: ArrayLike, sigma: ArrayLike) -> list[tuple[float, float
     return sorted(points.items())
 
 
-def calibrated(raw: Tensor, y: Tensor, card: ModelCard | None) -> Tensor:
+def calibrated(raw: Tensor, y: Tensor, card: ModelCard | None, by_score: bool = True) -> Tensor:
     """Noise levels (B,) of ``y`` (B, C, H, W) from ``raw`` estimates (B,), in image units.
 
     They are calibrated and bounded if the ``card`` has a calibration, or else ``raw``. Outside the
-    fitted points the correction is the factor of the nearest one.
+    fitted points the correction is the factor of the nearest one. Raw estimates from scores
+    (``by_score``) depend on the image size, so at another size than that of training they are
+    bounded alone.
     """
     if card is None or not card.sigma_calibration:
         return raw
-    level, bound = _interpolated(raw, card), noise_bound(y)
+    level, bound = _interpolated(raw, y, card, by_score), noise_bound(y)
     return level if bound is None else torch.minimum(level, bound.to(raw))
 
 
-def _interpolated(raw: Tensor, card: ModelCard) -> Tensor:
-    """Calibrated levels (B,) without the bound; ``raw`` if there is no calibration."""
-    if not card.sigma_calibration:
+def _other_size(y: Tensor, card: ModelCard, by_score: bool) -> bool:
+    """Whether scores of ``y`` depend on a size other than that of training."""
+    return by_score and card.image_size is not None and tuple(card.image_size) != y.shape[-2:]
+
+
+def _interpolated(raw: Tensor, y: Tensor, card: ModelCard, by_score: bool) -> Tensor:
+    """Calibrated levels (B,) without the bound; ``raw`` if no calibration applies."""
+    if not card.sigma_calibration or _other_size(y, card, by_score):
         return raw
     points = [(math.log(a), math.log(b)) for a, b in card.sigma_calibration]
     slopes = [(d - b) / (c - a) for (a, b), (c, d) in itertools.pairwise(points)]
@@ -137,7 +144,7 @@ def reliability_warnings(
     if (bound := noise_bound(y.float())) is not None:
         tiny = torch.finfo(rms.dtype).tiny
         raw = level.square() / rms.clamp_min(tiny) if by_score else rms
-        claim = torch.maximum(_interpolated(raw.clamp_min(tiny), card), rms)
+        claim = torch.maximum(_interpolated(raw.clamp_min(tiny), y, card, by_score), rms)
         check(
             claim > MARGIN * bound,
             lambda k: (
@@ -176,7 +183,7 @@ def reliability_warnings(
                 f"{float(correlation[k]):.2f}"
             ),
         )
-    if by_score and card.image_size is not None and tuple(card.image_size) != tuple(y.shape[-2:]):
+    if _other_size(y, card, by_score) and card.image_size is not None:
         height, width = card.image_size
         found.append(
             f"the noise level of an image of {y.shape[-2]}x{y.shape[-1]} is estimated by a model "

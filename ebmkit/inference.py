@@ -87,7 +87,12 @@ def denoise_image(
         moved = _assemble(change, y, tile or TILE, overlap, progress)
         if sigma is None:
             raw = moved.square().mean().sqrt()
-            return _checked(model, y, y + moved, float(calibrated(raw[None], y[None], model.card)))
+            return _checked(
+                model,
+                y,
+                y + moved,
+                float(calibrated(raw[None], y[None], model.card, by_score=False)),
+            )
         return Denoised(y + moved, sigma)
     score = image_score(model, y, sigma, c, tile, overlap, progress)
     if sigma is None:

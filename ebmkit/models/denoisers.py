@@ -64,7 +64,7 @@ class ImpliedLevelModel(ScoreModel):
         self._check_blind()
         y, *_ = self.inputs(y, None, c)
         clean, change = self._clean_and_change(y)
-        sigma = calibrated(implied_sigma(change), y, self.card)
+        sigma = calibrated(implied_sigma(change), y, self.card, by_score=False)
         return clean, sigma if sigma_range is None else sigma.clamp(*sigma_range)
 
 
