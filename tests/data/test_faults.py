@@ -222,8 +222,8 @@ def test_unresponsive_disk_raises_an_error_after_a_timeout(folder, monkeypatch):
     from ebmkit.data import workers
 
     monkeypatch.setattr(workers, "WORKER_TIMEOUT", 1.0)
-    monkeypatch.setattr("ebmkit.data.folders.open_image", lambda *_: signal.pause())
     source = images_of(small_config(folder, unreadable="skip").dataset, "train")
+    monkeypatch.setattr("ebmkit.data.folders.open_image", lambda *_: signal.pause())
     config = StreamConfig(batch_size=8, augmentation={"crop_size": 16})
     stream = Stream(source, config, "classify", 0, "cpu", 1)
     with (
