@@ -84,6 +84,17 @@ def test_calibrated_levels_increase_and_keep_their_factor_outside_the_points():
         assert calibrated(raw, y, old) is raw
 
 
+def test_scores_at_another_image_size_are_bounded_but_not_calibrated():
+    """A raw estimate from a score depends on the image size, one from a denoiser does not."""
+    card = ModelCard(sigma_calibration=[(0.1, 0.02), (0.4, 0.36)], image_size=(8, 8))
+    raw, wild = torch.tensor([0.1]), torch.tensor([9.0])
+    small, large = (noisy(torch.zeros(1, 1, n, n), 0.3) for n in (8, 32))
+    assert float(calibrated(raw, small, card)) == pytest.approx(0.02)
+    assert float(calibrated(raw, large, card)) == pytest.approx(0.1)
+    assert float(calibrated(raw, large, card, by_score=False)) == pytest.approx(0.02)
+    assert 0.3 < float(calibrated(wild, large, card)) < 0.36  # the bound
+
+
 def test_estimates_that_are_nan_or_equal_give_a_loadable_card():
     assert fit_calibration([1.0, math.nan], [0.1, 0.2]) == []
     assert fit_calibration([], []) == []

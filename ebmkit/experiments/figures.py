@@ -216,10 +216,15 @@ def _orderings(results: Sequence[VariantResult]) -> list[dict[str, Any]]:
 
 
 def _unbroken(result: VariantResult, norm: str, epsilon: float) -> dict[int, NDArray[np.float64]]:
-    """By seed, 100 for each image (N,) that the direct attack of ``epsilon`` leaves right, or 0."""
+    """By seed, 100 for each image (N,) that the direct attack of ``epsilon`` leaves right, or 0.
+
+    Seeds whose values by image are missing or damaged are left out.
+    """
+    column = f"{norm}/direct"
     return {
-        seed: 100.0 * (values["robustness"][f"{norm}/direct"] > epsilon).double().numpy()
+        seed: 100.0 * (values["robustness"][column] > epsilon).double().numpy()
         for seed, values in result.image_values.items()
+        if column in values.get("robustness", {})
     }
 
 

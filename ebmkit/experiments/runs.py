@@ -173,12 +173,13 @@ class Protocol:
         if suite in sigmas:
             expected["sigmas"] = sigmas[suite]
         kind = SUITES[suite].options
-        if kind is None:
-            expected["images"] = min(of, self.images.get(suite, of))
-        else:  # the number of images is a setting
+        document = read_document(folder / f"{suite}.json")
+        if kind is not None:
             given = parse_options({suite: self.options.get(suite, {})}, [suite])[kind]
             expected["options"] = given.model_dump(mode="json")
-        document = read_document(folder / f"{suite}.json")
+            document.setdefault("options", kind().model_dump(mode="json"))  # it had no settings yet
+        if kind is None or "images" not in kind.model_fields:  # the number is no setting
+            expected["images"] = min(of, self.images.get(suite, of))
         complete = all(document.get(k) is not None for k in REPORTED.get(suite, ()))
         return document if complete and expected.items() <= document.items() else None
 

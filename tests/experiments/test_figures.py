@@ -1,6 +1,7 @@
 """Files of a figure, and reuse of its stored result."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -67,3 +68,5 @@ def test_orderings_under_attack_are_tested_by_image_and_seed():
     assert (clean["verdict"], one["verdict"], two["verdict"]) == ("reversed", "holds", "open")
     assert one["images"] == 100
     assert one["seeds"] == [0, 1, 2]
+    damaged = replace(attacked("joint", strong), image_values={0: {}})
+    assert figures._orderings([attacked("resnet18", weak), damaged]) == []

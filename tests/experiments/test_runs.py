@@ -255,6 +255,24 @@ def test_other_noise_levels_are_measured(finished_runs, log):
     assert list(finished_runs.measure(ROW, other)["denoise"]["psnr"]) == ["50"]
 
 
+def test_another_number_of_images_is_measured(finished_runs):
+    fewer = Protocol("table", PROTOCOL.suites, PROTOCOL.sigmas, {"classify": 7, "denoise": 6})
+    found = finished_runs.measure(ROW, fewer)
+    assert {suite: document["images"] for suite, document in found.items()} == {
+        "classify": 7,
+        "denoise": 6,
+    }
+
+
+def test_a_document_from_before_its_suite_had_settings_is_not_measured_again(finished_runs, log):
+    path = finished_runs.folder(ROW) / "evaluation" / "table" / "denoise.json"
+    document = json.loads(path.read_text())
+    del document["options"]
+    path.write_text(json.dumps(document))
+    finished_runs.measure(ROW, PROTOCOL)
+    assert log == []
+
+
 def test_run_of_another_configuration_is_refused_and_kept(finished_runs):
     folder = finished_runs.folder(ROW)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
