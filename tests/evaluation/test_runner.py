@@ -12,6 +12,7 @@ from torch._dynamo.backends.debugging import aot_eager
 
 from ebmkit import ModelCard, UserError, evaluation
 from ebmkit.compile import Inference
+from ebmkit.data import ImageSet
 from ebmkit.evaluation import SUITES, evaluation_folder, parse_options, parse_suites, tables
 from ebmkit.evaluation.suite import noisy_batches
 
@@ -384,3 +385,14 @@ def test_old_suite_name_error_gives_new_name(mixture, mixture_samples, tmp_path)
     found = evaluate(mixture, mixture_samples, ["corruptions"], tmp_path, limit=8, options=options)
     (former,) = tables({"shift": found["corruptions"]})  # an older document
     assert former.row_count == tables(found)[0].row_count > 1
+
+
+def test_labels_are_matched_to_the_models_classes_by_name(network, tmp_path):
+    """Images labelled by the model's own predictions, with the classes in another order."""
+    pixels = torch.randint(256, (30, 1, 8, 8), generator=torch.Generator().manual_seed(0)).byte()
+    predicted = network.logits(pixels).argmax(1)
+    order = ("both", "left", "right")  # the model's: left, right, both
+    labels = (predicted + 1) % 3
+    images = ImageSet(pixels, labels, order, "own", "test")
+    found = evaluate(network, images, ["classify"], tmp_path)["classify"].document
+    assert found["accuracy"] == 1
