@@ -420,6 +420,23 @@ def denormals_table() -> str:
     return "\n".join(lines)
 
 
+def blind_table() -> str:
+    """`benchmarks/results/blind-digits.json` as a table."""
+    found = json.loads((RESULTS / "blind-digits.json").read_text())
+    rows = found["psnr"]
+    lines = [f"| sigma (of 255) | {' | '.join(rows)} |", "|---" * (len(rows) + 1) + "|"]
+    for level in next(iter(rows.values())):
+        values = (f"{row[level]:.2f}" for row in rows.values())
+        lines.append(f"| {level} | {' | '.join(values)} |")
+    made, measured = found["trained"], found["measured"]["git_commit"]
+    lines += [
+        "",
+        f"Trained at {made['git_commit']} on {made['cores']} CPU cores, PyTorch {made['torch']}, "
+        f"seed 0; measured at {measured} by `benchmarks/blind.py RUN`.",
+    ]
+    return "\n".join(lines)
+
+
 def report(match: re.Match[str]) -> str:
     """The report of `docs/results/NAME.json`, as ``ebmkit reproduce`` writes it.
 
@@ -460,4 +477,5 @@ MARKERS = {
     "<!-- jem: cifar10 -->": partial(jem_table, "cifar10"),
     "<!-- jem: digits -->": partial(jem_table, "digits"),
     "<!-- mixture -->": mixture_table,
+    "<!-- blind -->": blind_table,
 }
