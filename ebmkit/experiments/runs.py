@@ -21,6 +21,7 @@ inherited. ``ebmkit reproduce TARGET --scale SCALE --show`` prints both for ever
 
     OUT/rows/joint/                      a run folder like any other: ebmkit evaluate OUT/rows/joint
     OUT/rows/joint/evaluation/table/     input of the tables: classify.json, denoise.json
+    OUT/rows/joint/facts.json            seconds, steps, parameters and precision of training
     OUT/rows/joint-seed-1/               the same row with seed 1
     OUT/table1.md  table1.json  table1.png
 
@@ -31,6 +32,10 @@ checkpoint is unreadable is moved to ``rows/joint.broken-1`` and trained again. 
 configuration is never changed. If a variant cannot be finished, for example because it diverged,
 the reason is in ``rows/NAME.stopped.txt``, and the other variants continue.
 
+A folder with only ``config.yaml``, ``environment.json``, ``facts.json`` and ``evaluation/`` holds
+the results of a finished variant. Reports use them, so a table can be written again or extended by
+seeds without its networks (``benchmarks/row_results.py`` copies such folders).
+
 Several processes, on several machines with shared storage, may work in one folder: each claims the
 variant that it trains and evaluates (``rows/NAME.claim``, see `ebmkit.storage.claims`).
 """
@@ -39,6 +44,7 @@ from __future__ import annotations
 
 import importlib.resources
 import itertools
+import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -185,6 +191,9 @@ class Protocol:
 
 
 T = TypeVar("T")
+
+FACTS = "facts.json"
+"""File with the facts of training that reports show."""
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0
 """Seconds between attempts to claim work of other processes; each pause doubles the last."""
@@ -522,18 +531,23 @@ class ExperimentRuns:
     def facts(self, variant: Variant) -> dict[str, Any]:
         """Facts about training: seconds, steps, parameters, precision, machine, commit."""
         run = RunFolder.open(self.folder(variant))
-        state = run.load_checkpoint()
-        assert state is not None
         config, own_config = self.config(variant), resolve(run.config())
+        stored, state = run.path / FACTS, run.load_checkpoint()
+        if state is not None:
+            trained = {
+                "seconds": state.get("seconds"),
+                "steps": state["step"],
+                "parameters": sum(p.numel() for p in load(run.path).parameters()),
+                "precision": state.get("precision", own_config.compute.precision),  # older: as set
+            }
+            if read_document(stored) != trained:
+                write_atomically(stored, json.dumps(trained, indent=2).encode())
         own = read_json(run.path / "environment.json")
         names = ("git_commit", "torch", "gpu", "threads", "cores", "platform")
         return {
             "recipe": self.scale.recipe_of(variant),
             "differences": self.differences(variant),
-            "seconds": state.get("seconds"),
-            "steps": state["step"],
-            "parameters": sum(p.numel() for p in load(run.path).parameters()),
-            "precision": state.get("precision", own_config.compute.precision),  # older: as set
+            **read_json(stored),
             "seed": config.seed,
             "lr": config.optimizer.lr,
             **{name: own.get(name) for name in names},
@@ -575,6 +589,8 @@ class ExperimentRuns:
                 f"{str(folder)!r} holds row {variant.folder!r} of another configuration: {key} was "
                 f"{old!r} and would be {new!r}; choose another --out, or move that folder away"
             )
+        if checkpoint is None and read_document(folder / FACTS).get("steps") == config.steps:
+            return "finished"  # only its results are here
         if checkpoint is None or checkpoint["step"] < config.steps:
             return "begun"
         try:

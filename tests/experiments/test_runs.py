@@ -1,5 +1,6 @@
 """Rows of tables: training, resume, reuse of results, and damaged files."""
 
+import importlib.util
 import json
 import os
 import pickle
@@ -8,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -215,6 +217,28 @@ def test_claimed_row_is_not_trained(finished_runs, log):
         with pytest.raises(FolderLocked, match=rf"process {os.getpid()} on .* works on .*joint"):
             finished_runs.train(ROW)
     finished_runs.train(ROW)
+
+
+def test_results_without_networks_give_the_same_table(finished_runs, log, tmp_path):
+    """`benchmarks/row_results.py` copies results; the row is not trained again."""
+    script = Path(__file__).parents[2] / "benchmarks" / "row_results.py"
+    spec = importlib.util.spec_from_file_location(script.stem, script)
+    row_results = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(row_results)
+    table = replace(TABLES["table3"], variants=(ROW,))
+    write_table(table, finished_runs)
+    copy = tmp_path / "copy"
+    row_results.copy(finished_runs.out, copy)
+    own = {str(path.relative_to(copy)) for path in copy.rglob("*") if path.is_file()}
+    assert not any("checkpoints" in name or "model" in name for name in own)
+    assert str(tmp_path) not in "".join(p.read_text() for p in copy.rglob("*.[yj]*") if p.is_file())
+    again = ExperimentRuns(copy, TINY, fit=log.fit, log=log.append)
+    write_table(table, again)
+    assert log.trained == []
+    assert (copy / "table3.md").read_text() == (finished_runs.out / "table3.md").read_text()
+    more = Protocol("table", (*PROTOCOL.suites, "calibration"))
+    with pytest.raises(UserError, match=r"model\.json"):
+        again.measure(ROW, more)
 
 
 @pytest.mark.slow
