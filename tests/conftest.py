@@ -37,6 +37,15 @@ def _flush_denormals():
     flush_denormals()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_fsync():
+    """Files survive the end of a process without fsync, which only a power cut needs; it takes
+    milliseconds, thousands of times. Tests of disk errors replace it by functions of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
 def pytest_configure(config):
     """Ignore the warning of Python 3.12 about forks of a process with several threads.
 
@@ -106,20 +115,34 @@ def count_cost_once_per_process():
         yield
 
 
+@pytest.fixture(scope="session")
+def first_costs():
+    """Memory of the first step, and FLOPs by terms, that a module with `count_cost_roughly` met."""
+    return {}
+
+
 @pytest.fixture(scope="module")
-def count_memory_once(count_cost_once_per_process):
-    """For modules with similar runs: use the step memory of the first run for all."""
+def count_cost_roughly(count_cost_once_per_process, first_costs):
+    """For modules with small runs: the memory of another small run, and the FLOPs of another run of
+    the same terms, instead of their own; they are printed and stored, but not compared."""
     from ebmkit.training import cost
 
-    count, found = cost.step_memory, []
+    memory, flops = cost.step_memory, cost.step_flops
 
-    def first(*arguments):
-        if not found:
-            found.append(count(*arguments))
-        return found[0]
+    def first_memory(*arguments):
+        if "memory" not in first_costs:
+            first_costs["memory"] = memory(*arguments)
+        return first_costs["memory"]
+
+    def first_flops(loss, shapes, *arguments):
+        key = (tuple(loss.streams), tuple(term.name for term in loss.terms), arguments)
+        if key not in first_costs:
+            first_costs[key] = flops(loss, shapes, *arguments)
+        return first_costs[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cost, "step_memory", first)
+        patch.setattr(cost, "step_memory", first_memory)
+        patch.setattr(cost, "step_flops", first_flops)
         yield
 
 

@@ -117,7 +117,7 @@ def test_peak_memory_is_the_largest_simultaneous_allocation():
     assert peak_memory(simultaneous, CPU)[1] == pytest.approx(3e6, rel=0.01)
 
 
-@pytest.mark.parametrize("objective", ["ce", "dsm", "cdsm", "ce+dsm", "0.5*ce+dsm-sum+cdsm"])
+@pytest.mark.parametrize("objective", ["ce", "dsm", "0.5*ce+dsm-sum+cdsm"])
 def test_library_and_plain_step_have_equal_losses_and_gradients(objective):
     model = network(TINY, 3, CPU)
     with torch.no_grad():  # the initial score is too small to influence the loss

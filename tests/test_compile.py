@@ -68,8 +68,17 @@ QUANTITIES = {
 }
 
 
-@pytest.mark.parametrize("quantity", QUANTITIES.values(), ids=QUANTITIES.keys())
-def test_compiled_quantities_equal_eager_ones(quantity, small, counting, y):
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        if name in ("score", "denoised given the label", "logits", "log-joint")
+        else pytest.param(name, marks=pytest.mark.slow)
+        for name in QUANTITIES
+    ],
+)
+def test_compiled_quantities_equal_eager_ones(name, small, counting, y):
+    quantity = QUANTITIES[name]
     expected = quantity(small, y)
     wrapped = Inference(mode="on", backend=counting).wrap(small)
     for _ in range(3):  # the first call is eager, the second compiles
@@ -158,7 +167,12 @@ def living_tensors():
 
 
 @pytest.mark.parametrize(
-    ("name", "mode"), [*((name, "off") for name in QUANTITIES), ("score", "on"), ("denoised", "on")]
+    ("name", "mode"),
+    [
+        *((name, "off") for name in QUANTITIES),
+        ("score", "on"),
+        pytest.param("denoised", "on", marks=pytest.mark.slow),
+    ],
 )
 def test_frozen_model_keeps_no_tensors(name, mode, small, counting, y):
     """Also without `no_grad`, and without garbage collection."""

@@ -38,6 +38,7 @@ def test_unsupported_precision_mode_and_device_are_refused(monkeypatch):
     assert pick_precision("auto", CPU) == "fp32"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.set_flush_denormal(True), reason="this processor has no such setting")
 def test_commands_flush_denormal_numbers_in_all_threads():
     """The command sets it before PyTorch starts a second thread, which computes half the tensor."""

@@ -55,7 +55,8 @@ def modules(node):
     if isinstance(node, ast.ImportFrom):
         return [node.module] if node.level == 0 else []
     looked_for = ("find_spec", "import_module")
-    if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in looked_for:
+    called = getattr(node, "func", None)  # a name, or an attribute of a module
+    if getattr(called, "attr", getattr(called, "id", "")) in looked_for:
         return [a.value for a in node.args[:1] if isinstance(a, ast.Constant)]
     return []
 

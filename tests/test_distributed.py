@@ -28,7 +28,7 @@ from ebmkit.models import convolution, layers
 from ebmkit.training import RunFolder, resolve
 from ebmkit.training.loop import assemble
 
-pytestmark = pytest.mark.usefixtures("count_memory_once", "zero_thresholds")
+pytestmark = pytest.mark.usefixtures("count_cost_roughly", "zero_thresholds")
 
 CHILD = "import ebmkit_tests.support.zero_thresholds; from ebmkit.cli import main; main()"
 """`ebmkit` with the derivatives of our layers for tensors of any size."""

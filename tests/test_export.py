@@ -81,7 +81,7 @@ def test_classifiers_give_the_models_values_at_another_batch_size(tmp_path, suff
 
 
 @pytest.mark.parametrize(
-    ("suffix", "channels"), [(".pt2", 1), pytest.param(".onnx", 3, marks=needs_onnx)]
+    ("suffix", "channels"), [(".pt2", 1), pytest.param(".onnx", 3, marks=ONNX_ALONE)]
 )
 def test_denoisers_give_the_models_values_at_another_batch_size(tmp_path, suffix, channels):
     model, y, sigma = small(channels), torch.rand(4, channels, 9, 6), torch.rand(4) + 0.5

@@ -48,18 +48,25 @@ DERIVATIVE = re.compile(
 
 
 @functools.cache
+def nodes():
+    """Module -> all nodes of its syntax tree."""
+    paths = (ROOT / "ebmkit").rglob("*.py")
+    return {_name(path): list(ast.walk(ast.parse(path.read_text()))) for path in paths}
+
+
+@functools.cache
 def imports():
     """Module -> the modules of the package that it imports, also for type checkers or in functions.
 
     `ebmkit/__init__.py` is not read, because it imports public names lazily.
     """
-    paths = {_name(path): path for path in (ROOT / "ebmkit").rglob("*.py")}
+    paths = nodes()
     found = {"__init__": set()}
-    for module, path in paths.items():
+    for module, tree in paths.items():
         if module == "__init__":
             continue
         found[module] = set()
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in tree:
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ebmkit"):
                 for alias in node.names:
                     inner = f"{node.module}.{alias.name}".removeprefix("ebmkit.")
@@ -104,11 +111,7 @@ def test_only_the_command_line_imports_names_of_the_package_itself():
 
 
 def test_only_listed_modules_differentiate():
-    found = {
-        _name(path)
-        for path in (ROOT / "ebmkit").rglob("*.py")
-        if any(map(_differentiates, ast.walk(ast.parse(path.read_text()))))
-    }
+    found = {module for module, tree in nodes().items() if any(map(_differentiates, tree))}
     assert found == DIFFERENTIATING
 
 
@@ -120,7 +123,8 @@ def _differentiates(node):
         return any(map(DERIVATIVE.match, names)) or bool(names & {"torch.autograd", "torch.func"})
     if isinstance(node, ast.Call):
         return isinstance(node.func, ast.Attribute) and node.func.attr == "backward"
-    return isinstance(node, ast.Attribute) and bool(DERIVATIVE.match(ast.unparse(node)))
+    torch = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Attribute)
+    return torch and bool(DERIVATIVE.match(ast.unparse(node)))
 
 
 def test_there_are_no_import_cycles():

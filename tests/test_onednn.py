@@ -65,6 +65,7 @@ def test_presets_train_without_memory_corruption(threads, arguments):
     assert set(found.values()) == {0}, (found, stderr)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_small_model_trains_without_memory_corruption():
     found, stderr = scan("own model")

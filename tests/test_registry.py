@@ -16,6 +16,8 @@ from ebmkit.models.base import NetworkConfig
 from ebmkit.registry import check_plugins, load_plugin
 from ebmkit.training import RunFolder, resolve
 
+pytestmark = pytest.mark.usefixtures("count_cost_roughly")
+
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
 PLUGINS = [f"example_{number}" for number in range(len(EXAMPLES))]

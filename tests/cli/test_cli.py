@@ -21,7 +21,7 @@ from ebmkit.cli.tools import tables
 from ebmkit.storage import Claim
 from ebmkit.training import RunFolder
 
-pytestmark = pytest.mark.usefixtures("count_memory_once", "few_resamples")
+pytestmark = pytest.mark.usefixtures("count_cost_roughly", "few_resamples")
 
 SMALL = [
     "--backbone", "gradresnet10", "--width", "8", "--set", "log_every=1",
@@ -358,6 +358,7 @@ def test_diverging_run_reports_each_rollback_and_exits_with_2(tmp_path):
     assert len(list((run / "rollbacks").iterdir())) == 2
 
 
+@pytest.mark.slow
 def test_evaluation_shows_progress_without_terminal(home, monkeypatch):
     monkeypatch.setattr("ebmkit.terminal.FIRST_LINE", 0)
     command = ["evaluate", "run", "--suite", "calibration", "--limit", 8, "--device", "cpu"]

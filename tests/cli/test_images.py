@@ -95,6 +95,7 @@ def test_sample_and_restore_show_progress_without_terminal(home, monkeypatch):
         assert line in result.stdout
 
 
+@pytest.mark.slow
 def test_sample_compares_energies_with_the_named_data_set(home):
     result = ebmkit_command(
         "sample", "run", "-n", 2, "--dataset", "digits", "--start", "mean", *QUICK,
@@ -106,6 +107,7 @@ def test_sample_compares_energies_with_the_named_data_set(home):
     assert document["diagnostics"]["energies"]["images"] > 10
 
 
+@pytest.mark.slow
 def test_sample_from_the_replay_buffer(home):
     as_is = ebmkit_command("sample", "jem", "-n", 4, "--sampler", "buffer", "--out", "b", cwd=home)
     assert as_is.returncode == 0, as_is.stderr

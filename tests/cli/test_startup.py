@@ -48,10 +48,15 @@ def run_in_new_process(code, *arguments):
         (["--hlep"], 2, "No such option: --hlep", {"pydantic"}),
         (["trian"], 2, "No such command 'trian'", set()),  # Typer itself imports pydantic
         (["train", "--help"], 0, "--objective", set()),
-        (["-h"], 0, "Use a model:", {"pydantic"}),
+        pytest.param(["-h"], 0, "Use a model:", {"pydantic"}, marks=pytest.mark.slow),
         (["train", "--stpes", "3"], 2, "No such option: --stpes. Did you mean --steps?", set()),
-        (["train", "--learning-rate", "3"], 2, "Did you mean --lr?", set()),
-        (["export", "run"], 2, "Missing option '--out'", set()),
+        *(
+            pytest.param(arguments, 2, message, set(), marks=pytest.mark.slow)
+            for arguments, message in (
+                (["train", "--learning-rate", "3"], "Did you mean --lr?"),
+                (["export", "run"], "Missing option '--out'"),
+            )
+        ),
     ],
 )
 def test_help_version_and_errors_import_no_heavy_module(arguments, code, message, also_absent):
@@ -97,6 +102,7 @@ def test_names_in_help_and_choices_match_the_tables():
     assert all(repr(what) in ended.stderr for what in get_args(What))
 
 
+@pytest.mark.slow
 def test_list_imports_only_the_table_asked_for():
     code = (
         "import sys; from ebmkit.cli.tools import described; print(*described('samplers'));"
@@ -108,18 +114,16 @@ def test_list_imports_only_the_table_asked_for():
 
 
 def test_help_uses_standard_metavars():
-    def shown(command):
-        return ebmkit_command(command, "--help", cwd=".").stdout
-
-    assert "Usage: ebmkit denoise [OPTIONS] RUN IMAGE...\n" in shown("denoise")
-    assert "Usage: ebmkit reproduce [OPTIONS] TARGET [ROW]...\n" in shown("reproduce")
-    train = shown("train")
+    names = COMMANDS.keys() - {"data"}
+    shown = {name: ebmkit_command(name, "--help", cwd=".").stdout for name in names}
+    assert "Usage: ebmkit denoise [OPTIONS] RUN IMAGE...\n" in shown["denoise"]
+    assert "Usage: ebmkit reproduce [OPTIONS] TARGET [ROW]...\n" in shown["reproduce"]
     for option in ("--steps INTEGER", "--out PATH", "--set KEY=VALUE", "--backbone TEXT"):
-        assert f"{option} " in train
-    assert "--what [classifier|denoiser|blind-denoiser]" in shown("export")
-    for command in COMMANDS.keys() - {"data"}:
-        assert "9223372036854775807" not in shown(command)
-        assert not any(f"<{kind}" in shown(command) for kind in ("str", "int", "path", "list", "f"))
+        assert f"{option} " in shown["train"]
+    assert "--what [classifier|denoiser|blind-denoiser]" in shown["export"]
+    for text in shown.values():
+        assert "9223372036854775807" not in text
+        assert not any(f"<{kind}" in text for kind in ("str", "int", "path", "list", "f"))
 
 
 @pytest.mark.parametrize("columns", [80, 120])

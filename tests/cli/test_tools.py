@@ -66,6 +66,7 @@ def test_imported_weights_compute_the_same_function(tmp_path, prefix):
     assert model.card.sigma_range == (SIGMA, SIGMA)
 
 
+@pytest.mark.slow
 def test_psnr_protocol_on_images_of_several_sizes(tmp_path, pictures, capsys):
     """The reported PSNR is the mean of the PSNR of each full-size image, with clipped output."""
     state = published()

@@ -20,7 +20,7 @@ from rich.text import Text
 
 from ebmkit.terminal import CleanConsole, clean, escape_markup, one_line, progress_bar, shown_name
 
-pytestmark = pytest.mark.usefixtures("count_memory_once", "few_resamples")
+pytestmark = pytest.mark.usefixtures("count_cost_roughly", "few_resamples")
 
 UNSAFE_NAMES = ("\x1b]0;owned\x07cat", "dog\n\x1b[2Jdone", "$\\frac{bird$", "[red]\u202egnp")
 

@@ -10,6 +10,8 @@ from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 from ebmkit.data import ImageSet, StreamedSet, as_images, imagesets
 from ebmkit.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("count_cost_roughly")
+
 PIXELS = torch.randint(256, (6, 3, 4, 5), generator=torch.Generator().manual_seed(0)).to(
     torch.uint8
 )

@@ -17,7 +17,7 @@ from ebmkit.training import RunFolder, resolve
 from ebmkit.training.loop import assemble
 from ebmkit.training.setup import images_of
 
-pytestmark = pytest.mark.usefixtures("count_memory_once")
+pytestmark = pytest.mark.usefixtures("count_cost_roughly")
 
 
 @pytest.fixture
@@ -146,6 +146,7 @@ def test_training_counts_skipped_images(folder, tmp_path):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:skipped in stream")
 def test_resumed_run_counts_skipped_images_like_an_uninterrupted_one(folder, tmp_path):
     config = small_config(folder, unreadable="skip")

@@ -87,13 +87,18 @@ def folder_with_parts(place):
     ("name", "make"),
     [
         ("digits", None),
-        ("patches", None),
         ("cifar10", cifar_as_hdf5),
         ("hdf5", one_hdf5_file),
-        ("hdf5", lambda place: one_hdf5_file(place, ("train", "test"))),
-        ("folder", image_folder),
         ("folder", folder_with_parts),
-        ("imagenet", folder_with_parts),
+        *(
+            pytest.param(name, make, marks=pytest.mark.slow)
+            for name, make in (
+                ("patches", None),
+                ("hdf5", lambda place: one_hdf5_file(place, ("train", "test"))),
+                ("folder", image_folder),
+                ("imagenet", folder_with_parts),
+            )
+        ),
     ],
 )
 @pytest.mark.parametrize("limit", [2**30, 100])
@@ -325,9 +330,15 @@ def test_empty_class_folder_shifts_no_label(tmp_path):
     assert packed.labels.bincount().tolist() == [3, 3]
 
 
-@pytest.mark.parametrize(("colour", "channels"), [("gray", 1), ("red", 3)])
-@pytest.mark.parametrize("split", ["train", "test"])
-@pytest.mark.parametrize("size", [None, 8])
+@pytest.mark.parametrize(
+    ("colour", "channels", "split", "size"),
+    [
+        ("gray", 1, "train", None),
+        ("red", 3, "test", None),
+        ("red", 3, "train", 8),
+        ("red", 3, "test", 8),
+    ],
+)
 def test_channels_are_decided_by_the_pixels_of_all_splits(tmp_path, colour, channels, split, size):
     for part in ("train", "test"):
         image_folder(tmp_path / part, 110, mode="L")

@@ -25,7 +25,7 @@ def mixture_samples(mixture):
 @pytest.fixture
 def network():
     """A small untrained blind network for gray 8x8 images of three classes."""
-    model = create_model("gradresnet18", num_classes=3, in_channels=1, width=8, image_size=8)
+    model = create_model("gradresnet10", num_classes=3, in_channels=1, width=8, image_size=8)
     model.card = ModelCard(
         dataset="mixture",
         objective="ce+dsm",

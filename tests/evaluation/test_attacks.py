@@ -26,7 +26,11 @@ GRID = {"linf": [0.01, 0.02, 0.04], "l2": [0.05, 0.1, 0.2]}
 
 
 @pytest.mark.parametrize(
-    ("name", "norm"), [(DEFENCES[0], NORMS[1]), *zip(DEFENCES, cycle(NORMS), strict=False)]
+    ("name", "norm"),
+    [
+        pytest.param(name, norm, marks=[pytest.mark.slow] if name == "refine" else [])
+        for name, norm in ((DEFENCES[0], NORMS[1]), *zip(DEFENCES, cycle(NORMS), strict=False))
+    ],
 )
 def test_minimal_epsilon_equals_distance_to_boundary(name, norm):
     """The minimal epsilon is the distance, rounded up to the grid; without defence in both norms.
@@ -324,7 +328,7 @@ def test_missing_autoattack_error_names_pip_extra(monkeypatch):
         attacks.check_autoattack()
 
 
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("norm", [pytest.param("linf", marks=pytest.mark.slow), "l2"])
 def test_autoattack_succeeds_beyond_distance_to_boundary(norm):
     pytest.importorskip("pyautoattack")
     model = two_gaussians()

@@ -223,6 +223,7 @@ def test_unchanged_images_have_no_psnr(network):
     assert clean["psnr"]["count"] == 30  # effect of denoising on clean images
 
 
+@pytest.mark.slow
 def test_batch_size_and_processes_change_only_rounding(network, random_images):
     options = {"strengths": [5], "corruptions": ["poisson", "salt-and-pepper", "jpeg"]}
     context = EvaluationContext(network, random_images, batch_size=7)

@@ -230,6 +230,7 @@ def test_other_runs_and_samples_are_measured_and_plotted(network, random_images,
     assert found.document["models"]["this run"]["samples"].keys() == {"energy"}
 
 
+@pytest.mark.slow
 def test_two_processes_agree_and_progress_reaches_the_end(network, random_images, tmp_path):
     path = write(tmp_path / "s.h5", random_images.images[:11], random_images.labels[:11])
     options = {DiffusionPathConfig: DiffusionPathConfig(step=300, until=300, samples=path)}

@@ -140,6 +140,7 @@ def test_extractor_equal_to_model_gives_warning_and_floor_is_half_reference(
     assert found["extractor"]["accuracy"] is None
 
 
+@pytest.mark.slow
 def test_two_processes_agree_and_progress_reaches_the_end(
     network, digits, classifier_run, tmp_path
 ):

@@ -82,6 +82,7 @@ def test_double_precision_does_not_change_dtype_of_model(network, random_images,
     assert {p.dtype for p in network.parameters()} == {torch.float32}
 
 
+@pytest.mark.slow
 def test_images_and_models_without_labels(network, random_images, evaluate):
     network.card.classifies = False
     document, pictures = evaluate(network, Drawn(random_images.images, None), plots=True, images=1)
@@ -91,6 +92,7 @@ def test_images_and_models_without_labels(network, random_images, evaluate):
     assert "jacobian.png" in pictures
 
 
+@pytest.mark.slow
 def test_unconverged_pairs_give_warning_and_paper_values_need_its_setting(
     mixture, mixture_samples, evaluate
 ):

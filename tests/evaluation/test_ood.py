@@ -32,6 +32,8 @@ from ebmkit.evaluation.ood import (
 from ebmkit.evaluation.suite import EvaluationContext
 from ebmkit.models.config import create_denoiser
 
+pytestmark = pytest.mark.usefixtures("few_resamples")
+
 
 def normal(count, mean=0.0, seed=0):
     return mean + torch.randn(count, generator=torch.Generator().manual_seed(seed)).double()
@@ -304,6 +306,7 @@ def test_json_figures_table_and_progress(network, random_images, tmp_path):
     assert context.left == 0
 
 
+@pytest.mark.slow
 def test_two_processes_and_other_batch_sizes_agree(network, random_images):
     options = {OodConfig: OodConfig(sets=("interpolations", "uniform"), sigmas=(0.1,), draws=1)}
     with torch.no_grad():

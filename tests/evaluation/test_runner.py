@@ -240,6 +240,7 @@ def test_settings_of_a_suite_that_does_not_run_are_refused(mixture, mixture_samp
         )
 
 
+@pytest.mark.slow
 def test_stale_figures_of_an_earlier_result_are_removed(mixture, mixture_samples, tmp_path):
     few = {"images": 4, "steps": 1, "restarts": 1, "draws": 2, "checks": False, "norms": ["linf"]}
     for levels, map_there in (([0, 0.1], True), ([0], False)):
@@ -261,7 +262,7 @@ def test_figure_names_in_a_document_do_not_delete_files_outside_folder(
     folder = tmp_path / "evaluation"
     folder.mkdir()
     (folder / "denoise.json").write_text(json.dumps({"pictures": ["../kept.png", str(outside), 3]}))
-    evaluation.evaluate(mixture, mixture_samples, ["denoise"], folder, limit=5)
+    evaluation.evaluate(mixture, mixture_samples, ["denoise"], folder, limit=1)
     assert outside.exists()
 
 

@@ -10,7 +10,7 @@ from scipy import stats
 from ebmkit.evaluation import statistics
 from ebmkit.evaluation.calibration import calibration_error
 
-DRAWS = 1000
+DRAWS = 400
 SLACK = 4 * math.sqrt(0.95 * 0.05 / DRAWS)  # four standard errors of a coverage of 95 %
 
 
@@ -81,6 +81,7 @@ def test_bootstrap_of_a_mean_approximates_student_interval():
     assert found.high == pytest.approx(expected.high, abs=0.12 * width)
 
 
+@pytest.mark.slow
 def test_interval_of_a_calibration_error_covers_the_truth():
     rng = np.random.default_rng(0)
     covered = []

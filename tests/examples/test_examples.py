@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.usefixtures("count_cost_roughly")
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 

@@ -33,6 +33,8 @@ from ebmkit.randomness import keyed_generator
 from ebmkit.storage import FolderLocked
 from ebmkit.training.config import differences, merge
 
+pytestmark = pytest.mark.usefixtures("count_cost_roughly")
+
 NAMES = {row.name for row in NETWORKS}
 
 
@@ -194,7 +196,9 @@ def test_methods_have_equal_starts_and_scale_0_is_unguided(drawer):
     assert drawer.labels.tolist() == [0, 1, 2, 0, 1, 2]
 
 
-@pytest.mark.parametrize("name", ["classifier", "energy", "pgd"])
+@pytest.mark.parametrize(
+    "name", ["classifier", pytest.param("energy", marks=pytest.mark.slow), "pgd"]
+)
 def test_methods_of_the_thesis_are_algorithms_6_and_8(drawer, name):
     """By hand in x_t, clean images in [-1, 1]: no clipping, steps of 0.01, autograd's gradients."""
     diffusion, guide = drawer.models("diffusion"), drawer.models("guide")

@@ -32,7 +32,7 @@ from ebmkit.models.saving import weights_file
 from ebmkit.storage import Claim, FolderLocked
 from ebmkit.training import RunFolder
 
-pytestmark = pytest.mark.usefixtures("count_memory_once")
+pytestmark = pytest.mark.usefixtures("count_cost_roughly")
 
 TINY = ExperimentScale(
     "tiny",
@@ -179,7 +179,14 @@ def test_row_with_damaged_last_checkpoint_resumes_from_the_previous_one(finished
     assert all(torch.equal(again[name], whole[name]) for name in whole)
 
 
-@pytest.mark.parametrize("damage", [first_bytes, first_half, flipped_bit, None])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        flipped_bit,
+        None,
+        *(pytest.param(damage, marks=pytest.mark.slow) for damage in (first_bytes, first_half)),
+    ],
+)
 def test_missing_or_damaged_weights_are_written_from_the_checkpoint(finished_runs, log, damage):
     """The checkpoint contains the weights, so nothing is trained."""
     path = finished_runs.folder(ROW) / "model.safetensors"
@@ -263,7 +270,9 @@ def document_without_accuracy(path):
     path.write_text(json.dumps(document | {"accuracy": None}))
 
 
-@pytest.mark.parametrize("damage", [truncated_document, document_without_accuracy])
+@pytest.mark.parametrize(
+    "damage", [truncated_document, pytest.param(document_without_accuracy, marks=pytest.mark.slow)]
+)
 def test_incomplete_result_is_measured_again(finished_runs, log, damage):
     path = finished_runs.folder(ROW) / "evaluation/table/classify.json"
     whole = json.loads(path.read_text())
@@ -279,6 +288,7 @@ def test_other_noise_levels_are_measured(finished_runs, log):
     assert list(finished_runs.measure(ROW, other)["denoise"]["psnr"]) == ["50"]
 
 
+@pytest.mark.slow
 def test_another_number_of_images_is_measured(finished_runs):
     fewer = Protocol("table", PROTOCOL.suites, PROTOCOL.sigmas, {"classify": 7, "denoise": 6})
     found = finished_runs.measure(ROW, fewer)
@@ -308,6 +318,7 @@ def test_run_of_another_configuration_is_refused_and_kept(finished_runs):
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.slow
 def test_report_is_written_beside_a_row_of_another_configuration(finished_runs):
     """The row was not asked for: it is kept, and the report says what differs."""
     other = replace(ROW, name="old", layer={"objective": "ce"})
@@ -344,6 +355,7 @@ def test_every_seed_has_a_folder_and_all_rows_run_with_the_first_seed_first(runs
     assert any(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
+@pytest.mark.slow
 def test_folder_of_an_earlier_version_belongs_to_its_seed(finished_runs, log):
     """Earlier versions trained every seed in rows/NAME."""
     folder = finished_runs.folder(ROW)
@@ -438,7 +450,7 @@ def test_row_without_its_data_folder_raises_an_error(tmp_path):
 def test_row_beyond_available_memory_is_refused(tmp_path, monkeypatch):
     from ebmkit.training import cost
 
-    monkeypatch.setattr(cost, "available_memory", lambda device: 2**20)
+    monkeypatch.setattr(cost, "available_memory", lambda device: 2**10)
     runs = ExperimentRuns(tmp_path, TINY)
     with pytest.raises(UserError, match="memory"):
         runs.check([ROW])

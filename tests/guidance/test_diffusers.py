@@ -92,7 +92,10 @@ def record_states(pipe):
     return states
 
 
-@pytest.mark.parametrize(("eta", "clip"), [(0.0, False), (0.7, False), (0.7, True)])
+@pytest.mark.parametrize(
+    ("eta", "clip"),
+    [(0.0, False), pytest.param(0.7, False, marks=pytest.mark.slow), (0.7, True)],
+)
 @pytest.mark.parametrize(
     "settings",
     [
@@ -169,10 +172,13 @@ def images_of(pipe, label, steps, seed=0):
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 @pytest.mark.parametrize(
-    ("scheduler", "steps"),
-    [(DDPMScheduler, 25), (DPMSolverMultistepScheduler, 12), (EulerDiscreteScheduler, 12)],
+    ("scheduler", "steps", "guidance"),
+    [
+        (DDPMScheduler, 12, "classifier"),
+        (DPMSolverMultistepScheduler, 12, "energy"),
+        (EulerDiscreteScheduler, 12, "classifier"),
+    ],
 )
-@pytest.mark.parametrize("guidance", ["classifier", "energy"])
 def test_guidance_raises_the_objective_with_other_schedulers(
     classifier, scheduler, steps, guidance
 ):

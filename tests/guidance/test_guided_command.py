@@ -134,6 +134,7 @@ def test_energies_of_guided_samples_are_those_of_base_and_guide(runs):
     assert torch.equal(found["log_joint"], joint)
 
 
+@pytest.mark.slow
 def test_scale_0_gives_the_unguided_samples(runs):
     for out, more in (("none", ["--label", 3, "--guide", "robust", "--scale", 0]), ("plain", [])):
         result = ebmkit_command("sample", "diffusion", *more, *QUICK, "--out", out, cwd=runs)

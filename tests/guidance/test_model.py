@@ -95,7 +95,13 @@ def test_scale_0_or_no_label_is_bit_identical_to_the_base(name, settings):
 
 
 @pytest.mark.parametrize(
-    "name", ["ddim", pytest.param("pc", marks=pytest.mark.slow), "annealed-langevin", KS]
+    "name",
+    [
+        "ddim",
+        pytest.param("pc", marks=pytest.mark.slow),
+        pytest.param("annealed-langevin", marks=pytest.mark.slow),
+        KS,
+    ],
 )
 def test_guided_samples_have_the_requested_label(name):
     entry = SAMPLERS[name]

@@ -19,7 +19,7 @@ from ebmkit.training import resolve
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:a score is differentiated through"),
-    pytest.mark.usefixtures("count_memory_once"),
+    pytest.mark.usefixtures("count_cost_roughly"),
 ]
 
 

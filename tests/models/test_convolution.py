@@ -110,7 +110,7 @@ def test_gradients_of_the_weight_gradient_match_pytorch(shape: dict) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script`:FutureWarning")  # of forward derivatives
-@pytest.mark.parametrize("shape", SHAPES[:3], ids=str)
+@pytest.mark.parametrize("shape", SHAPES[1:3], ids=str)
 def test_gradcheck(shape: dict) -> None:
     own, _, y = _pair(shape)
     y = y[:1, :, :4, :5].clone().requires_grad_()

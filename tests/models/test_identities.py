@@ -42,6 +42,9 @@ SHAPES_OF = {
 }
 """Backbones tested with other shapes than plain; they cover norm, stride and noise input."""
 
+SLOW_SHAPES = [(shape, "logit") for shape in SHAPES if shape != "plain"]
+"""Shapes matter to the features, which both heads share."""
+
 
 def marks(backbone):
     return [pytest.mark.slow] if backbone in DEEPER else []
@@ -52,7 +55,8 @@ def cases():
     for backbone, head in PAIRS:
         for shape in SHAPES_OF.get(backbone, ("plain",)):
             name = f"{shape}-{backbone}-{head}"
-            yield pytest.param((shape, backbone, head), id=name, marks=marks(backbone))
+            slow = [pytest.mark.slow] if (shape, head) in SLOW_SHAPES else marks(backbone)
+            yield pytest.param((shape, backbone, head), id=name, marks=slow)
 
 
 @pytest.fixture(params=[pytest.param(p, id="-".join(p), marks=marks(p[0])) for p in PAIRS])

@@ -80,7 +80,7 @@ def test_even_kernel_is_refused():
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("count_memory_once")
+@pytest.mark.usefixtures("count_cost_roughly")
 def test_ncsn_trains_validates_and_loads(tmp_path):
     """The NCSN of the documentation on digits, for 4 steps, with implicit score matching added."""
     small = {

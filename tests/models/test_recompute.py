@@ -81,8 +81,18 @@ def relative_difference(first, second):
 # --- unchanged derivatives ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("loss", [dsm, ce, both_scores, joint], ids=lambda f: f.__name__)
-@pytest.mark.parametrize("options", [{}, {"norm": "scale", "bias": True}], ids=str)
+@pytest.mark.parametrize(
+    ("loss", "options"),
+    [
+        (ce, {}),
+        (both_scores, {}),
+        (joint, {"norm": "scale", "bias": True}),
+        *(
+            pytest.param(loss, {"norm": "scale", "bias": True}, marks=pytest.mark.slow)
+            for loss in (dsm, ce, both_scores)
+        ),
+    ],
+)
 def test_losses_and_gradients_are_unchanged(loss, options):
     """Equal up to the order of sums: 1e-9 is 5 million times the rounding of float64."""
     y, labels, eps = batch()
@@ -201,14 +211,17 @@ class LiveBytes(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize(("loss", "stored_ratio", "peak_ratio"), [(dsm, 3.5, 1.7), (ce, 3.5, 2.0)])
+@pytest.mark.parametrize(
+    ("loss", "stored_ratio", "peak_ratio"),
+    [(dsm, 3.5, 1.7), pytest.param(ce, 3.5, 2.0, marks=pytest.mark.slow)],
+)
 def test_a_step_stores_less_and_has_a_lower_peak(loss, stored_ratio, peak_ratio):
     """Bytes stored for the outer backward pass, and peak bytes of a step, on 32x32 images.
 
     Measured: 3.7 and 1.9 for score matching, 3.8 and 2.1 for cross-entropy. The peak includes the
     graph of one block, and the first two of the eight blocks are half of the network.
     """
-    y, labels, eps = batch(16, 32, torch.float32)
+    y, labels, eps = batch(8, 32, torch.float32)
     stored, peak = [], []
     for recomputed in (False, True):
         model = network(recomputed, torch.float32)
@@ -344,6 +357,7 @@ def test_batch_norm_and_dropout_are_refused_in_training_only():
         torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.slow
 def test_compiled_score_is_unchanged():
     block, x = tiny(), torch.randn(1, 2, 3, 3, dtype=torch.float64)
 

@@ -58,7 +58,7 @@ def test_parameter_counts_match_published_sizes(config, classes, published):
     assert count(config, classes) == published
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("name", ["resnet18", pytest.param("resnet50", marks=pytest.mark.slow)])
 def test_imagenet_form_matches_torchvision_with_shared_weights(name):
     theirs = getattr(torchvision.models, name)(num_classes=5)
     ours = ResNetConfig(depth=int(name[6:]), stem="imagenet").build(3)

@@ -105,6 +105,7 @@ def test_other_activations_with_kinks_give_a_warning(name, activation):
     assert re.search(f"through ({activation}), whose derivative", str(caught[-1].message))
 
 
+@pytest.mark.slow
 def test_command_line_trains_a_timm_network(tmp_path):
     words = ["--backbone=timm:convnext_atto", "--steps=2", "--device=cpu", "--no-evaluate"]
     words += [f"--set=model.backbone.options={json.dumps(TINY)}", "--set=dataset.limit=64"]

@@ -27,7 +27,7 @@ from ebmkit.training.loop import assemble
 from ebmkit.training.optim import make_optimizer
 from ebmkit.training.step import TrainingStep
 
-pytestmark = pytest.mark.usefixtures("count_memory_once")
+pytestmark = pytest.mark.usefixtures("count_cost_roughly")
 
 TINY = {
     "backbone": "gradresnet10",
@@ -385,6 +385,7 @@ class StopAt:
             os.kill(os.getpid(), signal.SIGINT)
 
 
+@pytest.mark.slow
 def test_resume_after_interrupt_is_bit_identical(tmp_path):
     layer = {"objective": "trades+dsm", "steps": 5, "optimizer": {"sharpness": 0.1, "ema": 0.9}}
     whole = start(tmp_path, "whole", layer)
@@ -405,7 +406,7 @@ def test_resume_after_interrupt_is_bit_identical(tmp_path):
     [
         pytest.param("ce+adv", "aot_eager", marks=pytest.mark.slow),
         pytest.param("trades", "aot_eager", marks=pytest.mark.slow),
-        ("adv", "eager"),
+        pytest.param("adv", "eager", marks=pytest.mark.slow),
     ],
 )
 def test_compiled_step_equals_eager_step(objective, backend):

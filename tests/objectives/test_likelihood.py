@@ -19,7 +19,7 @@ from ebmkit.training import RECIPES, Interrupted, RunFolder, resolve
 from ebmkit.training.cost import Recorder, network_flops, step_flops
 from ebmkit.training.loop import assemble
 
-pytestmark = pytest.mark.usefixtures("count_memory_once")
+pytestmark = pytest.mark.usefixtures("count_cost_roughly")
 
 TINY = {
     "objective": "jem",

@@ -21,7 +21,7 @@ HERE = Path(__file__).resolve().parent
 RUNS = sorted(path.name for path in HERE.iterdir() if (path / "config.yaml").is_file())
 SAMPLED = [name for name in RUNS if (HERE / name / "unfinished-samples").is_dir()]
 
-pytestmark = pytest.mark.usefixtures("count_memory_once")
+pytestmark = pytest.mark.usefixtures("count_cost_roughly")
 
 
 @pytest.fixture
@@ -31,6 +31,10 @@ def run(request, tmp_path):
 
 def for_each(names):
     return pytest.mark.parametrize("run", names, indirect=True)
+
+
+def all_slow_but_last(names):
+    return [*(pytest.param(name, marks=pytest.mark.slow) for name in names[:-1]), names[-1]]
 
 
 def test_runs_of_at_least_seven_versions_exist():
@@ -53,9 +57,7 @@ def test_old_run_gives_the_recorded_outputs(run):
     ebmkit.load(run, weights="best")
 
 
-@for_each(
-    [name if name == RUNS[-1] else pytest.param(name, marks=pytest.mark.slow) for name in RUNS]
-)
+@for_each(all_slow_but_last(RUNS))
 def test_old_run_resumes_to_its_last_step(run):
     """After step 4, losses equal those of a full run by the current code."""
     resumed = ebmkit_command("train", "--resume", run, "--no-evaluate", cwd=run.parent)
@@ -80,14 +82,14 @@ def test_old_run_resumes_to_its_last_step(run):
     assert losses[0] == pytest.approx(losses[1], rel=5e-2 if term == "adv" else 1e-2)
 
 
-@for_each(RUNS[:1] + RUNS[-1:])
+@for_each(all_slow_but_last(RUNS[:1] + RUNS[-1:]))
 def test_old_run_can_be_evaluated(run):
     result = ebmkit_command("evaluate", run, "--limit", 20, "--suite", "classify", cwd=run.parent)
     assert result.returncode == 0, result.stderr
     assert list(run.rglob("classify.json"))
 
 
-@for_each(SAMPLED)
+@for_each(all_slow_but_last(SAMPLED))
 def test_old_sampling_job_resumes(run):
     """The job was interrupted in the second of three batches."""
     finished = run / "unfinished-samples" / "unfinished" / "batch-00000.safetensors"

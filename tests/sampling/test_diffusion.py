@@ -80,7 +80,10 @@ def test_ddim_trajectories_match_diffusers(name, count, spacing, eta, double):
 
 
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
-@pytest.mark.parametrize(("count", "spacing"), [(1000, "leading"), (25, "linspace")])
+@pytest.mark.parametrize(
+    ("count", "spacing"),
+    [pytest.param(1000, "leading", marks=pytest.mark.slow), (100, "leading"), (25, "linspace")],
+)
 @pytest.mark.parametrize("name", ["linear", "cosine"])
 def test_ddpm_trajectories_match_diffusers(name, count, spacing, variance):
     scheduler = diffusers_scheduler(
@@ -168,7 +171,9 @@ def test_eta_one_is_ancestral_sampling():
     )
 
 
-@pytest.mark.parametrize(("eta", "count"), [(0.0, 300), (0.5, 300), (1.0, 500)])
+@pytest.mark.parametrize(
+    ("eta", "count"), [(0.0, 300), pytest.param(0.5, 300, marks=pytest.mark.slow), (1.0, 500)]
+)
 def test_moments_and_class_proportions_match_the_mixture(eta, count):
     model, schedule = known.overlapping(), make_schedule("linear")
     predictor = noise_predictor_of(known.denoiser(model), schedule)

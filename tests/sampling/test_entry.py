@@ -152,7 +152,15 @@ ACCURATE_SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("name", ACCURATE_SETTINGS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow)
+        if name in ("annealed-langevin", "pc", "ddpm")
+        else name
+        for name in ACCURATE_SETTINGS
+    ],
+)
 def test_conditional_samples_have_the_moments_of_their_label(name):
     """Label 0 is a Gaussian in 16 dimensions: mean and second moments within 4.5 standard errors.
 

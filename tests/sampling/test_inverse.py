@@ -179,7 +179,10 @@ BIASES = {
 }
 
 
-@pytest.mark.parametrize("setting", BIASES)
+@pytest.mark.parametrize(
+    "setting",
+    [pytest.param(key, marks=[pytest.mark.slow] if k else []) for k, key in enumerate(BIASES)],
+)
 def test_variance_of_samples_has_the_documented_bias(setting):
     """The paper's steps reduce the variance of a Gaussian; smaller steps reduce it less."""
     first_step, beta, largest, rank = setting

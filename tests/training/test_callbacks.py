@@ -14,6 +14,8 @@ from ebmkit.terminal import CleanConsole
 from ebmkit.training import CSVLog, TensorBoard, WeightsAndBiases
 from ebmkit.training.callbacks import TrainingBar, example_images
 
+pytestmark = pytest.mark.usefixtures("count_cost_roughly")
+
 FAST = {"width": 8, "steps": 2, "log_every": 1, "validate_every": 2, "validation_images": 8,
         "device": "cpu", "progress": False,
         "streams": {n: {"batch_size": 4} for n in ("classify", "denoise")}}  # fmt: skip

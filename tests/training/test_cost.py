@@ -90,7 +90,10 @@ def counter() -> FlopCounterMode:
     return mode
 
 
-@pytest.mark.parametrize(("objective", "streams", "passes"), CASES)
+@pytest.mark.parametrize(
+    ("objective", "streams", "passes"),
+    [CASES[0], pytest.param(*CASES[1], marks=pytest.mark.slow), CASES[2]],
+)
 def test_flops_equal_those_torch_counts_in_a_real_step(objective, streams, passes):
     loss = loss_of(objective, streams)
     with counter() as counted:
@@ -111,6 +114,7 @@ def test_step_costs_three_passes_and_three_more_for_each_score(objective, stream
         assert count == pytest.approx(passes[name] * PAPER[stream][0] * forward, rel=0.03)
 
 
+@pytest.mark.slow
 def test_cost_of_the_paper_network_and_recipe():
     # 11.2 M parameters, 1.11 GFLOP per forward pass, about 66 PFLOP for 78k steps of 128 + 64
     # images. The last number counts 3 and 6 passes per step, which is accurate to 3 %.
@@ -143,7 +147,7 @@ def record_real_step(loss: TrainingLoss, batches: dict[str, Batch], parts: int =
 @pytest.mark.parametrize(
     ("objective", "precision"),
     [
-        ("ce", "fp32"),
+        pytest.param("ce", "fp32", marks=pytest.mark.slow),
         pytest.param("ce+dsm", "bf16", marks=pytest.mark.slow),
         ("dsm+cdsm", "fp32"),
     ],
@@ -158,6 +162,7 @@ def test_traced_memory_peak_equals_that_of_real_tensors(objective, precision):
     assert trace_step(loss, SHAPES) == traced  # existing gradients change nothing
 
 
+@pytest.mark.slow
 def test_traced_peak_matches_the_profiler_up_to_convolution_workspaces():
     # The profiler records every allocation. In addition, a convolution copies its input and output
     # into its own layout; the copies live within one operation, so a few of the largest maps
@@ -219,7 +224,7 @@ def test_traced_cost_of_an_accumulated_step_equals_the_real_cost():
     assert max(parts.live) < max(trace_step(loss, shapes).live)
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_largest_batch_fits_and_the_next_larger_does_not(accumulate):
     loss = tiny_loss()
     limit = int(2.7 * step_memory(loss, SHAPES, accumulate=accumulate).total)

@@ -155,7 +155,8 @@ def test_ddim_uses_the_schedule_of_the_model_and_refuses_another():
         SAMPLERS["mala"].build(model)
 
 
-@pytest.mark.usefixtures("count_memory_once")
+@pytest.mark.slow
+@pytest.mark.usefixtures("count_cost_roughly")
 def test_resume_with_dropout_is_bit_identical(tmp_path):
     """Dropout is keyed by the step and independent of other random draws."""
     pytest.importorskip("diffusers")

@@ -319,6 +319,7 @@ def test_resume_within_a_phase_is_bit_identical(image_folder, tmp_path):
     assert expected == [*first, *second]
 
 
+@pytest.mark.slow
 def test_each_phase_is_logged_at_its_end_with_its_own_speed(image_folder, monkeypatch):
     trainer = trainer_of(
         image_folder, "log_every=100", "validation_images=0", callbacks=[RowReporter()]
@@ -358,6 +359,7 @@ def test_validation_uses_the_crop_size_of_the_phase(image_folder, monkeypatch):
     ]
 
 
+@pytest.mark.slow
 def test_best_validation_loss_is_reset_in_each_phase(image_folder, monkeypatch):
     values = iter([3, 2, 1, 6, 7, 9, 8, 10])  # the loss rises from phase to phase
     monkeypatch.setattr(TrainingLoss, "summary", lambda *_: next(values))
@@ -379,6 +381,7 @@ def test_reference_size_is_the_largest_crop_unless_set(image_folder):
     assert trainer.card.image_size == (28, 28)
 
 
+@pytest.mark.slow
 def test_cost_is_summed_over_the_phases_and_memory_is_their_maximum(image_folder, monkeypatch):
     monkeypatch.setattr("ebmkit.training.cost.matrix_rate", lambda *_: 1e9)
     trainer = tiny_trainer(image_folder)

@@ -21,7 +21,7 @@ from ebmkit.training.loop import assemble
 from ebmkit.training.optim import learning_rate, make_optimizer
 from ebmkit.training.setup import warn_if_at_chance
 
-pytestmark = pytest.mark.usefixtures("count_memory_once")
+pytestmark = pytest.mark.usefixtures("count_cost_roughly")
 
 SMALL = {
     "backbone": "gradresnet10",
@@ -66,10 +66,13 @@ def copied_state(trainer):
             marks=pytest.mark.slow,
         ),
         {"streams": {"classify": {"augmentation": {"mix": "both", "crop_padding": 1}}}},
-        {
-            "optimizer": {"kind": "muon", "schedule": "linear", "ema": 0.9, "ema_warmup": True},
-            "terms": {"ce": {"label_smoothing": 0.1}},
-        },
+        pytest.param(
+            {
+                "optimizer": {"kind": "muon", "schedule": "linear", "ema": 0.9, "ema_warmup": True},
+                "terms": {"ce": {"label_smoothing": 0.1}},
+            },
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["plain", "averaged", "augmented", "muon"],
 )
@@ -97,6 +100,7 @@ def test_resume_after_interrupt_is_bit_identical(tmp_path, layer):
     assert logs[0] == logs[1]
 
 
+@pytest.mark.slow
 def test_resume_after_a_crash_repeats_the_steps_since_the_last_checkpoint(tmp_path):
     class Crash:
         def report(self, row):
@@ -213,7 +217,7 @@ def test_run_without_validation_trains_on_all_images(tmp_path, name):
 
 def test_best_weights_are_those_of_the_best_validation(tmp_path, monkeypatch):
     for name, values in (("first", [1.0, 2.0]), ("second", [2.0, 1.0])):
-        trainer = start(tmp_path, name)
+        trainer = start(tmp_path, name, {"steps": 4, "validate_every": 2})
         summaries = iter(values)
         monkeypatch.setattr(TrainingLoss, "summary", lambda *_, s=summaries: next(s))
         trainer.fit()
@@ -405,6 +409,7 @@ def test_batch_norm_and_relu_cause_a_warning(tmp_path):
     assert statistics.abs().sum() > 0
 
 
+@pytest.mark.slow
 def test_run_of_an_earlier_version_resumes(tmp_path):
     """Its configuration lacks later fields, whose defaults change nothing."""
     cut = start(tmp_path, "cut", callbacks=[StopAt(3)])
@@ -427,6 +432,7 @@ def test_run_of_an_earlier_version_resumes(tmp_path):
     resumed.fit()
 
 
+@pytest.mark.slow
 def test_run_of_an_earlier_version_without_validation_keeps_its_images(tmp_path):
     """Earlier versions held images out also with validation_images 0."""
     earlier = {"validation_images": 0, "dataset": {"hold_out": True}}

@@ -24,7 +24,7 @@ from ebmkit.training.optim import (
     state_values_per_parameter,
 )
 
-pytestmark = pytest.mark.usefixtures("count_memory_once")
+pytestmark = pytest.mark.usefixtures("count_cost_roughly")
 
 SHAPES = [(24, 24), (16, 144), (48, 16), (1, 30), (30, 1)]
 
@@ -192,7 +192,7 @@ def test_muon_updates_convolution_and_linear_weights_except_the_head(backbone, e
     assert not any(name.startswith("head") for name in chosen)
 
 
-def test_shared_weight_is_updated_and_count_memory_once():
+def test_shared_weight_is_updated_and_count_cost_roughly():
     model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3))
     model[1].weight = model[0].weight
     first, rest = make_optimizer(model, muon()).param_groups
@@ -272,7 +272,7 @@ def test_parameters_without_a_gradient_do_not_change():
     assert len(optimizer.state) == 1
 
 
-@pytest.mark.parametrize("backbone", ["gradresnet10", "mlp"])
+@pytest.mark.parametrize("backbone", [pytest.param("gradresnet10", marks=pytest.mark.slow), "mlp"])
 def test_flops_and_state_memory_equal_those_of_a_real_step(backbone):
     loss = TrainingLoss(ebmkit.create_model(backbone, 10, 1, width=16), parse_objective("ce+dsm"))
     config = muon(ema=0.9)
@@ -328,10 +328,10 @@ def test_muon_learns_digits(tmp_path):
     "layer",
     [
         {"objective": "jem", "backbone": "gradresnet10"},
-        {"objective": "ce+cdsm-sum", "optimizer": {"sharpness": 0.05}},
         *(
             pytest.param(layer, marks=pytest.mark.slow)
             for layer in (
+                {"objective": "ce+cdsm-sum", "optimizer": {"sharpness": 0.05}},
                 {"objective": "adv+dsm", "terms": {"adv": {"eps": 0.3, "steps": 2}}},
                 {"objective": "trades", "terms": {"trades": {"eps": 0.3, "steps": 2}}},
                 {"objective": "ism", "backbone": "mlp"},
@@ -432,7 +432,7 @@ def test_train_command_reports_optimizer_errors_without_traceback(tmp_path):
                 ("ema=null", "0.98", "None"),
             ],
         ),
-        ("digits-adamw", [("kind=muon", "'adamw'", "'muon'")]),
+        pytest.param("digits-adamw", [("kind=muon", "'adamw'", "'muon'")], marks=pytest.mark.slow),
     ],
     ids=["muon", "adamw"],
 )

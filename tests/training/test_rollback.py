@@ -14,10 +14,11 @@ from ebmkit.training.optim import SAM
 from ebmkit.training.rollback import DivergenceMonitor, Mitigations, Snapshot
 from ebmkit.training.step import StepStats
 
-pytestmark = pytest.mark.usefixtures("count_memory_once")
+pytestmark = pytest.mark.usefixtures("count_cost_roughly")
 
 TINY = {
     "objective": "jem",
+    "backbone": "gradresnet10",
     "model": {"backbone": {"width": 8}},
     "streams": {"classify": {"batch_size": 8}, "generate": {"batch_size": 8}},
     "negatives": {"steps": 2, "buffer_size": 40},
@@ -156,6 +157,7 @@ def test_rollback_restores_the_snapshot_bit_identically(tmp_path):
     assert recorded["done"]
 
 
+@pytest.mark.slow
 def test_run_that_never_recovers_ends_with_its_rollback_history(tmp_path):
     trainer, _ = start_with_nan(tmp_path, 100)
     with pytest.raises(UserError) as ended:

@@ -20,9 +20,10 @@ from ebmkit.training import RunFolder, resolve
 from ebmkit.training.loop import assemble
 from ebmkit.training.metrics import whole_rows
 
-pytestmark = pytest.mark.usefixtures("count_memory_once")
+pytestmark = pytest.mark.usefixtures("count_cost_roughly")
 
 SMALL = {
+    "backbone": "gradresnet10",
     "model": {"backbone": {"width": 4, "channels_per_group": 4}},
     "optimizer": {"ema": 0.9},
     "steps": 6,
@@ -146,7 +147,13 @@ def test_damage_to_any_file_is_detected(run, trained, name, how):
             assert RunFolder.open(run).load_checkpoint()["step"] == 4
 
 
-@pytest.mark.parametrize("how", DAMAGES)
+@pytest.mark.parametrize(
+    "how",
+    [
+        how if how in ("bit in a tensor", "missing") else pytest.param(how, marks=pytest.mark.slow)
+        for how in DAMAGES
+    ],
+)
 def test_run_resumes_from_its_newest_intact_checkpoint(run, trained, how):
     """It ends with bit-identical weights and the same metrics; the damaged files are replaced."""
     damage(run, CHECKPOINTS[1], how, trained[1])
@@ -224,7 +231,7 @@ def test_truncated_metrics_are_read_and_continued(run, trained):
 def test_the_configured_number_of_checkpoints_is_kept(tmp_path):
     for keep, kept in ((1, [6]), (3, [2, 4, 6])):
         root = tmp_path / str(keep)
-        config = resolve(SMALL, {"keep_checkpoints": keep})
+        config = resolve(SMALL, {"keep_checkpoints": keep, "validation_images": 0})
         assemble(config, RunFolder.create(root, config)).fit()
         names = sorted(p.name for p in (root / "checkpoints").glob("step-*"))
         assert names == [f"step-{step:08}.pt" for step in kept]

@@ -11,7 +11,7 @@ from ebmkit.training.loop import assemble
 from ebmkit.training.optim import make_optimizer
 from ebmkit.training.state import SavedOptimizer, restore_optimizer
 
-pytestmark = pytest.mark.usefixtures("count_memory_once")
+pytestmark = pytest.mark.usefixtures("count_cost_roughly")
 
 ONES = torch.ones
 

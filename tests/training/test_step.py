@@ -247,6 +247,7 @@ def test_step_that_cannot_be_compiled_fails_or_runs_eagerly(recwarn, monkeypatch
     assert step.loss.separate  # as in a step that is eager from the start
 
 
+@pytest.mark.slow
 def test_compiler_failure_in_the_backward_pass_falls_back_to_eager(monkeypatch):
     def backend(graph, inputs):
         from torch._dynamo.backends.common import aot_autograd

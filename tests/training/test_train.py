@@ -15,7 +15,7 @@ from ebmkit.errors import UserError
 from ebmkit.models import create_model
 from ebmkit.training import RunFolder
 
-pytestmark = pytest.mark.usefixtures("count_memory_once")
+pytestmark = pytest.mark.usefixtures("count_cost_roughly")
 
 BATCHES = {"classify": {"batch_size": 8}, "denoise": {"batch_size": 8}}
 FAST = {"width": 8, "steps": 4, "streams": BATCHES, "log_every": 2, "validate_every": 2,
@@ -41,17 +41,19 @@ def assert_equal(first, second):
 
 
 def test_same_bits_as_the_command_line_by_name_and_as_objects(tmp_path):
-    options = ["--steps", 3, "--width", 8, "--device", "cpu", "--no-evaluate"]
+    options = ["--backbone", NAME, "--steps", 2, "--width", 8, "--device", "cpu", "--no-evaluate"]
     options += ["--set", "streams.classify.batch_size=8", "--set", "streams.denoise.batch_size=8"]
     options += ["--set", "validation_images=16"]
     command("train", *options, "--out", "shell", cwd=tmp_path)
     shell = weights(tmp_path / "shell")
-    fast = {"steps": 3, "width": 8, "device": "cpu", "progress": False, "streams": BATCHES}
+    fast = {"steps": 2, "width": 8, "device": "cpu", "progress": False, "streams": BATCHES}
     fast |= {"validation_images": 16}
-    named = ebmkit.train(dataset="digits", out=tmp_path / "named", **fast)
+    named = ebmkit.train(NAME, dataset="digits", out=tmp_path / "named", **fast)
     assert_equal(weights(tmp_path / "named"), shell)
     held = load_dataset("digits", split="validation")
-    own = ebmkit.train(dataset=load_dataset("digits"), validation=held, recipe="digits", **fast)
+    own = ebmkit.train(
+        NAME, dataset=load_dataset("digits"), validation=held, recipe="digits", **fast
+    )
     assert own.history[-1].items() >= {k: v for k, v in named.history[-1].items()
                                        if k != "images_per_s"}.items()  # fmt: skip
 
@@ -74,6 +76,7 @@ def test_run_of_own_data_is_resumed_and_evaluated_by_the_command_line(tmp_path, 
     command("verify", "cut", cwd=tmp_path)
 
 
+@pytest.mark.slow
 def test_resume_in_python_gives_the_same_bits(tmp_path):
     whole = ebmkit.train(NAME, PAIR, **FAST)
     stop = {"on_validation": lambda trainer, row: trainer.stop()}

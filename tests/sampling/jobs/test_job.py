@@ -65,7 +65,13 @@ def kill_at(at):
 
 
 @pytest.mark.parametrize(
-    ("sampler", "at"), [("mala", 4), ("hmc", 14), ("langevin", 14), ("annealed-langevin", 4)]
+    ("sampler", "at"),
+    [
+        ("hmc", 14),
+        ("annealed-langevin", 4),
+        pytest.param("mala", 4, marks=pytest.mark.slow),
+        pytest.param("langevin", 14, marks=pytest.mark.slow),
+    ],
 )
 def test_killed_job_resumes_bit_identically(tmp_path, sampler, at):
     """Killed in the first or second batch; the steps after the last save are repeated."""

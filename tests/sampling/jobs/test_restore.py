@@ -180,6 +180,7 @@ def file_contents(folder):
     return documents | {p.name: p.read_bytes() for p in folder.glob("*.png")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["killed", pytest.param("stopped", marks=pytest.mark.slow)])
 def test_interrupted_restoration_resumes_bit_identically(tmp_path, how):
     """Interrupted in the second of two images; the first is not restored again."""
