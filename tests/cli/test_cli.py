@@ -28,6 +28,8 @@ SMALL = [
     "--set", "validation_images=16", "--set", "streams.classify.batch_size=16",
     "--set", "streams.denoise.batch_size=16", "--device", "cpu",
 ]  # fmt: skip
+LIMIT = 40
+"""Test images in the evaluation at the end of training."""
 
 
 def assert_refused(result, *messages):
@@ -43,9 +45,11 @@ def assert_refused(result, *messages):
 def home(tmp_path_factory):
     """A folder with images and a small run on digits, trained by the command line."""
     folder = tmp_path_factory.mktemp("place")
-    result = ebmkit_command(
-        "train", "--objective", "ce+dsm", "--steps", 4, "--out", "run", *SMALL, cwd=folder,
-    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ebmkit.cli.train.FINAL_IMAGES", LIMIT)
+        result = ebmkit_command(
+            "train", "--objective", "ce+dsm", "--steps", 4, "--out", "run", *SMALL, cwd=folder,
+        )  # fmt: skip
     assert result.returncode == 0, result.stderr
     (folder / "train.txt").write_text(result.stdout)
     digit = np.clip(np.kron(np.eye(4), np.ones((3, 3))) * 255, 0, 255).astype(np.uint8)
@@ -81,7 +85,8 @@ def test_training_ends_with_a_table_and_plots(home):
 def test_evaluate_reproduces_the_metrics_of_training(home):
     path = home / "run" / "evaluation" / "denoise.json"
     before = json.loads(path.read_text())
-    result = ebmkit_command("evaluate", "run", "--suite", "classify,denoise", cwd=home)
+    options = ["--suite", "classify,denoise", "--limit", LIMIT]
+    result = ebmkit_command("evaluate", "run", *options, cwd=home)
     assert result.returncode == 0, result.stderr
     after = json.loads(path.read_text())
     assert after["psnr"] == pytest.approx(before["psnr"], abs=1e-4)

@@ -181,6 +181,7 @@ def test_readable_excludes_unreadable_training_images(folder):
     assert {len(x) for x, _ in found.batches(len(found))} == {len(found)}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:skipped in stream")
 def test_run_stopped_by_an_unreadable_image_resumes_with_skip(folder, tmp_path):
     """A run may change this option later, because it only affects unreadable images."""

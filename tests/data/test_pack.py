@@ -98,7 +98,9 @@ def test_class_names_of_an_hdf5_file_are_optional(tmp_path):
     assert load_dataset("hdf5", tmp_path / "b.h5", "test").num_classes == 0
 
 
-@pytest.mark.parametrize("src", ["folder", "torchvision:CIFAR10"])
+@pytest.mark.parametrize(
+    "src", ["folder", pytest.param("torchvision:CIFAR10", marks=pytest.mark.slow)]
+)
 def test_cifar_is_packed_completely(tmp_path, monkeypatch, src):
     _, written = fake_torchvision(tmp_path / "src", "cifar10", monkeypatch, count=300)
     source = str(tmp_path / "src")

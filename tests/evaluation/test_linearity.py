@@ -134,6 +134,7 @@ def test_locally_linear_denoiser_has_only_rounding_error(evaluate):
         assert level["explained"] is None
 
 
+@pytest.mark.slow
 def test_grid_figure_is_written(network, random_images, evaluate, tmp_path):
     levels = evaluate(network, random_images, images=4)["levels"]
     cells = [

@@ -80,6 +80,7 @@ def test_curves_are_shares_of_images_farther_from_the_boundary(plane, tmp_path):
     assert {path.stem for path in tmp_path.glob("*.png")} == {"robustness", "robustness-map"}
 
 
+@pytest.mark.slow
 def test_refinement_has_a_curve_for_each_number_of_steps(plane, tmp_path):
     """JEM's protocol. Stable steps do not move the boundary, so curves equal that of ``direct``.
 

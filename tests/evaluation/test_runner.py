@@ -101,6 +101,7 @@ def test_compiled_evaluation_equals_eager_evaluation(network, random_images, tmp
         assert numbers(found) == pytest.approx(numbers(expected), rel=1e-5, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_auto_compile_gets_estimates_of_remaining_seconds(
     network, random_images, tmp_path, monkeypatch
 ):

@@ -226,6 +226,7 @@ def test_claimed_row_is_not_trained(finished_runs, log):
     finished_runs.train(ROW)
 
 
+@pytest.mark.slow
 def test_results_without_networks_give_the_same_table(finished_runs, log, tmp_path):
     """`benchmarks/row_results.py` copies results; the row is not trained again."""
     script = Path(__file__).parents[2] / "benchmarks" / "row_results.py"

@@ -176,6 +176,7 @@ def test_interrupted_command_resumes_and_other_guidance_is_refused(runs, monkeyp
         assert np.array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_mean_energies_of_dual_are_stored_with_the_guide(runs):
     arguments = ["sample", "diffusion", "--guide", "joint", "--label", 3, "--guidance", "dual",
                  "--guide-set", "lambda=0.3", "--dataset", "digits", *QUICK]  # fmt: skip

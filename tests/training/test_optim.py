@@ -192,7 +192,7 @@ def test_muon_updates_convolution_and_linear_weights_except_the_head(backbone, e
     assert not any(name.startswith("head") for name in chosen)
 
 
-def test_shared_weight_is_updated_and_count_cost_roughly():
+def test_shared_weight_is_updated_and_count_memory_once():
     model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3))
     model[1].weight = model[0].weight
     first, rest = make_optimizer(model, muon()).param_groups
