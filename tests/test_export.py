@@ -195,6 +195,7 @@ def test_a_wrong_operation_leaves_no_file(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_model_with_nan_outputs_leaves_no_file(tmp_path):
     model = small()
     model.head.density.weight.fill_(float("nan"))

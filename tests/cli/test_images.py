@@ -84,6 +84,7 @@ def test_resumed_sample_command_gives_the_same_samples(home, monkeypatch):
     assert_refused(again, "finished samples")
 
 
+@pytest.mark.slow
 def test_sample_and_restore_show_progress_without_terminal(home, monkeypatch):
     monkeypatch.setattr("ebmkit.terminal.FIRST_LINE", 0)
     for command, line in (

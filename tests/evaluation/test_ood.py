@@ -214,6 +214,7 @@ def test_images_of_folders_and_files_are_resized_and_cropped(random_images, tmp_
     assert torch.allclose(gray, torch.full((1, 3, 8, 8), 100 / 255))
 
 
+@pytest.mark.slow
 def test_folders_of_the_same_name_are_two_sets(network, random_images, tmp_path):
     paths = [tmp_path / place / "in" for place in ("a", "b")]
     for path in paths:
@@ -320,6 +321,7 @@ def test_two_processes_and_other_batch_sizes_agree(network, random_images):
                 assert value == pytest.approx(measures["auroc"]["value"], abs=0.01)
 
 
+@pytest.mark.slow
 def test_infinite_scores_have_no_measures_and_give_warning(network, random_images, tmp_path):
     class Broken(type(network)):
         def forward(self, y, sigma=None):

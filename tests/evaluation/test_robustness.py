@@ -306,6 +306,7 @@ def test_missing_autoattack_is_refused_before_any_attack(plane, tmp_path, monkey
     assert not list(tmp_path.glob("*.json"))
 
 
+@pytest.mark.slow
 def test_comparison_plots_models_and_names_missing_ones(plane, tmp_path, monkeypatch):
     model, images, _ = plane
     settings = QUICK | {"noise_levels": [0], "checks": False, "steps": 1}

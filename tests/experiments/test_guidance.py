@@ -197,7 +197,12 @@ def test_methods_have_equal_starts_and_scale_0_is_unguided(drawer):
 
 
 @pytest.mark.parametrize(
-    "name", ["classifier", pytest.param("energy", marks=pytest.mark.slow), "pgd"]
+    "name",
+    [
+        pytest.param("classifier", marks=pytest.mark.slow),
+        "energy",
+        pytest.param("pgd", marks=pytest.mark.slow),
+    ],
 )
 def test_methods_of_the_thesis_are_algorithms_6_and_8(drawer, name):
     """By hand in x_t, clean images in [-1, 1]: no clipping, steps of 0.01, autograd's gradients."""

@@ -167,6 +167,7 @@ def test_damaged_row_is_moved_aside_and_trained_again(finished_runs, log, patter
     assert "moved to joint.broken-1" in log[0]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*step-00000004.pt. is damaged.*going back to step 2")
 def test_row_with_damaged_last_checkpoint_resumes_from_the_previous_one(finished_runs, log):
     folder = finished_runs.folder(ROW)

@@ -143,6 +143,7 @@ def test_ddim_pipeline_trajectory_matches_our_sampler(pipeline, classifier, eta,
     assert (made.unet(u, middle).sample - predictor(u, middle)).abs().max() > 1e-4
 
 
+@pytest.mark.slow
 def test_strong_guidance_with_clipping_raises_the_label_probability(pipeline, classifier):
     """With ``clip=False`` the unclipped noise acts against the guidance."""
     pipeline.scheduler.register_to_config(clip_sample=True)

@@ -75,7 +75,15 @@ def test_same_seed_gives_bit_identical_scores(backbone, head, images):
     assert torch.equal(*scores)
 
 
-@pytest.mark.parametrize("backbone", sorted(BACKBONES.keys() - DEEPER))
+@pytest.mark.parametrize(
+    "backbone",
+    [
+        pytest.param(
+            name, marks=[pytest.mark.slow] if name in ("resnet50", "wideresnet28-10") else []
+        )
+        for name in sorted(BACKBONES.keys() - DEEPER)
+    ],
+)
 def test_images_of_any_size(backbone):
     """Shapes are right, values are finite and scores are not 0, down to images of one pixel."""
     shapes = {1: [(33, 47), (1, 1), (3, 2)], 3: [(1, 7), (5, 64), (1, 1)]}

@@ -42,8 +42,9 @@ SHAPES_OF = {
 }
 """Backbones tested with other shapes than plain; they cover norm, stride and noise input."""
 
-SLOW_SHAPES = [(shape, "logit") for shape in SHAPES if shape != "plain"]
-"""Shapes matter to the features, which both heads share."""
+SLOW_SHAPES = {("tiles", "resnet50"), ("windows", "gradresnet18-imagenet")}
+SLOW_SHAPES |= {(shape, "logit") for shape in SHAPES if shape != "plain"}
+"""Shapes of a backbone or head that are slow tests; those of one network and head are not."""
 
 
 def marks(backbone):
@@ -55,8 +56,9 @@ def cases():
     for backbone, head in PAIRS:
         for shape in SHAPES_OF.get(backbone, ("plain",)):
             name = f"{shape}-{backbone}-{head}"
-            slow = [pytest.mark.slow] if (shape, head) in SLOW_SHAPES else marks(backbone)
-            yield pytest.param((shape, backbone, head), id=name, marks=slow)
+            slow = {(shape, backbone), (shape, head)} & SLOW_SHAPES
+            own = [pytest.mark.slow] if slow else marks(backbone)
+            yield pytest.param((shape, backbone, head), id=name, marks=own)
 
 
 @pytest.fixture(params=[pytest.param(p, id="-".join(p), marks=marks(p[0])) for p in PAIRS])

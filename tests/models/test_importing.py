@@ -140,6 +140,7 @@ def test_scores_are_gradients_by_the_unnormalised_image(robust):
     assert error < 1e-3
 
 
+@pytest.mark.slow
 def test_zip_format_and_files_with_one_copy_of_the_weights_are_read(tmp_path, robust):
     state, path = robust
     robust_file(tmp_path / "zip.pt", state, legacy=False)

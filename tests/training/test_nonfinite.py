@@ -177,7 +177,9 @@ def test_decay_of_averaged_weights_warms_up(tmp_path):
     assert decay == (1 + 7) / (10 + 7)
 
 
-@pytest.mark.parametrize(("stream", "term"), [("classify", "ce"), ("denoise", "dsm")])
+@pytest.mark.parametrize(
+    ("stream", "term"), [pytest.param("classify", "ce", marks=pytest.mark.slow), ("denoise", "dsm")]
+)
 def test_report_names_term_step_images_and_gradients(tmp_path, stream, term):
     trainer = start(tmp_path / "run")
     inject_nan(trainer, 3, stream, 5)
@@ -238,6 +240,7 @@ def test_nan_or_inf_parameters_are_named(tmp_path):
         trainer.fit()
 
 
+@pytest.mark.slow
 def test_nan_in_maximum_likelihood_is_diagnosed_and_rolled_back(tmp_path):
     """Rollback restores the chains too; the metrics row and a report file name the cause."""
     trainer = start(tmp_path / "run", {"objective": "jem"})
@@ -305,6 +308,7 @@ def test_nan_or_inf_in_the_second_gradient_of_sam_is_diagnosed(tmp_path):
     assert report["layer"] is not None or report["gradients"][0]["not_finite"] > 0
 
 
+@pytest.mark.slow
 def test_nan_or_inf_that_is_not_reproduced_is_reported(tmp_path):
     trainer = start(tmp_path / "run")
     times = iter([math.inf])
@@ -313,6 +317,7 @@ def test_nan_or_inf_that_is_not_reproduced_is_reported(tmp_path):
         trainer.fit()
 
 
+@pytest.mark.slow
 def test_report_after_a_high_learning_rate_names_no_image(tmp_path):
     rate = {"kind": "adamw", "lr": 1e30, "schedule": "constant"}
     trainer = start(tmp_path / "run", {"optimizer": rate})

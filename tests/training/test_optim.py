@@ -324,21 +324,17 @@ def test_muon_learns_digits(tmp_path):
     assert last["accuracy"] > 0.65  # measured: 0.76; AdamW: 0.61 at rate 3e-3, 0.69 at 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "layer",
     [
         {"objective": "jem", "backbone": "gradresnet10"},
-        *(
-            pytest.param(layer, marks=pytest.mark.slow)
-            for layer in (
-                {"objective": "ce+cdsm-sum", "optimizer": {"sharpness": 0.05}},
-                {"objective": "adv+dsm", "terms": {"adv": {"eps": 0.3, "steps": 2}}},
-                {"objective": "trades", "terms": {"trades": {"eps": 0.3, "steps": 2}}},
-                {"objective": "ism", "backbone": "mlp"},
-                {"objective": "ddpm", "backbone": "unet"},
-                {"objective": "dsm", "backbone": "dncnn20-bias-free"},
-            )
-        ),
+        {"objective": "ce+cdsm-sum", "optimizer": {"sharpness": 0.05}},
+        {"objective": "adv+dsm", "terms": {"adv": {"eps": 0.3, "steps": 2}}},
+        {"objective": "trades", "terms": {"trades": {"eps": 0.3, "steps": 2}}},
+        {"objective": "ism", "backbone": "mlp"},
+        {"objective": "ddpm", "backbone": "unet"},
+        {"objective": "dsm", "backbone": "dncnn20-bias-free"},
     ],
     ids=lambda layer: layer["objective"],
 )
@@ -397,6 +393,7 @@ def test_model_without_matrices_is_refused():
         make_optimizer(Scale(), muon())
 
 
+@pytest.mark.slow
 def test_train_command_reports_optimizer_errors_without_traceback(tmp_path):
     small = ["--width=8", "--device=cpu", "--steps=40", "--no-evaluate", "--set=log_every=1"]
     small += [

@@ -181,6 +181,7 @@ def test_streaming_data_set_of_hugging_face_trains_as_its_images_do():
     assert_equal(streamed.model.state_dict(), plain.model.state_dict())
 
 
+@pytest.mark.slow
 def test_epochs_and_batch_size(tmp_path):
     """Two passes over 59 images (one is held out) in batches of 16 are 8 steps."""
     fast = {k: v for k, v in FAST.items() if k not in ("steps", "streams")}
@@ -211,6 +212,7 @@ def test_says_what_is_trained_and_what_was_loaded(tmp_path, capsys):
     assert "Sequential with" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_labels_are_numbered_as_in_a_model_that_is_trained_further():
     fast = {k: v for k, v in FAST.items() if k != "width"}
     model = ebmkit.train(NAME, PAIR, class_names=["fox", "dog", "cat"], **FAST).model
