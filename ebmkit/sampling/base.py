@@ -287,12 +287,14 @@ def clean_level(model: ScoreModel) -> float | None:
     return limits[0] if limits and model.noise_conditional else None
 
 
-def highest_level(model: ScoreModel, requested: float | None = None) -> float:
-    """First noise level of chains: ``requested``, checked, or the model's highest."""
+def highest_level(
+    model: ScoreModel, requested: float | None = None, default: float = HIGHEST
+) -> float:
+    """First noise level of chains: ``requested``, checked, else the highest, or ``default``."""
     limits = trained_range(model)
     if requested is not None:
         return check_trained(requested, limits)
-    return limits[1] if limits else HIGHEST
+    return limits[1] if limits else default
 
 
 def lowest_level(

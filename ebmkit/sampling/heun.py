@@ -35,7 +35,6 @@ from ebmkit.energy import ScoreModel
 from ebmkit.errors import UserError
 from ebmkit.noise import Sigma, check_positive
 from ebmkit.sampling.base import (
-    HIGHEST,
     Chain,
     DenoiserFunction,
     Info,
@@ -50,8 +49,8 @@ from ebmkit.sampling.base import (
 from ebmkit.sampling.entry import SamplerEntry
 from ebmkit.sampling.langevin import DOWN_LEVELS, RangeConfig, check_descending
 
-CLEAN = 0.001
-"""Default last noise level before the clean image, image units."""
+WIDEST, CLEAN = 40.0, 0.001
+"""Default first noise level, and last one before the clean image, image units."""
 
 
 def karras_sigmas(high: float, low: float, count: int, rho: float = 7.0) -> tuple[float, ...]:
@@ -103,6 +102,9 @@ class HeunConfig(RangeConfig):
     steps: int = Field(
         40, ge=2, description="number of noise levels; each but the last takes two denoisings"
     )
+    high: Sigma | None = Field(
+        None, description="first noise level; null: the model's highest, or 40 for closed forms"
+    )
     low: Sigma | None = Field(
         None,
         description="last noise level before the clean image; null: 0.001, or the model's lowest "
@@ -111,12 +113,12 @@ class HeunConfig(RangeConfig):
     rho: float = Field(7.0, gt=0, description="rho: larger values put more levels at low noise")
 
     def resolve_levels(self, model: ScoreModel) -> Self:
-        low = lowest_level(model, self.low, CLEAN)
-        return self.model_copy(update={"high": highest_level(model, self.high), "low": low})
+        high, low = highest_level(model, self.high, WIDEST), lowest_level(model, self.low, CLEAN)
+        return self.model_copy(update={"high": high, "low": low})
 
     def sigmas(self, count: int) -> tuple[float, ...]:
         """Return ``count`` levels from ``high`` to ``low``, without the final 0."""
-        return karras_sigmas(self.high or HIGHEST, self.low or CLEAN, count, self.rho)
+        return karras_sigmas(self.high or WIDEST, self.low or CLEAN, count, self.rho)
 
 
 def _hides_images(model: ScoreModel) -> bool:
