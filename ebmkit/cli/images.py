@@ -387,8 +387,8 @@ def sample(
         out: folder for the samples: new, or an interrupted job to resume [default: a folder in
             RUN/samples/ named after the settings]
         sampler: sampler, from `ebmkit list samplers`; buffer: export the replay buffer [default:
-            kadkhodaie_simoncelli for blind denoisers, ddim if the noise level is an input, else
-            sgld]
+            kadkhodaie_simoncelli for blind denoisers; if the noise level is an input, heun if
+            training noise hides an image, else ddim; else sgld]
         count: number of samples
         label: class, by name or number; all: each class in turn
         steps: number of steps per chain [default: set by the sampler]
@@ -575,7 +575,7 @@ def _interrupted(stopped: Interrupted, of: str, signum: int | None) -> NoReturn:
 
 def _report(document: dict[str, Any], out: Path, before: int) -> None:
     """Print the results, and the warnings except the first ``before``, which are already shown."""
-    from ebmkit.sampling.diagnostics import describe_arrival
+    from ebmkit.sampling.diagnostics import describe_arrival, describe_importance
 
     diagnostics = document["diagnostics"]
     energies, chains = diagnostics["energies"], diagnostics["chains"]
@@ -594,6 +594,8 @@ def _report(document: dict[str, Any], out: Path, before: int) -> None:
         )
     if diagnostics["noise"] is not None:
         lines.append(describe_arrival(diagnostics["noise"]))
+    if diagnostics["importance"] is not None:
+        lines += describe_importance(diagnostics["importance"])
     for line in lines:
         console.say(line)
     for sentence in document["warnings"][before:]:

@@ -1,6 +1,7 @@
 """Samplers: chains driven by a score, a log-density or a denoiser of any model."""
 
-from ebmkit.sampling import ascent, diffusion, langevin
+from ebmkit.sampling import annealed, ascent, diffusion, heun, langevin
+from ebmkit.sampling.annealed import AIS, AnnealedMALA
 from ebmkit.sampling.ascent import Ascent, StochasticAscent
 from ebmkit.sampling.base import (
     Chains,
@@ -12,6 +13,7 @@ from ebmkit.sampling.base import (
 )
 from ebmkit.sampling.diffusion import DDIM, noise_predictor_of
 from ebmkit.sampling.entry import SAMPLERS, ClassGaussians, SamplerEntry, find_sampler
+from ebmkit.sampling.heun import Heun, karras_sigmas
 from ebmkit.sampling.langevin import (
     HMC,
     MALA,
@@ -23,14 +25,17 @@ from ebmkit.sampling.langevin import (
 )
 
 __all__ = [
+    "AIS",
     "DDIM",
     "HMC",
     "MALA",
     "SAMPLERS",
     "AnnealedLangevin",
+    "AnnealedMALA",
     "Ascent",
     "Chains",
     "ClassGaussians",
+    "Heun",
     "Langevin",
     "PredictorCorrector",
     "Sampler",
@@ -40,11 +45,12 @@ __all__ = [
     "density_of",
     "find_sampler",
     "geometric_sigmas",
+    "karras_sigmas",
     "label_density_of",
     "langevin_move",
     "noise_predictor_of",
     "score_of",
 ]
 
-_MODULES = (langevin, diffusion, ascent)  # each has `ENTRIES`
+_MODULES = (langevin, annealed, diffusion, heun, ascent)  # each has `ENTRIES`
 SAMPLERS.update({entry.name: entry for module in _MODULES for entry in module.ENTRIES})

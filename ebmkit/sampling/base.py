@@ -23,7 +23,8 @@ state and stops. Chains are independent, so the others are not affected.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -56,7 +57,7 @@ class Info(NamedTuple):
     Attributes:
         move: root mean square of the change over the entries of x, image units.
         sigma: noise level that was passed to the target or estimated, image units.
-        accepted: whether the proposal was accepted.
+        accepted: whether the proposal was accepted; of several proposals, the share.
         finished: whether the chain needs no further step.
     """
 
@@ -286,20 +287,33 @@ def clean_level(model: ScoreModel) -> float | None:
     return limits[0] if limits and model.noise_conditional else None
 
 
-def highest_level(model: ScoreModel, requested: float | None = None) -> float:
-    """First noise level of chains: ``requested``, checked, or the model's highest."""
+def highest_level(
+    model: ScoreModel, requested: float | None = None, default: float = HIGHEST
+) -> float:
+    """First noise level of chains: ``requested``, checked, else the highest, or ``default``."""
     limits = trained_range(model)
     if requested is not None:
         return check_trained(requested, limits)
-    return limits[1] if limits else HIGHEST
+    return limits[1] if limits else default
 
 
-def lowest_level(model: ScoreModel, requested: float | None = None) -> float:
-    """Last noise level of chains: ``requested``, checked, or 0.01 clamped to the trained range."""
+def lowest_level(
+    model: ScoreModel, requested: float | None = None, default: float = LOWEST
+) -> float:
+    """Last noise level of chains: ``requested``, checked, or ``default`` in the trained range."""
     limits = trained_range(model)
     if requested is not None:
         return check_trained(requested, limits)
-    return min(max(LOWEST, limits[0]), limits[1]) if limits else LOWEST
+    return min(max(default, limits[0]), limits[1]) if limits else default
+
+
+SPREAD = 0.25
+"""Typical standard deviation of a pixel, image units."""
+
+
+def hiding_level(shape: Sequence[int]) -> float:
+    """Noise level that hides an image of ``shape``: the typical distance of images from gray."""
+    return SPREAD * math.sqrt(math.prod(shape))
 
 
 def _density_model(model: ScoreModel, c: Labels) -> DensityModel:

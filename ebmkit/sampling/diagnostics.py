@@ -26,7 +26,7 @@ arrived at images have levels like those of held-out images (`arrival`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -126,6 +126,37 @@ def effective_size(draws: Tensor, ranks: bool = True) -> float:
     """
     halves = _halves(draws)
     return _effective(_normal_scores(halves) if ranks else halves)
+
+
+class Importance(NamedTuple):
+    """Estimate from importance weights w of N chains.
+
+    Attributes:
+        log_z: log of the mean weight, the estimate of log Z, nats.
+        standard_error: of ``log_z``, by the delta method; too small if ``effective_size`` is small.
+        variance: variance of log w.
+        effective_size: (sum w)^2 / sum w^2 (Kong 1992), from 1 to N.
+    """
+
+    log_z: float
+    standard_error: float
+    variance: float
+    effective_size: float
+
+
+def importance(log_weights: Tensor) -> Importance:
+    """Estimates from the log-weights (N,) of annealed importance sampling, N of 2 or more.
+
+    Raises:
+        UserError: if there are fewer than two, or one is NaN or Inf.
+    """
+    logs, count = log_weights.double(), len(log_weights)
+    if count < 2 or not bool(logs.isfinite().all()):
+        raise UserError(f"{count} log-weights: take 2 or more, all finite")
+    size = 1 / float(logs.softmax(0).square().sum())
+    log_z = float(logs.logsumexp(0)) - math.log(count)
+    error = math.sqrt(max(0.0, (count / size - 1) / (count - 1)))
+    return Importance(log_z, error, float(logs.var()), size)
 
 
 class Gap(NamedTuple):
@@ -262,6 +293,57 @@ def energy_diagnostics(
         found |= {"gap": gap, "gap_standard_error": error}
         found["meaning"] = "mean energy of samples minus that of held-out images, nats"
     return found
+
+
+MIN_EFFECTIVE = 10
+"""Effective sample size of importance weights below which log Z is not reliable."""
+
+
+def importance_diagnostics(
+    log_weights: Tensor,
+    finite: Tensor,
+    labels: Tensor | None,
+    names: Sequence[str],
+    level: float | None,
+) -> dict[str, Any]:
+    """Entry ``importance``: log Z of the density at noise ``level`` for each label, or for all.
+
+    ``log_weights`` (N,) are of all samples, ``finite`` (N,) bool marks those that are included.
+    """
+    found: dict[str, Any] = {
+        "meaning": "log of the integral of p at this noise level, nats: 0 for a normalised density "
+        "without label, log p(c) with one",
+        "sigma": level,
+        "estimates": {},
+    }
+    for c in [-1] if labels is None else sorted(set(labels.tolist())):
+        own = log_weights[finite if labels is None else finite & (labels == c)]
+        if len(own) >= 2:
+            estimate = importance(own)._asdict() | {"samples": len(own)}
+            found["estimates"]["all" if c < 0 else names[c]] = estimate
+    return found
+
+
+def describe_importance(entry: dict[str, Any]) -> list[str]:
+    """Sentences about the entry `importance_diagnostics`, one per label."""
+    return [
+        f"log Z{'' if name == 'all' else f' of {name}'} at noise {format_sigma(entry['sigma'])}: "
+        f"{found['log_z']:.3f} +- {found['standard_error']:.3f} nats; log-weight variance "
+        f"{found['variance']:.3g}, effective size {found['effective_size']:.1f} of "
+        f"{found['samples']}"
+        for name, found in entry["estimates"].items()
+    ]
+
+
+def importance_warnings(entry: dict[str, Any]) -> list[str]:
+    """Warning if importance weights are dominated by few chains."""
+    sizes = [found["effective_size"] for found in entry["estimates"].values()]
+    if not sizes or min(sizes) >= MIN_EFFECTIVE:
+        return []
+    return [
+        f"importance weights of effective size {min(sizes):.1f} are dominated by few chains, so "
+        "log Z and weighted averages are not reliable: take more steps or more samples"
+    ]
 
 
 def estimates_level(model: ScoreModel) -> bool:

@@ -233,7 +233,7 @@ class LevelConfig(SamplerConfig):
 
 
 C = TypeVar("C", bound=SamplerConfig)
-Need = Literal["score", "density", "labels", "levels", "blind"]
+Need = Literal["score", "density", "labels", "levels", "blind", "conditional"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,7 +247,7 @@ class SamplerEntry(Generic[C]):
             noise of 1 to 100/255.
         needs: requirements on the model: ``score`` (every model has one), ``density`` (the score
             is its gradient), trained ``labels``, trained noise ``levels`` (closed forms have all
-            levels), ``blind`` (the model takes no noise level).
+            levels), ``blind`` (the model takes no noise level), ``conditional`` (it takes one).
         make: maps the model, labels and settings with noise levels of the model to the sampler.
         noisy_end: whether the final images contain noise that `finish` removes.
         no_stationary_distribution: why diagnostics are undefined; empty: the chains have a
@@ -255,7 +255,10 @@ class SamplerEntry(Generic[C]):
         caveat: a note on the stationary distribution.
         priority: the default sampler is the one of highest priority that supports the model; 0:
             never the default.
+        default_for: further condition on a model for which it is the default.
         starts_from_data: whether ``start=auto`` means ``class_gaussian`` if there are data.
+        weighted: whether the state has importance weights, ``log_weight``; they need the density of
+            the starting points, so ``noise`` is the only legal start.
         min_fresh_steps: minimum number of steps of chains that do not continue a replay buffer.
     """
 
@@ -268,7 +271,9 @@ class SamplerEntry(Generic[C]):
     no_stationary_distribution: str = ""
     caveat: str = ""
     priority: int = 0
+    default_for: Callable[[ScoreModel], bool] = lambda model: True
     starts_from_data: bool = True
+    weighted: bool = False
     min_fresh_steps: int = 0
 
     def supports(self, model: ScoreModel) -> bool:
@@ -305,14 +310,24 @@ class SamplerEntry(Generic[C]):
         """Number of steps: the length of the schedule of ``sampler``, or ``config.steps``."""
         return config.steps if sampler.steps is None else sampler.steps
 
+    def check_start(self, start: str) -> None:
+        """Raise a `UserError` if chains of this sampler cannot begin at ``start``."""
+        if self.weighted and start not in ("auto", "noise"):
+            raise UserError(
+                f"sampler {self.name} cannot start from {start!r}: its weights need the density of "
+                "the starting points, so leave --start out or take noise"
+            )
+
     def resolve_start(self, start: Start, model: ScoreModel, has_data: bool) -> Start:
         """Replace ``auto`` by ``class_gaussian`` if there are data, else by ``noise``.
 
         Diffusion models always start from noise, which hides any image at their first level.
         """
+        self.check_start(start)
         if start != "auto":
             return start
         from_data = has_data and self.starts_from_data and model.schedule is None
+        from_data = from_data and not self.weighted
         return "class_gaussian" if from_data else "noise"
 
     def start(
@@ -402,10 +417,12 @@ def find_sampler(name: str) -> SamplerEntry[Any]:
 def default_sampler(model: ScoreModel) -> SamplerEntry[Any]:
     """Return the default sampler of ``model``.
 
-    ``kadkhodaie_simoncelli`` for blind denoisers, ``ddim`` for those that take the noise level, and
+    ``kadkhodaie_simoncelli`` for blind denoisers, ``heun`` for those that take the noise level and
+    were trained on noise that hides an image, ``ddim`` for other ones and diffusion models, and
     ``sgld``, as in JEM, for densities that were not trained to denoise.
     """
-    able = (entry for entry in SAMPLERS.values() if entry.priority and entry.supports(model))
+    entries = (entry for entry in SAMPLERS.values() if entry.priority and entry.default_for(model))
+    able = (entry for entry in entries if entry.supports(model))
     return max(able, key=lambda entry: entry.priority)
 
 
@@ -432,10 +449,12 @@ def missing(model: ScoreModel, needs: Sequence[Need]) -> str | None:
     plain = f"{type(model).__name__} is a plain denoiser and has no log-density"
     untrained = "it was not trained to denoise, so it has no noise levels"
     given = "it takes the noise level as an input, and this sampler needs a blind denoiser"
+    blind = "it ignores the noise level, and this sampler needs a density at each level"
     lacking: dict[Need, str] = {
         "density": "" if isinstance(model, DensityModel) else plain,
         "labels": "" if takes_labels(model) else "it was trained without labels",
         "levels": untrained if model.card and not model.card.denoises else "",
         "blind": given if model.noise_conditional else "",
+        "conditional": "" if model.noise_conditional else blind,
     }
     return next((lacking[need] for need in needs if lacking.get(need)), None)

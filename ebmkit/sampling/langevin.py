@@ -236,15 +236,8 @@ class MALA(MetropolisSampler):
 
     def step(self, state: DensityChain, generator: torch.Generator) -> tuple[DensityChain, Info]:
         """Propose a Langevin move, and accept or reject it."""
-        x, noise_std = state.x, math.sqrt(2 * self.step_size * self.temperature)
-        xi = normal_like(x, generator)
-        proposed = langevin_move(x, state.score, self.step_size, noise_std, xi)
-        log_density, score = self.density(proposed, self.sigma)
-        back = (x - langevin_move(proposed, score, self.step_size, 0.0, xi)) / noise_std
-        log_ratio = (log_density - state.log_density) / self.temperature
-        log_ratio = log_ratio + 0.5 * (xi.square() - back.square()).flatten(1).sum(1)
-        return metropolis_step(
-            state, DensityChain(proposed, 0, log_density, score), log_ratio, generator
+        return mala_step(
+            self.density, state, self.step_size, self.sigma, generator, self.temperature
         )
 
 
@@ -271,6 +264,27 @@ class HMC(MetropolisSampler):
         kinetic = 0.5 * (start.square() - momentum.square()).flatten(1).sum(1)
         log_ratio = (log_density - state.log_density) / self.temperature + kinetic
         return metropolis_step(state, DensityChain(x, 0, log_density, score), log_ratio, generator)
+
+
+def mala_step(
+    density: DensityFunction,
+    state: DensityChain,
+    step_size: float,
+    sigma: float | None,
+    generator: torch.Generator,
+    temperature: float = 1.0,
+) -> tuple[DensityChain, Info]:
+    """Take a MALA step of ``step_size`` (image units squared) on the density at level ``sigma``."""
+    x, noise_std = state.x, math.sqrt(2 * step_size * temperature)
+    xi = normal_like(x, generator)
+    proposed = langevin_move(x, state.score, step_size, noise_std, xi)
+    log_density, score = density(proposed, sigma)
+    back = (x - langevin_move(proposed, score, step_size, 0.0, xi)) / noise_std
+    log_ratio = (log_density - state.log_density) / temperature
+    log_ratio = log_ratio + 0.5 * (xi.square() - back.square()).flatten(1).sum(1)
+    return metropolis_step(
+        state, DensityChain(proposed, 0, log_density, score), log_ratio, generator
+    )
 
 
 def metropolis_step(
@@ -369,7 +383,7 @@ class AnnealedLangevin(PositionSampler):
     def __init__(
         self, score: ScoreFunction, sigmas: tuple[float, ...], config: AnnealedConfig
     ) -> None:
-        self.score, self.sigmas, self.config = score, _check_descending(sigmas), config
+        self.score, self.sigmas, self.config = score, check_descending(sigmas), config
         self.steps = len(sigmas) * config.inner
 
     def step(self, state: Chain, generator: torch.Generator) -> tuple[Chain, Info]:
@@ -393,7 +407,7 @@ class PredictorCorrector(PositionSampler):
     """
 
     def __init__(self, score: ScoreFunction, sigmas: tuple[float, ...], config: PCConfig) -> None:
-        self.score, self.sigmas, self.config = score, _check_descending(sigmas, 2), config
+        self.score, self.sigmas, self.config = score, check_descending(sigmas, 2), config
         self.steps = len(sigmas) - 1
 
     def step(self, state: Chain, generator: torch.Generator) -> tuple[Chain, Info]:
@@ -410,7 +424,8 @@ class PredictorCorrector(PositionSampler):
         return next_state(state, moved, then)
 
 
-def _check_descending(sigmas: tuple[float, ...], least: int = 1) -> tuple[float, ...]:
+def check_descending(sigmas: tuple[float, ...], least: int = 1) -> tuple[float, ...]:
+    """Return ``sigmas`` if they are ``least`` or more positive levels that do not increase."""
     for sigma in sigmas:
         check_positive("noise level", sigma)
     if len(sigmas) < least:

@@ -12,12 +12,15 @@ from ebmkit_tests.support.mixture_world import Drawn
 from ebmkit_tests.support.two_processes import run_shared
 from rich.console import Console
 
-from ebmkit import ModelCard, UserError, evaluation
+from ebmkit import GaussianMixture, ModelCard, UserError, evaluation
 from ebmkit.data import load_dataset
 from ebmkit.evaluation import features, tables
 from ebmkit.evaluation.generation import GENERATION, GenerationConfig
 from ebmkit.evaluation.suite import EvaluationContext
 from ebmkit.models import GradResNetConfig, ModelConfig, load, save_model
+from ebmkit.sampling.jobs.chains import JobFolder
+from ebmkit.sampling.jobs.job import SamplingJob, write_results
+from ebmkit.sampling.jobs.settings import make_settings
 
 
 @pytest.fixture
@@ -233,3 +236,41 @@ def test_inception_loads_weights_from_a_file(tmp_path, monkeypatch):
     assert found["features"].shape == (2, 2048)
     assert torch.allclose(found["features"], expected[0], rtol=1e-4, atol=1e-6)
     assert torch.allclose(found["logits"], expected[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sampler", [None, "ais"])
+def test_samples_of_a_noise_conditional_energy_have_the_measures_of_exact_ones(
+    sampler, digits, classifier_run, tmp_path
+):
+    """A mixture of a Gaussian per digit, by default from noise of 40, and by AIS."""
+    train = load_dataset("digits", None, "train")
+    own = [train.floats()[train.labels == c].double() for c in range(10)]
+    spread = 0.003 * torch.eye(64, dtype=torch.float64)
+    covariances = torch.stack([torch.cov(x.flatten(1).T) + spread for x in own])
+    model = GaussianMixture(torch.stack([x.mean(0) for x in own]), covariances).float()
+    names, size = list(train.class_names), (8, 8)
+    model.card = ModelCard(
+        image_size=size, channels=1, class_names=names, sigma_range=(0.001, 40.0), classifies=True
+    )
+    settings = make_settings(model, sampler, count=300, batch_size=300, label="all")
+    assert settings.sampler == (sampler or "heun")
+    folder = JobFolder(tmp_path / "own")
+    folder.begin(settings)
+    job = SamplingJob(model, settings, folder)
+    job.run()
+    write_results(job, "mixture")
+    exact, c = model.sample(3000, torch.Generator().manual_seed(1))
+    exact = torch.cat([exact[c == k][:30] for k in range(10)]).clamp(0, 1)
+    (tmp_path / "exact").mkdir()
+    labels = torch.arange(10).repeat_interleave(30)
+    write(tmp_path / "exact" / "samples.h5", (255 * exact).round().byte(), labels=labels)
+    found = []
+    for name in ("own", "exact"):
+        path = str(tmp_path / name / "samples.h5")
+        made = {"samples": path, "extractor": str(classifier_run)}
+        document = evaluate(model, digits, tmp_path / f"evaluation-{name}", made).document
+        found.append([document["measures"]["classifier-FD"], *document["energy_gap"].values()])
+    for one, other in zip(*found, strict=True):  # intervals of 95 %
+        assert one["low"] < other["high"]
+        assert other["low"] < one["high"]

@@ -97,6 +97,7 @@ TRAINED |= {
 
 SAMPLERS = {
     **dict.fromkeys(("langevin", "sgld", "mala", "hmc", "annealed-langevin", "pc", "ddpm", "ddim")),
+    **dict.fromkeys(("heun", "annealed-mala", "ais")),
     "ks": "kadkhodaie_simoncelli",
     "ascent": None,
 }
@@ -107,7 +108,7 @@ SAMPLED = {
         f"sample/{name}/run": (JOINT, f"--sampler {SAMPLERS[name] or name} --steps {steps} {FEW}")
         for name, steps in (
             *(("langevin", 6), ("sgld", 6), ("mala", 6), ("hmc", 6), ("annealed-langevin", 20)),
-            *(("pc", 6), ("ks", 12)),
+            *(("pc", 6), ("ks", 12), ("heun", 6)),
         )
     },
     "sample/ascent/run": (JOINT, f"--sampler ascent --steps 6 --label 3 {FEW}"),

@@ -146,7 +146,9 @@ ACCURATE_SETTINGS = {
     "mala": {"steps": 100, "step_size": 1e-3},
     "hmc": {"steps": 30, "step_size": 0.05, "leapfrogs": 5},
     "annealed-langevin": {"steps": 300, "inner": 10, "rate": 0.05},
+    "annealed-mala": {"steps": 100, "moves": 2},
     "pc": {"steps": 150},
+    "heun": {"steps": 40},
     "ddpm": {"steps": 300},
     "ddim": {"steps": 300, "clip": False},
 }
@@ -178,7 +180,7 @@ def test_conditional_samples_have_the_moments_of_their_label(name):
     assert known.worst_error(start, one) > 10
 
 
-@pytest.mark.parametrize("name", ["ddim", "pc", KS, "ascent"])
+@pytest.mark.parametrize("name", ["ddim", "heun", "ais", "pc", KS, "ascent"])
 def test_samples_have_the_requested_labels(name):
     entry = SAMPLERS[name]
     model, labels = model_for(entry), torch.arange(40) % 2
@@ -226,6 +228,9 @@ def test_samplers_evaluate_the_model_within_its_trained_noise_range(entry):
         ("hmc", {"sigma": "0.5/255"}),
         ("annealed-langevin", {"high": 1.0}),
         ("pc", {"low": "0.5/255"}),
+        ("heun", {"high": 40.0}),
+        ("annealed-mala", {"low": "0.5/255"}),
+        ("ais", {"high": 1.0}),
         (KS, {"first_sigma": 1.0}),
         (KS, {"last_sigma": "0.5/255"}),
     ],
@@ -243,7 +248,7 @@ def test_unsupported_models_raise_errors_that_list_supported_samplers():
     with pytest.raises(
         UserError,
         match="sampler mala does not support this model: DirectDenoiser is a plain denoiser and "
-        f"has no log-density; take langevin, sgld, annealed-langevin, pc, ddpm, ddim, {KS}",
+        f"has no log-density; take langevin, sgld, annealed-langevin, pc, ddpm, ddim, heun, {KS}",
     ):
         SAMPLERS["mala"].build(plain)
     with pytest.raises(
@@ -251,7 +256,12 @@ def test_unsupported_models_raise_errors_that_list_supported_samplers():
     ):
         SAMPLERS[KS].build(mixture())
     classifier = with_card(mixture(), sigma_range=None)
-    for name in ("annealed-langevin", "pc", "ddpm", "ddim"):
+    for name in ("annealed-mala", "ais"):
+        with pytest.raises(
+            UserError, match=f"sampler {name} does not support .* ignores the noise level, and this"
+        ):
+            SAMPLERS[name].build(mixture(BlindMixture))
+    for name in ("annealed-langevin", "pc", "ais", "ddpm", "ddim", "heun"):
         with pytest.raises(UserError, match=r"not trained to denoise.*; take langevin, sgld, mala"):
             SAMPLERS[name].build(classifier)
     unlabelled = with_card(mixture(), classifies=False)

@@ -16,6 +16,7 @@ data set of kind ``hdf5`` (`ebmkit.data.hdf5`)::
     class_names  names of the labels
     log_density  (N,) float32, nats, up to the constant of the model
     log_joint    (N, C) float32, for models with labels
+    log_weight   (N,) float64, importance weights, for samplers that have them
 
 with attributes ``source`` (``fresh``, or ``buffer`` if chains continue those of the replay buffer),
 ``sampler``, ``settings`` (JSON), ``seed``, ``run``. There is no attribute ``filter``, because
@@ -55,6 +56,8 @@ from ebmkit.sampling.diagnostics import (
     describe_arrival,
     energy_diagnostics,
     estimates_level,
+    importance_diagnostics,
+    importance_warnings,
     is_out_of_range,
     level_reached,
     noise_level,
@@ -101,6 +104,7 @@ class SamplingJob:
         length: maximum number of steps of each chain; ``total``: of all batches.
         labels: labels of the chains, (N,) int64, or None.
         first_level: noise level at which chains start; None: a single level, or no step.
+        last_level: noise level of the last images; None: no level.
         cautions: warnings that are known before sampling.
 
     Raises:
@@ -120,12 +124,14 @@ class SamplingJob:
         self.device = device_of(model)
         self.labels = parse_labels(model, settings.label, settings.count)
         self.entry: SamplerEntry[Any] | None = None
-        self.length, self.cautions, self.first_level = 1, list[str](), None
+        self.length, self.cautions = 1, list[str]()
+        self.first_level: float | None = None
+        self.last_level: float | None = None
         if settings.sampler != BUFFER:
             self.entry, self.config = find_sampler(settings.sampler), settings.config
             sampler = self.entry.build(model, self._labels(0), self.config)
             self.length = self.entry.length(sampler, self.config)
-            self.first_level = noise_levels(sampler)[0]
+            self.first_level, self.last_level = noise_levels(sampler)
             self.cautions = cautions(model, self.entry, sampler, settings)
         self.total = settings.batches * self.length
         self._slots = self._choose_slots() if settings.start == BUFFER else None
@@ -232,6 +238,8 @@ class SamplingJob:
         tensors["seconds"] = torch.tensor(seconds, dtype=torch.float64)
         if c is not None:
             tensors["labels"] = c
+        if self.entry is not None and self.entry.weighted:
+            tensors["log_weight"] = chains.state.log_weight
         if estimates_level(self.model):
             tensors["level"] = level_reached(self.model, x, record.level)
         self.folder.save(batch_name(number), tensors | self.energies(x) | record.tensors())
@@ -338,6 +346,12 @@ def write_results(job: SamplingJob, run: str) -> dict[str, Any]:
     if level is not None:
         own = None if held_out is None else noise_level(job.model, held_out, settings.batch_size)
         noise = arrival(job.model, level[finite], own)
+    weights, cautions = joined("log_weight"), list(job.cautions)
+    weighted = None
+    if weights is not None:
+        names = class_names_of(job.model)
+        weighted = importance_diagnostics(weights, finite, joined("labels"), names, job.last_level)
+        cautions += importance_warnings(weighted)
     document: dict[str, Any] = {
         "run": run,
         "source": "buffer" if settings.start == BUFFER else "fresh",
@@ -346,7 +360,7 @@ def write_results(job: SamplingJob, run: str) -> dict[str, Any]:
         "samples": settings.count,
         "steps": len(traces["chains"]),
         "lost": [{"chain": chain, "step": step} for chain, step in diverged],
-        "warnings": [*job.cautions, *_warnings(int(far.sum()), diverged, len(died), noise)],
+        "warnings": [*cautions, *_warnings(int(far.sum()), diverged, len(died), noise)],
         "diagnostics": {
             "acceptance": acceptance,
             "chains": chain_diagnostics(entry, draws, finite, every),
@@ -354,6 +368,7 @@ def write_results(job: SamplingJob, run: str) -> dict[str, Any]:
                 joined("log_density"), finite, real, job.sources.note, clean_level(job.model)
             ),
             "noise": noise,
+            "importance": weighted,
         },
         "seconds": round(sum(float(batch["seconds"]) for batch in batches), 3),
         "traces": traces,
@@ -386,7 +401,7 @@ def _write_hdf5(job: SamplingJob, run: str, path: Path) -> tuple[list[dict[str, 
                 first.append(x)
             batch.pop("frames", None)
             batches.append(batch | {"far": is_out_of_range(x)})
-        for key in ("finite", "labels", "log_density", "log_joint"):
+        for key in ("finite", "labels", "log_density", "log_joint", "log_weight"):
             if key in batches[0]:
                 file[key] = torch.cat([batch[key] for batch in batches]).numpy()
         if "labels" in batches[0]:

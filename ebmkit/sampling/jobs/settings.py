@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -19,7 +18,7 @@ from ebmkit.guidance.score import GuidanceConfig
 from ebmkit.noise import format_sigma
 from ebmkit.objectives import parse_objective
 from ebmkit.sampling import SAMPLERS
-from ebmkit.sampling.base import Sampler, highest_level
+from ebmkit.sampling.base import Sampler, hiding_level, highest_level
 from ebmkit.sampling.entry import (
     RENAMED,
     SamplerConfig,
@@ -39,9 +38,6 @@ BUFFER = "buffer"
 
 STARTS = (*get_args(Start), "mean", BUFFER)
 """Legal starts: those of samplers, the mean training image with noise, the replay buffer."""
-
-SPREAD = 0.25
-"""Typical standard deviation of a pixel, image units."""
 
 
 class SamplingSettings(BaseModel):
@@ -187,6 +183,7 @@ def make_settings(
         if start in (None, "auto"):
             given = values.get("start", entry.config.model_fields["start"].default)
             values["start"] = start = entry.resolve_start(given, model, data_available)
+        entry.check_start(start)
         config = validated(entry.config, values, f"settings of sampler {sampler!r}")
         resolved = config.model_dump(mode="json")
         entry.build(model, labels, config)  # raises if a noise level is out of range
@@ -253,7 +250,7 @@ def cautions(
     if mean is not None and card is not None and card.sigma_range is not None:
         level = noise_levels(sampler)[0]
         level = highest_level(model) if level is None else level
-        wide = SPREAD * math.prod(settings.shape) ** 0.5
+        wide = hiding_level(settings.shape)
         if level < wide:
             found.append(
                 f"chains start with noise of {format_sigma(level)} about {mean}, in the trained "

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import math
 
 import h5py
 import pytest
@@ -69,8 +70,11 @@ def kill_at(at):
     [
         ("hmc", 14),
         ("annealed-langevin", 4),
-        pytest.param("mala", 4, marks=pytest.mark.slow),
-        pytest.param("langevin", 14, marks=pytest.mark.slow),
+        ("ais", 14),
+        *(
+            pytest.param(name, at, marks=pytest.mark.slow)
+            for name, at in (("mala", 4), ("langevin", 14), ("heun", 4))
+        ),
     ],
 )
 def test_killed_job_resumes_bit_identically(tmp_path, sampler, at):
@@ -274,6 +278,31 @@ def test_replay_buffer_provides_samples_and_starts(tmp_path):
     assert float(near.max()) < 1e-5
 
 
+def test_importance_weights_and_log_z_are_in_the_files(tmp_path):
+    """With a label, log Z of a normalised density is the log of its probability."""
+    model = mixture()
+    settings = make_settings(
+        model, "ais", count=60, batch_size=40, label="all", steps=60, data_available=True
+    )
+    assert settings.start == "noise"
+    job = job_at(tmp_path / "all", model, settings)
+    job.run()
+    found = write_results(job, "run")["diagnostics"]["importance"]
+    with h5py.File(tmp_path / "all" / "samples.h5") as file:
+        weights = torch.from_numpy(file["log_weight"][()])
+    assert found["sigma"] == pytest.approx(0.01)
+    assert list(found["estimates"]) == ["dark", "bright"]
+    for c, own in enumerate(found["estimates"].values()):
+        assert own["samples"] == 30
+        assert abs(own["log_z"] - math.log(0.5)) < 4 * own["standard_error"] < 0.8
+        assert own["log_z"] == pytest.approx(float(weights[c::2].exp().mean().log()))
+    job = job_at(tmp_path / "few", model, make_settings(model, "ais", count=3, steps=2))
+    job.run()
+    document = write_results(job, "run")
+    assert list(document["diagnostics"]["importance"]["estimates"]) == ["all"]
+    assert "dominated by few chains" in document["warnings"][-1]
+
+
 def test_number_of_frames_is_bounded_and_their_spacing_even():
     record = Record(1000, None, 2)
     record.frame(torch.zeros(3, *SHAPE), 0)
@@ -357,6 +386,11 @@ def job_samples(path):
         ({"start": "bufer"}, "did you mean 'buffer'"),
         ({"options": {"sigma": "2/1"}}, "outside the range that this model was trained for"),
         ({"sampler": "buffer", "steps": 5}, "buffer takes no step"),
+        ({"sampler": "heun", "steps": 1}, "steps = 1 is not legal.*greater than or equal to 2"),
+        ({"sampler": "ais", "steps": 0}, "0 steps are too few"),
+        ({"sampler": "ais", "start": "mean"}, "ais cannot start from 'mean': its weights need"),
+        ({"sampler": "ais", "start": "data"}, "ais cannot start from 'data'.*take noise"),
+        ({"sampler": "ais", "options": {"start": "uniform"}}, "cannot start from 'uniform'"),
     ],
 )
 def test_invalid_settings_raise_errors(arguments, message):
@@ -372,7 +406,10 @@ def test_labels_are_refused_for_a_model_without_labels(tmp_path):
 
 def test_each_kind_of_model_has_a_default_sampler(tmp_path):
     assert default_sampler(small_network(tmp_path / "blind")).name == "kadkhodaie_simoncelli"
-    assert default_sampler(mixture()).name == "ddim"
+    wide = mixture()
+    assert default_sampler(wide).name == "heun"  # noise of 1 hides an image of 4x4
+    wide.card = wide.card.model_copy(update={"sigma_range": (0.001, 0.5)})
+    assert default_sampler(wide).name == "ddim"
     jem = small_network(tmp_path / "jem", sigma_range=None, objective="jem")
     assert default_sampler(jem).name == "sgld"
 
