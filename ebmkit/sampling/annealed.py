@@ -27,8 +27,8 @@ normalising constant :math:`Z = \int f_n` without bias, and weighted averages ov
 expectations: of the shares of modes, for example. If the densities of all levels belong to one
 distribution of clean images, :math:`\log w` has a variance of first order in the distance of the
 levels. Weights of MALA moves alone, without the reverse kernel, have a variance of about
-:math:`2 d \log^2(\sigma_0 / \sigma_n) / n` even if each move draws from :math:`f_k`, because the norm
-of the noise changes between levels: with 64 entries and n = 200 levels from 40 to 0.01, 44.
+:math:`2 d \log^2(\sigma_0 / \sigma_n) / n` even if each move draws from :math:`f_k`, because the
+norm of the noise changes between levels: with 64 entries and n = 200 levels from 40 to 0.01, 44.
 """
 
 from __future__ import annotations
