@@ -45,6 +45,7 @@ from ebmkit.compute import environment
 from ebmkit.energy import DensityModel, EnergyModel, ScoreModel, classifies
 from ebmkit.errors import Interrupted, UserError
 from ebmkit.guidance.model import GuidedDensityModel
+from ebmkit.noise import format_sigma
 from ebmkit.plots import DPI, GRAY, new_figure, save_figure
 from ebmkit.randomness import keyed_generator
 from ebmkit.sampling.base import Sampler, State, clean_level
@@ -102,6 +103,7 @@ class SamplingJob:
         labels: labels of the chains, (N,) int64, or None.
         first_level: noise level at which chains start; None: a single level, or no step.
         cautions: warnings that are known before sampling.
+        assumption: what the starting points assume, a sentence; empty: nothing to state.
 
     Raises:
         UserError: if settings and model do not fit.
@@ -121,12 +123,20 @@ class SamplingJob:
         self.labels = parse_labels(model, settings.label, settings.count)
         self.entry: SamplerEntry[Any] | None = None
         self.length, self.cautions, self.first_level = 1, list[str](), None
+        self.assumption = ""
         if settings.sampler != BUFFER:
             self.entry, self.config = find_sampler(settings.sampler), settings.config
             sampler = self.entry.build(model, self._labels(0), self.config)
             self.length = self.entry.length(sampler, self.config)
             self.first_level = noise_levels(sampler)[0]
             self.cautions = cautions(model, self.entry, sampler, settings)
+            if settings.start == "class_gaussian" and self.first_level is not None:
+                of = "of all images" if self.labels is None else "of the label's images"
+                self.assumption = (
+                    f"chains start at {format_sigma(self.first_level)}, where noisy images are "
+                    f"taken to be Gaussian: the mean and covariance {of}, plus the noise; the "
+                    "model samples below this level"
+                )
         self.total = settings.batches * self.length
         self._slots = self._choose_slots() if settings.start == BUFFER else None
 
@@ -348,6 +358,7 @@ def write_results(job: SamplingJob, run: str) -> dict[str, Any]:
         "lost": [{"chain": chain, "step": step} for chain, step in diverged],
         "warnings": [*job.cautions, *_warnings(int(far.sum()), diverged, len(died), noise)],
         "diagnostics": {
+            "start": {"meaning": job.assumption} if job.assumption else None,
             "acceptance": acceptance,
             "chains": chain_diagnostics(entry, draws, finite, every),
             "energies": energy_diagnostics(
