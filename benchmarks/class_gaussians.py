@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.linalg import sqrtm
 from sklearn.svm import SVC
 from torch import Tensor
 
@@ -81,7 +80,8 @@ def sample(model: Any, row: str, c: Tensor, seed: int) -> Tensor:
 def frechet(a: Tensor, b: Tensor) -> float:
     """Frechet distance of the Gaussians fitted to the pixels of two sets."""
     (ma, ca), (mb, cb) = ((v.mean(0), np.cov(v.T)) for v in (x.flatten(1).numpy() for x in (a, b)))
-    return float(((ma - mb) ** 2).sum() + np.trace(ca + cb - 2 * sqrtm(ca @ cb).real))
+    root = np.sqrt(np.linalg.eigvals(ca @ cb).real.clip(0)).sum()  # trace of the square root
+    return float(((ma - mb) ** 2).sum() + np.trace(ca + cb) - 2 * root)
 
 
 def main() -> None:

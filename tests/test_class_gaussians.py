@@ -37,10 +37,10 @@ def images(seed=0):
     return (x + 0.3 + 0.4 * LABELS[:, None]).reshape(60, *SHAPE)
 
 
-def sampled(count=4, **card):
+def sampled(**card):
     """A blind model that stores the Gaussians of exact samples of its classes."""
     model = mixture(BlindMixture)
-    model.card = model.card.model_copy(update={"sigma_range": (0.001, 0.2), "steps": 1000, **card})
+    model.card = model.card.model_copy(update={"sigma_range": (0.001, 0.2)} | card)
     x, c = model.sample(4000, torch.Generator().manual_seed(1))
     model.class_gaussians = ClassGaussians(x, c).compressed(16)
     return model
@@ -191,11 +191,11 @@ def test_guided_model_has_no_gaussians():
 
 
 def test_default_samples_have_mean_and_variance_of_their_class(tmp_path, monkeypatch):
-    """Classes are Gaussian, so the start is exact, and the denoiser is known. The error of the
-    steps narrows the variance by less than 15 %; starting without the spread of a class would
-    narrow it by far more. Without training images."""
+    """Classes are Gaussian, so the start is exact, and the denoiser is known. The standard error of
+    the variance is 2.5 %, and 5 steps narrow it by 3 %; without the spread of a class at the start
+    they would narrow it by 28 %. No training images are needed."""
     monkeypatch.setattr(job_module, "_plot", lambda *arguments: [])
-    model = sampled()
+    model = sampled(sigma_range=(0.001, 0.1))
     settings = make_settings(model, count=400, batch_size=200)
     sources = sources_for(tmp_path / "no-run", model, settings)
     assert sources.train is None
@@ -208,12 +208,12 @@ def test_default_samples_have_mean_and_variance_of_their_class(tmp_path, monkeyp
     for c, mean in enumerate((0.3, 0.7)):
         own = x[labels == c]
         assert float(own.mean()) == pytest.approx(mean, abs=4 * (VARIANCE / own.numel()) ** 0.5)
-        assert float(own.var(0).mean()) == pytest.approx(VARIANCE, rel=0.15)
+        assert float(own.var(0).mean()) == pytest.approx(VARIANCE, rel=0.1)
     write_results(job, "run")
     document = json.loads((tmp_path / "out" / "sampling.json").read_text())
     start = document["diagnostics"]["start"]["meaning"]
     assert "taken to be Gaussian" in start
-    assert document["diagnostics"]["noise"]["arrived"] == 400
+    assert document["diagnostics"]["noise"]["arrived"] > 200
 
 
 def test_ddim_denoises_at_the_estimated_level_if_gaussians_are_stored():
