@@ -25,6 +25,7 @@ import ebmkit
 from ebmkit.compute import environment
 from ebmkit.data import load_dataset
 from ebmkit.sampling import Chains, ClassGaussians, find_sampler
+from ebmkit.sampling.jobs.settings import TIMESTEPS
 from ebmkit.storage import write_atomically
 from ebmkit.terminal import counting
 
@@ -71,7 +72,8 @@ def sample(model: Any, row: str, c: Tensor, seed: int) -> Tensor:
     if "no model" in row:
         return x.clamp(0, 1)
     model.class_gaussians = None if "schedule" in row else gaussians
-    sampler = find_sampler("ddim").build(model, c)
+    entry = find_sampler("ddim")
+    sampler = entry.build(model, c, entry.config(steps=TIMESTEPS))
     model.class_gaussians = gaussians
     y = x + sampler.sigmas[0] * torch.randn(x.shape, generator=generator)
     return Chains(sampler, sampler.init(y)).run(sampler.steps, generator).x.clamp(0, 1)

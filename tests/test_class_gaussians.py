@@ -165,10 +165,12 @@ def test_model_with_gaussians_starts_from_them_by_default():
     model = sampled()
     found = make_settings(model)
     assert (found.sampler, found.start, found.label) == ("ddim", "class_gaussian", "all")
-    assert found.options["start"] == "class_gaussian"
+    assert (found.options["start"], found.options["steps"]) == ("class_gaussian", 50)
+    assert make_settings(model, steps=80).options["steps"] == 80
     assert make_settings(model, label="bright").label == "bright"
     explicit = make_settings(model, "ddim")
     assert (explicit.start, explicit.label) == ("class_gaussian", None)
+    assert explicit.options["steps"] == 100
 
 
 @pytest.mark.parametrize(
@@ -196,7 +198,7 @@ def test_default_samples_have_mean_and_variance_of_their_class(tmp_path, monkeyp
     they would narrow it by 28 %. No training images are needed."""
     monkeypatch.setattr(job_module, "_plot", lambda *arguments: [])
     model = sampled(sigma_range=(0.001, 0.1))
-    settings = make_settings(model, count=400, batch_size=200)
+    settings = make_settings(model, count=400, batch_size=200, steps=100)
     sources = sources_for(tmp_path / "no-run", model, settings)
     assert sources.train is None
     folder = JobFolder(tmp_path / "out")
