@@ -131,7 +131,7 @@ def main() -> None:
         "samples": COUNT,
         "test_images": real,
         "rows": found,
-        "environment": environment(),
+        "environment": {k: v for k, v in environment().items() if k != "command"},
     }
     write_atomically(RESULTS, json.dumps(document, indent=2).encode())
     for own in found:

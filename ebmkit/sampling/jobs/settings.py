@@ -46,8 +46,8 @@ SPREAD = 0.25
 
 
 TIMESTEPS = 50
-"""Number of timesteps, of 1000, of chains that by default start from stored Gaussians: 10 steps below
-100/255. On digits more steps do not improve the samples."""
+"""Number of timesteps, of 1000, of chains that by default start from stored Gaussians: 10 steps
+below 100/255. On digits more steps do not improve the samples."""
 
 
 class SamplingSettings(BaseModel):
