@@ -150,6 +150,7 @@ class WrappedModel(ScoreModel):
         self.is_energy_based, self.ignores_sigma = model.is_energy_based, model.ignores_sigma
         self.in_channels, self.schedule = model.in_channels, model.schedule
         self.card, self.weights_sha256 = model.card, model.weights_sha256
+        self.class_gaussians = model.class_gaussians
         self._compiled: dict[object, dict[object, Callable[..., Any]]] = {}  # by function and size
         self._last: dict[object, object] = {}
 

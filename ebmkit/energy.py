@@ -44,6 +44,7 @@ from torch import Tensor, nn
 
 from ebmkit.blind import calibrated, reliability_warnings
 from ebmkit.card import ModelCard
+from ebmkit.class_gaussians import ClassGaussians
 from ebmkit.compute import in_functional_transform, upcast
 from ebmkit.errors import UserError
 from ebmkit.inputs import class_labels, image_batch, noise_level
@@ -302,6 +303,8 @@ class ScoreModel(nn.Module, ABC):
         in_channels: number of image channels; None if unknown.
         schedule: noise levels of a diffusion model; None for other models.
         card: what the model was trained for; None before training.
+        class_gaussians: Gaussian of each class's training images, to start chains from; None: not
+            stored (`ebmkit.class_gaussians`).
         built_from: `ebmkit.models.ModelConfig` that built the model; None: composed by hand.
         weights_sha256: SHA-256 of the file that the weights were loaded from, if any.
     """
@@ -313,6 +316,7 @@ class ScoreModel(nn.Module, ABC):
     in_channels: int | None = None
     schedule: Schedule | None = None
     card: ModelCard | None = None
+    class_gaussians: ClassGaussians | None = None
     built_from: BaseModel | None = None
     weights_sha256: str | None = None
 

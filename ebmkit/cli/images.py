@@ -387,10 +387,12 @@ def sample(
         out: folder for the samples: new, or an interrupted job to resume [default: a folder in
             RUN/samples/ named after the settings]
         sampler: sampler, from `ebmkit list samplers`; buffer: export the replay buffer [default:
-            kadkhodaie_simoncelli for blind denoisers; if the noise level is an input, heun if
-            training noise hides an image, else ddim; else sgld]
+            ddim if the run stores class Gaussians, else kadkhodaie_simoncelli for blind denoisers;
+            if the noise level is an input, heun if training noise hides an image, else ddim; sgld
+            for other models]
         count: number of samples
-        label: class, by name or number; all: each class in turn
+        label: class, by name or number; all: each class in turn [default: all if chains start from
+            stored class Gaussians by default, else none]
         steps: number of steps per chain [default: set by the sampler]
         start: starting points: noise (Gaussian noise around gray), uniform, data, class_gaussian
             (draws from the Gaussian of a class's images), mean (noise around the mean image),
@@ -474,6 +476,8 @@ def sample(
         job.cautions.append(expected.caution)
     for sentence in job.cautions:
         warn(sentence)
+    if job.assumption:
+        console.say(job.assumption)
     if expected is not None:
         duration = format_seconds(expected.seconds)
         of = "" if expected.steps == job.length else f"about {expected.steps:,} of at most "

@@ -1,9 +1,10 @@
 """Save and load models: weights as safetensors, everything else as JSON; no code is executed.
 
-A saved model is two files in one folder. ``model.safetensors`` contains the weights and their
-SHA-256, so that damaged files are refused. ``model.json`` contains the configuration of the network
-and the *model card*: image size, noise levels and labels of the training, so that uses
-outside these can warn or fail.
+A saved model is two or three files in one folder. ``model.safetensors`` contains the weights and
+their SHA-256, so that damaged files are refused. ``model.json`` contains the configuration of the
+network and the *model card*: image size, noise levels and labels of the training, so that uses
+outside these can warn or fail. ``class_gaussians.safetensors``, of blind joint models, contains the
+Gaussians that chains start from (`ebmkit.class_gaussians`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from ebmkit.card import ModelCard
+from ebmkit.class_gaussians import ClassGaussians
 from ebmkit.compute import pick_device
 from ebmkit.energy import ScoreModel
 from ebmkit.errors import UserError, validated
@@ -37,6 +39,8 @@ FORMAT = 1
 
 FILES = {"last": "model.safetensors", "best": "checkpoints/best.safetensors"}
 
+GAUSSIANS = "class_gaussians.safetensors"
+
 
 class _Document(BaseModel):
     model_config = ConfigDict(extra="forbid")
@@ -49,7 +53,7 @@ class _Document(BaseModel):
 def save_model(
     folder: Path, model: ScoreModel, config: ModelConfig | None, card: ModelCard
 ) -> None:
-    """Write ``model.safetensors`` and ``model.json`` into ``folder``, each atomically.
+    """Write the files of a saved model into ``folder``, each atomically.
 
     Args:
         folder: an existing folder.
@@ -85,7 +89,10 @@ def model_files(model: ScoreModel, config: ModelConfig | None, card: ModelCard) 
     """Files of a saved model (see `save_model`): name -> content."""
     document = _Document(format=FORMAT, model=config, card=card)
     text = json.dumps(document.model_dump(mode="json"), indent=2)
-    return {"model.safetensors": weights_file(model), "model.json": text.encode()}
+    files = {"model.safetensors": weights_file(model), "model.json": text.encode()}
+    if model.class_gaussians is not None:
+        files[GAUSSIANS] = model.class_gaussians.to_bytes()
+    return files
 
 
 def weights_file(model: ScoreModel) -> bytes:
@@ -134,7 +141,8 @@ def load(
                 "model there (`ebmkit train --resume` resumes an interrupted run)"
             )
     check_links(folder)
-    content = read_together(folder, ["model.json", FILES[weights]])
+    names = ["model.json", FILES[weights], *([GAUSSIANS] if (folder / GAUSSIANS).is_file() else [])]
+    content = read_together(folder, names)
     document = _read_document(content["model.json"], folder / "model.json")
     path = folder / FILES[weights]
     state, metadata = parse_tensors(content[FILES[weights]], path)
@@ -151,6 +159,8 @@ def load(
     load_weights(model, state, folder, "the model")
     _warn_non_finite(model, path)
     model.card = document.card
+    if GAUSSIANS in content:
+        model.class_gaussians = ClassGaussians.from_bytes(content[GAUSSIANS], folder / GAUSSIANS)
     model.weights_sha256 = hashlib.sha256(content[FILES[weights]]).hexdigest()
     return model.eval().requires_grad_(False).to(place)
 

@@ -36,13 +36,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from ebmkit.class_gaussians import ClassGaussians
 from ebmkit.data import Batch
 from ebmkit.energy import Energies, EnergyModel, Noise
 from ebmkit.errors import UserError
 from ebmkit.objectives.base import ExtraPasses, ModelOutput, Objective, ObjectiveConfig, RunContext
 from ebmkit.randomness import keyed_generator
 from ebmkit.sampling.base import normal_like
-from ebmkit.sampling.entry import ClassGaussians, ReplayBuffer
+from ebmkit.sampling.entry import ReplayBuffer
 from ebmkit.sampling.langevin import JEM_NOISE, JEM_STEP, Langevin
 
 __all__ = ["CML", "ML", "Negatives", "NegativesConfig", "log_density_of"]

@@ -1,5 +1,6 @@
 """Samplers: chains driven by a score, a log-density or a denoiser of any model."""
 
+from ebmkit.class_gaussians import ClassGaussians
 from ebmkit.sampling import annealed, ascent, diffusion, heun, langevin
 from ebmkit.sampling.annealed import AIS, AnnealedMALA
 from ebmkit.sampling.ascent import Ascent, StochasticAscent
@@ -12,7 +13,7 @@ from ebmkit.sampling.base import (
     score_of,
 )
 from ebmkit.sampling.diffusion import DDIM, noise_predictor_of
-from ebmkit.sampling.entry import SAMPLERS, ClassGaussians, SamplerEntry, find_sampler
+from ebmkit.sampling.entry import SAMPLERS, SamplerEntry, find_sampler
 from ebmkit.sampling.heun import Heun, karras_sigmas
 from ebmkit.sampling.langevin import (
     HMC,

@@ -27,8 +27,10 @@ of images; r converts from the scaled coordinates of the model, in which this va
 Euler step of the probability-flow equation :math:`dy/d\sigma = \hat\epsilon`, with an error of
 first order in the step. With eta = 1 it is `PredictorCorrector` without corrections.
 
-Any denoiser predicts the noise, :math:`\hat\epsilon = (y - D(y, \sigma)) / \sigma`; a blind one
-estimates sigma itself. Levels outside the trained range are skipped (`Schedule.within`).
+Any denoiser predicts the noise, :math:`\hat\epsilon = (y - D(y, \sigma)) / \sigma`. A blind model
+with class Gaussians (`ebmkit.class_gaussians`) computes D at the level that it estimates, which is
+then calibrated; sigma and sigma' are those of the schedule, so chains do not stall. Levels outside
+the trained range are skipped (`Schedule.within`).
 """
 
 from __future__ import annotations
@@ -52,6 +54,7 @@ from ebmkit.sampling.base import (
     Info,
     Labels,
     PositionSampler,
+    blind_denoiser_of,
     denoiser_of,
     next_state,
     normal_like,
@@ -205,7 +208,9 @@ def _make(model: ScoreModel, c: Labels, config: DDIMConfig) -> DDIM:
     timesteps = schedule.within(
         schedule.timesteps(config.steps, config.spacing), trained_range(model)
     )
-    predictor = noise_predictor_of(denoiser_of(model, c), schedule)
+    estimates = model.class_gaussians is not None and not model.noise_conditional
+    denoiser = blind_denoiser_of(model, c) if estimates else denoiser_of(model, c)
+    predictor = noise_predictor_of(denoiser, schedule)
     return DDIM(predictor, schedule, timesteps, config.eta, config.clip)
 
 

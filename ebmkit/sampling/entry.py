@@ -5,15 +5,6 @@ adds the entry to `SAMPLERS`. No other code depends on the name of a sampler: an
 its sampler needs of a model, builds it for fixed labels, draws starting points, sets the number of
 steps and removes remaining noise at the end.
 
-**Class Gaussians** (Santurkar et al., arXiv 1906.09453; JEM++, arXiv 2109.09032): starting points
-are :math:`x_0 \sim \mathcal N(\mu_c, \Sigma_c)` with the mean and covariance of the images of class
-c. The covariance of n images in d dimensions is never formed: with the centred images
-:math:`X \in \mathbb R^{n \times d}`,
-
-.. math:: x_0 = \mu_c + X^\top z / \sqrt{n - 1}, \qquad z \sim \mathcal N(0, I_n)
-
-has this covariance, whatever its rank.
-
 **Replay buffer.** Persistent contrastive divergence (Tieleman 2008) continues its chains between
 training steps instead of restarting them. JEM stores 10,000 chains and continues a random batch at
 each step. With labels, class c owns the slots :math:`cM/C \dots (c+1)M/C - 1`, so a chain of p(x|c)
@@ -32,6 +23,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from ebmkit.class_gaussians import ClassGaussians
 from ebmkit.energy import DensityModel, EnergyModel, ScoreModel, classifies
 from ebmkit.errors import UserError
 from ebmkit.noise import Sigma, check_trained
@@ -46,63 +38,6 @@ from ebmkit.sampling.base import (
     trained_range,
 )
 from ebmkit.storage.hdf5 import find_array, open_hdf5, read_array
-
-MAX_FIT_IMAGES = 1000
-"""Maximum number of images per Gaussian, evenly spaced in the set."""
-
-
-class ClassGaussians:
-    """Gaussians fitted to images (N, C, H, W): one per class of ``labels`` (N,), or one for all.
-
-    Raises:
-        UserError: if a class has fewer than two images.
-    """
-
-    def __init__(self, images: Tensor, labels: Tensor | None = None) -> None:
-        count = int(labels.max()) + 1 if labels is not None else 1
-        self.means, self.spreads, shares = [], [], []
-        for c in range(count):
-            own = images if labels is None else images[labels == c]
-            if len(own) < 2:
-                raise UserError(
-                    f"class {c} has {len(own)} image(s), too few to fit a Gaussian to: start "
-                    "chains from uniform noise"
-                )
-            shares.append(len(own))
-            rows = torch.arange(min(len(own), MAX_FIT_IMAGES), device=own.device)
-            fitted = own[rows * len(own) // len(rows)]
-            self.means.append(fitted.mean(0))
-            self.spreads.append((fitted - fitted.mean(0)).flatten(1) / (len(fitted) - 1) ** 0.5)
-        self.shares = torch.tensor(shares, dtype=images.dtype, device=images.device)
-
-    def sample(
-        self, count: int, generator: torch.Generator, labels: Tensor | None = None
-    ) -> Tensor:
-        """Draw starting points (count, C, H, W), not clipped.
-
-        ``generator`` is on the device of the images. ``labels`` (count,) select the Gaussians;
-        None: classes are drawn with their frequencies in the set.
-
-        Raises:
-            UserError: if a label has no images.
-        """
-        if labels is None:
-            labels = torch.multinomial(self.shares, count, replacement=True, generator=generator)
-        elif len(labels) and (largest := int(labels.max())) >= len(self.means):
-            raise UserError(
-                f"label {largest} has 0 images to fit a Gaussian to, the largest label with images "
-                f"is {len(self.means) - 1}: start chains from uniform noise"
-            )
-        kind: dict[str, Any] = {"dtype": self.shares.dtype, "device": self.shares.device}
-        most = max(map(len, self.spreads))
-        z = torch.randn(count, most, generator=generator, **kind)
-        out = torch.empty((count, *self.means[0].shape), **kind)
-        for c, (mean, spread) in enumerate(zip(self.means, self.spreads, strict=True)):
-            rows = torch.nonzero(labels == c).flatten()
-            if len(rows):
-                drawn = z[rows, : len(spread)] @ spread
-                out[rows] = mean + drawn.reshape(-1, *mean.shape)
-        return out
 
 
 class ReplayBuffer:
@@ -353,19 +288,24 @@ class SamplerEntry(Generic[C]):
             shape: (B, C, H, W).
             generator: random generator.
             c: labels for ``class_gaussian``; None: one Gaussian for all images.
-            data: training images and labels, for ``data`` and ``class_gaussian``.
+            data: training images and labels, for ``data`` and ``class_gaussian``; None:
+                ``class_gaussian`` uses the Gaussians that are stored with the model.
             mean: image that ``noise`` is added to: gray, or the mean image.
 
         Raises:
             UserError: if data are needed and none are given.
         """
         device, shape, (level, _) = generator.device, tuple(shape), noise_levels(sampler)
-        kind = self.resolve_start(config.start, model, data is not None)
+        stored = gaussians_of(model, shape[1:]) if data is None else None
+        kind = self.resolve_start(config.start, model, data is not None or stored is not None)
         if kind == "uniform":
             return torch.rand(shape, generator=generator, device=device)
         if kind == "noise":
             begin = torch.zeros(shape, device=device) + mean
             level = highest_level(model) if level is None else level
+        elif kind == "class_gaussian" and stored is not None:
+            own = None if c is None else torch.as_tensor(c, device=device).expand(shape[0])
+            begin = stored.to(device).sample(shape[0], generator, own)
         elif data is None:
             raise UserError(f"chains start from {kind}: give images of the data set")
         elif kind == "data":
@@ -414,15 +354,25 @@ def find_sampler(name: str) -> SamplerEntry[Any]:
     return find("sampler", SAMPLERS, name)
 
 
-def default_sampler(model: ScoreModel) -> SamplerEntry[Any]:
+def gaussians_of(model: ScoreModel, shape: Sequence[int]) -> ClassGaussians | None:
+    """Gaussians stored with ``model``, if they are of images of ``shape`` (C, H, W)."""
+    found = model.class_gaussians
+    return found if found is not None and found.shape == tuple(shape) else None
+
+
+def default_sampler(model: ScoreModel, gaussians: bool = False) -> SamplerEntry[Any]:
     """Return the default sampler of ``model``.
 
-    ``kadkhodaie_simoncelli`` for blind denoisers, ``heun`` for those that take the noise level and
-    were trained on noise that hides an image, ``ddim`` for other ones and diffusion models, and
-    ``sgld``, as in JEM, for densities that were not trained to denoise.
+    ``ddim`` for blind denoisers with Gaussians to start from, and ``kadkhodaie_simoncelli`` for
+    other ones; ``heun`` for those that take the noise level and were trained on noise that hides an
+    image, ``ddim`` for other ones and diffusion models; ``sgld``, as in JEM, for densities that
+    were not trained to denoise. ``gaussians``: whether chains can start from the Gaussians that are
+    stored with the model.
     """
     entries = (entry for entry in SAMPLERS.values() if entry.priority and entry.default_for(model))
-    able = (entry for entry in entries if entry.supports(model))
+    able = [entry for entry in entries if entry.supports(model)]
+    if gaussians:
+        able = [entry for entry in able if entry.starts_from_data]
     return max(able, key=lambda entry: entry.priority)
 
 

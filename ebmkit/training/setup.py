@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ebmkit.blind import fit_calibration
 from ebmkit.card import ModelCard
+from ebmkit.class_gaussians import ClassGaussians, storable_rank
 from ebmkit.data import AnyImages, load_dataset
 from ebmkit.data.imagesets import FaultPolicy
 from ebmkit.data.schedule import Stage, images_between, stages
@@ -29,6 +30,10 @@ from ebmkit.training.config import DataConfig, TrainConfig
 CALIBRATION_IMAGES, CALIBRATION_BATCH, CALIBRATION_LEVELS = 100, 25, 16
 """Maximum number of images, their number at a time, and number of noise levels, uniform in
 log(sigma), of `calibrate_sigma`."""
+
+FIT_IMAGES, FIT_NUMBERS = 10_000, 2**26
+"""Maximum number of images that `fit_class_gaussians` reads, and of all their pixels and channels
+(256 MiB in float32)."""
 
 Split = Literal["train", "validation", "test"]
 
@@ -213,6 +218,33 @@ def calibrate_sigma(model: ScoreModel, images: AnyImages, card: ModelCard) -> No
             true += [sigma] * len(x)
     model.train(training)
     card.sigma_calibration = fit_calibration(raw, true)
+
+
+def fit_class_gaussians(
+    model: ScoreModel, images: AnyImages, card: ModelCard
+) -> ClassGaussians | None:
+    """Gaussians of the classes of the training ``images``, cropped to the training size.
+
+    They are for blind joint models, whose noise does not hide the images that chains start from.
+    None for other models, for runs shorter than `MIN_STEPS`, if a class has fewer than two images,
+    or if the images are too large (`storable_rank`).
+    """
+    size = card.image_size
+    blind = card.sigma_range is not None and not model.noise_conditional
+    if not (blind and card.classifies and size) or card.steps < MIN_STEPS:
+        return None
+    entries = images.channels * math.prod(size)
+    if not (rank := storable_rank(images.num_classes, entries)):
+        return None
+    from torchvision.transforms.functional import center_crop
+
+    few = images.spread(min(FIT_IMAGES, FIT_NUMBERS // entries))
+    found = [(center_crop(x.cpu(), list(size)), c) for x, c in few.batches(CALIBRATION_BATCH)]
+    labels = torch.cat([c.cpu() for _, c in found if c is not None])
+    try:
+        return ClassGaussians(torch.cat([x for x, _ in found]), labels).compressed(rank)
+    except UserError:  # a class has too few images
+        return None
 
 
 def check_terms(loss: TrainingLoss, config: TrainConfig, images: AnyImages) -> None:

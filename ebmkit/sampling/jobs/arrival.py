@@ -30,7 +30,7 @@ from ebmkit.sampling.diagnostics import (
     shown_level,
 )
 from ebmkit.sampling.diffusion import DDIM_ENTRY
-from ebmkit.sampling.entry import SamplerConfig, SamplerEntry
+from ebmkit.sampling.entry import SamplerConfig, SamplerEntry, gaussians_of
 from ebmkit.sampling.jobs.chains import Hook, Record, run_chains
 from ebmkit.sampling.jobs.job import SamplingJob
 
@@ -56,10 +56,10 @@ def forecast(
 ) -> Forecast | None:
     """Try whether the chains of ``job`` arrive, and how long it takes, in a short trial.
 
-    ``train`` loads training images, to try DDIM from ``class_gaussian`` if the trial fails; it may
-    raise a `UserError`. ``progress`` is called with (steps done, all steps). There is only a time
-    if the model estimates no level, the chains start from images or have a single level, or the
-    job is little longer than a trial; None if it has few steps.
+    ``train`` loads training images, to try DDIM from ``class_gaussian`` if the trial fails and the
+    model stores no Gaussians; it may raise a `UserError`. ``progress`` is called with (steps done,
+    all steps). There is only a time if the model estimates no level, the chains start from images
+    or have a single level, or the job is little longer than a trial; None if it has few steps.
     """
     settings, entry = job.settings, job.entry
     if entry is None or job.total <= 10 * TIMED_STEPS:
@@ -86,7 +86,9 @@ def forecast(
     offer = "train with higher noise (`ebmkit list recipes`)"
     with contextlib.suppress(UserError):  # no images, too few of a class, or a model without DDIM
         config = DDIM_ENTRY.config(start="class_gaussian")
-        other, _, _ = _trial(job, DDIM_ENTRY, config, train(), data, progress)
+        stored = gaussians_of(job.model, settings.shape) is not None
+        images = None if stored else train()
+        other, _, _ = _trial(job, DDIM_ENTRY, config, images, data, progress)
         if 2 * other["arrived"] >= other["samples"]:
             level = shown_level(other["level_of_samples"])
             offer = (

@@ -46,6 +46,7 @@ from ebmkit.compute import environment
 from ebmkit.energy import DensityModel, EnergyModel, ScoreModel, classifies
 from ebmkit.errors import Interrupted, UserError
 from ebmkit.guidance.model import GuidedDensityModel
+from ebmkit.noise import format_sigma
 from ebmkit.plots import DPI, GRAY, new_figure, save_figure
 from ebmkit.randomness import keyed_generator
 from ebmkit.sampling.base import Sampler, State, clean_level
@@ -106,6 +107,7 @@ class SamplingJob:
         first_level: noise level at which chains start; None: a single level, or no step.
         last_level: noise level of the last images; None: no level.
         cautions: warnings that are known before sampling.
+        assumption: what the starting points assume, a sentence; empty: nothing to state.
 
     Raises:
         UserError: if settings and model do not fit.
@@ -127,12 +129,20 @@ class SamplingJob:
         self.length, self.cautions = 1, list[str]()
         self.first_level: float | None = None
         self.last_level: float | None = None
+        self.assumption = ""
         if settings.sampler != BUFFER:
             self.entry, self.config = find_sampler(settings.sampler), settings.config
             sampler = self.entry.build(model, self._labels(0), self.config)
             self.length = self.entry.length(sampler, self.config)
             self.first_level, self.last_level = noise_levels(sampler)
             self.cautions = cautions(model, self.entry, sampler, settings)
+            if settings.start == "class_gaussian" and self.first_level is not None:
+                of = "of all images" if self.labels is None else "of the label's images"
+                self.assumption = (
+                    f"chains start at {format_sigma(self.first_level)}, where noisy images are "
+                    f"taken to be Gaussian: the mean and covariance {of}, plus the noise; the "
+                    "model samples below this level"
+                )
         self.total = settings.batches * self.length
         self._slots = self._choose_slots() if settings.start == BUFFER else None
 
@@ -362,6 +372,7 @@ def write_results(job: SamplingJob, run: str) -> dict[str, Any]:
         "lost": [{"chain": chain, "step": step} for chain, step in diverged],
         "warnings": [*cautions, *_warnings(int(far.sum()), diverged, len(died), noise)],
         "diagnostics": {
+            "start": {"meaning": job.assumption} if job.assumption else None,
             "acceptance": acceptance,
             "chains": chain_diagnostics(entry, draws, finite, every),
             "energies": energy_diagnostics(

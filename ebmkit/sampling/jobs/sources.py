@@ -26,7 +26,7 @@ from ebmkit.guidance import (
 )
 from ebmkit.models import load, weights_digest
 from ebmkit.sampling.base import clean_level
-from ebmkit.sampling.entry import ReplayBuffer
+from ebmkit.sampling.entry import ReplayBuffer, gaussians_of
 from ebmkit.sampling.jobs.settings import BUFFER, SamplingSettings, class_names_of
 from ebmkit.storage.hdf5 import holds, open_hdf5
 from ebmkit.training import DataConfig, RunFolder, resolve
@@ -57,12 +57,16 @@ def sources_for(
 ) -> Sources:
     """Load the inputs that a job with ``settings`` needs from ``run``.
 
+    Chains from ``class_gaussian`` need no images if ``model`` stores its Gaussians, unless a
+    ``dataset`` is named.
+
     Raises:
         UserError: if the images or the buffer to start from are missing or have another shape.
     """
     train = buffer = held_out = None
     note = ""
-    if settings.start in ("data", "class_gaussian", "mean"):
+    stored = dataset is None and gaussians_of(model, settings.shape) is not None
+    if settings.start in ("data", "mean") or (settings.start == "class_gaussian" and not stored):
         train = training_images(run, model, settings, dataset, data_dir, progress)
     if settings.start == BUFFER:
         buffer = buffer_of(run, model)
