@@ -22,8 +22,8 @@ At the start n = 0.
 
 **Constant.** Score matching determines log p up to a constant per noise level. Objectives that
 compare noise levels (`ebmkit.objectives.time_score`) leave one constant b for all levels. It
-follows from one level, sigma_max: the Kullback-Leibler divergence of the noisy data from the Gaussian is
-:math:`E_y[\log p_\sigma(y) - \log \mathcal N(y; m, \tau^2 I)]`, so
+follows from one level, sigma_max: the Kullback-Leibler divergence of the noisy data from the
+Gaussian is :math:`E_y[\log p_\sigma(y) - \log \mathcal N(y; m, \tau^2 I)]`, so
 
 .. math::
     b = \mathrm{KL} - a\,P\,E_y[n], \qquad

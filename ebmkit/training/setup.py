@@ -183,7 +183,7 @@ def _preconditioning(config: TrainConfig, images: AnyImages) -> dict[str, Any]:
 
 def _matching(config: TrainConfig) -> list[Any]:
     """The terms of ``config`` that train the density at noise levels."""
-    return [t for t in parse_objective(config.objective) if t.objective.needs_score]
+    return [t for t in parse_objective(config.objective) if t.objective.needs_noise]
 
 
 def make_loss(model: ScoreModel, config: TrainConfig, training: bool = True) -> TrainingLoss:
@@ -196,7 +196,7 @@ def make_loss(model: ScoreModel, config: TrainConfig, training: bool = True) -> 
 
 def make_card(loss: TrainingLoss, config: TrainConfig, images: AnyImages) -> ModelCard:
     """The model card of a run."""
-    matching = [term.name for term in loss.terms if term.objective.needs_score]
+    matching = [term.name for term in loss.terms if term.objective.needs_noise]
     denoise = config.stream(loss.stream_of[matching[0]]) if matching else None
     return ModelCard(
         dataset=images.name,
@@ -275,7 +275,17 @@ def check_terms(loss: TrainingLoss, config: TrainConfig, images: AnyImages) -> N
             )
         mixes = stream.augmentation.mix != "none"
         check_labels(term.name, term.objective, images.num_classes, mixes, name)
-        if term.objective.needs_score and stream.noise.range[1] == 0:
+        if term.objective.needs_levels and not isinstance(loss.model, EnergyModel):
+            raise UserError(
+                f"objective {term.name!r} needs a density, and {config.backbone!r} is a denoiser "
+                "without one: take a backbone"
+            )
+        if term.objective.needs_levels and not loss.model.noise_conditional:
+            raise UserError(
+                f"objective {term.name!r} compares noise levels, and this model is blind to them: "
+                "set model.preconditioned=true and take a backbone with sigma as an input"
+            )
+        if term.objective.needs_noise and stream.noise.range[1] == 0:
             raise UserError(
                 f"objective {term.name!r} learns from noise, and stream {name!r} has none: set "
                 f"streams.{name}.noise.kind and max, for example to squared-uniform and 100/255"
@@ -379,7 +389,7 @@ def training_image_size(config: TrainConfig, images: AnyImages) -> tuple[int, in
     crops grow during the run, the largest: up to that size, the log-density is the plain formula.
     """
     terms = parse_objective(config.objective)
-    first = next((t for t in terms if t.objective.needs_score), terms[0])
+    first = next((t for t in terms if t.objective.needs_noise), terms[0])
     name = config.draw_from.get(first.name, first.objective.stream)
     spans = config.stream(name).spans(config.steps)
     sizes = [_seen_size(span.crop_size, images) for span in spans]
