@@ -20,7 +20,7 @@ from ebmkit.energy import EnergyModel, ScoreModel
 from ebmkit.errors import UserError, first_line, shown
 from ebmkit.models import Features, JointModel, ModelConfig
 from ebmkit.models.base import PooledBackbone
-from ebmkit.models.noise_conditional import LOWEST
+from ebmkit.models.noise_conditional import LOWEST, PreconditionedModel
 from ebmkit.objectives import Scale, TrainingLoss, parse_objective
 from ebmkit.objectives.loss import check_labels
 from ebmkit.randomness import keyed_generator
@@ -31,8 +31,9 @@ CALIBRATION_IMAGES, CALIBRATION_BATCH, CALIBRATION_LEVELS = 100, 25, 16
 """Maximum number of images, their number at a time, and number of noise levels, uniform in
 log(sigma), of `calibrate_sigma`."""
 
-STATISTICS_IMAGES = 2000
-"""Maximum number of images for mean and standard deviation of a preconditioned model."""
+STATISTICS_IMAGES, ANCHOR_IMAGES = 2000, 1000
+"""Maximum numbers of images for mean and standard deviation of a preconditioned model, and for its
+constant."""
 
 Split = Literal["train", "validation", "test"]
 
@@ -239,6 +240,33 @@ def calibrate_sigma(model: ScoreModel, images: AnyImages, card: ModelCard) -> No
             true += [sigma] * len(x)
     model.train(training)
     card.sigma_calibration = fit_calibration(raw, true)
+
+
+@torch.no_grad()
+def normalize(loss: TrainingLoss, model: ScoreModel, images: AnyImages, card: ModelCard) -> None:
+    """Fix the constant of a preconditioned ``model`` by training ``images``; note it in ``card``.
+
+    Only if the objectives of ``loss`` compare noise levels; else each has a constant of its own.
+    The noise depends on nothing else.
+    """
+    tied = any(term.objective.needs_levels for term in loss.terms)
+    if not isinstance(model, PreconditionedModel) or not tied or card.sigma_range is None:
+        return
+    from torchvision.transforms.functional import center_crop
+
+    place, size = next(model.parameters()).device, list(card.image_size or images.image_size)
+    found = list(images.spread(ANCHOR_IMAGES).batches(CALIBRATION_BATCH))
+    x = torch.cat([center_crop(x, size).to(place) for x, _ in found])
+    labels = [c.to(place) for _, c in found if c is not None]
+    own = torch.cat(labels) if labels and model.num_classes else None
+    training, generator = model.training, keyed_generator(place, 0, "anchor")
+    model.eval()
+    try:
+        model.anchor(x, card.sigma_range[1], own, generator)
+        card.log_density_error = float(model.constant_error)
+    except UserError as error:
+        warnings.warn(f"the density is not normalised: {error}", stacklevel=2)
+    model.train(training)
 
 
 def check_terms(loss: TrainingLoss, config: TrainConfig, images: AnyImages) -> None:
