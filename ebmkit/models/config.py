@@ -257,6 +257,7 @@ class ModelConfig(BaseModel):
             self.input_std,
             self.sigma_min or LOWEST,
             math.prod(self.reference_size or (1,)),
+            gamma=0.0,
         )
 
 
