@@ -47,9 +47,9 @@ class Setting(NamedTuple):
 SETTINGS = (
     Setting("plane", "ce+dsm+tsm", 4000, 512, 96),
     Setting("space", "ce+dsm+tsm", 4000, 512, 128),
-    Setting("modes", "dsm", 1500, 256, 64),
-    Setting("modes", "dsm+tsm", 1500, 256, 64),
-    Setting("modes", "dsm+diffclf", 1500, 256, 64),
+    Setting("modes", "dsm", 2500, 256, 64),
+    Setting("modes", "dsm+tsm", 2500, 256, 64),
+    Setting("modes", "dsm+4*diffclf", 2500, 256, 64),
 )
 
 
@@ -141,16 +141,17 @@ def measure(
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--only", default="", help="only these mixtures")
+    parser.add_argument("--only", default="", help="only these, as plane or dsm+tsm")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    runs = []
-    for setting in (own for own in SETTINGS if arguments.only in own.mixture):
+    runs = json.loads(arguments.out.read_text())["runs"] if arguments.out.exists() else []
+    for setting in (own for own in SETTINGS if arguments.only in " ".join(own[:2])):
         truth, modes = (make_mixture(setting.mixture, by_mode) for by_mode in (False, True))
         start = time.process_time()
         model = train(setting, truth)
         seconds = round(time.process_time() - start, 1)
-        runs.append({**setting._asdict(), "cpu_seconds": seconds, **measure(model, truth, modes)})
-        print(json.dumps(runs[-1]), flush=True)
+        row = {**setting._asdict(), "cpu_seconds": seconds, **measure(model, truth, modes)}
+        print(json.dumps(row), flush=True)
+        runs = [own for own in runs if (own["mixture"], own["objective"]) != setting[:2]] + [row]
         document = {"sigma": [SIGMA_MIN, SIGMA_MAX], "torch": torch.__version__, "threads": 1}
         arguments.out.write_text(json.dumps({**document, "runs": runs}, indent=1) + "\n")
