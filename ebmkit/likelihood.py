@@ -64,6 +64,7 @@ one trained on dequantised images the first.
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -95,6 +96,14 @@ FAR = 1000.0
 reference's largest standard deviation."""
 
 
+MAX_EVALUATIONS = 5000
+"""Number of evaluations after which `flow_likelihood` gives up."""
+
+
+class _NoConvergence(Exception):
+    """The integration of the probability-flow ODE failed."""
+
+
 class Likelihood(NamedTuple):
     """Log-densities of images.
 
@@ -106,7 +115,7 @@ class Likelihood(NamedTuple):
         edge: what the images add to `range_error`, (B,): the integrand at the highest trained
             level; 0 for other ways and models without a highest level.
         converged: whether `mean_error` per dimension is at most `TOLERANCE`, and the integrator
-            succeeded.
+            succeeded. If not, the log-density is NaN.
     """
 
     log_density: Tensor
@@ -285,6 +294,8 @@ def flow_likelihood(
         vectors = torch.eye(dim, dtype=y.dtype, device=y.device)[:, None]
         vectors = vectors.expand(dim, count, dim).reshape(dim, *y.shape)
 
+    count_of = itertools.count(1)
+
     def slope(t: float, state: object) -> object:
         level, speed = law.a * math.sinh(t), law.a * math.cosh(t)
         at = torch.as_tensor(state)[:size].reshape(y.shape).to(y)
@@ -293,16 +304,23 @@ def flow_likelihood(
         traces = torch.stack([(v * product(v)).flatten(1).sum(1) for v in vectors]).double()
         traces = traces if probes else traces.sum(0, keepdim=True)
         moves = torch.cat([score.double().flatten(), traces.flatten()])
+        if not moves.isfinite().all():
+            raise _NoConvergence(f"the score is NaN or Inf at sigma {format_sigma(level)}")
+        if next(count_of) > MAX_EVALUATIONS:
+            raise _NoConvergence(f"more than {MAX_EVALUATIONS:,} evaluations")
         return (-level * speed * moves).cpu().numpy()
 
     start = torch.cat([y.double().flatten().cpu(), torch.zeros(max(1, probes) * count).double()])
     times = math.asinh(low / law.a), math.asinh(high / law.a)
-    found = solve_ivp(slope, times, start.numpy(), rtol=tolerance, atol=tolerance, t_eval=times[1:])
-    if not found.success:
-        warnings.warn(f"the probability-flow ODE did not converge: {found.message}", stacklevel=2)
-        unknown = torch.full((2, count), math.nan, dtype=torch.float64)
-        zero = torch.zeros(count).double()
-        return Likelihood(unknown[0], unknown[1], low, int(found.nfev), zero, converged=False)
+    how = {"rtol": tolerance, "atol": tolerance, "t_eval": times[1:]}
+    try:
+        found = solve_ivp(slope, times, start.numpy(), **how)
+        if not found.success:
+            raise _NoConvergence(found.message)
+    except _NoConvergence as reason:
+        warnings.warn(f"the probability-flow ODE did not converge: {reason}", stacklevel=2)
+        unknown = torch.full((count,), math.nan, dtype=torch.float64)
+        return Likelihood(unknown, unknown, low, next(count_of) - 1, 0 * unknown, converged=False)
     end = torch.from_numpy(found.y[:, -1])
     last = end[:size].reshape(y.shape).to(reference.means)
     base = _log_density(reference, last, high)
@@ -593,11 +611,10 @@ def _denoising_errors(
             progress(2 * k + 2, draws)
     square, control = torch.stack(squares), torch.stack(controls)[..., None]
     mean, tau = torch.stack(means)[..., None], torch.stack(taus)[..., None]
-    # the coefficient of the control variate is that of the neighbouring stratum, whose noise is
-    # independent, so that the estimate has no bias; for small tau it is 1
+    # the coefficient of the control variate is estimated in the next stratum, whose noise is
+    # independent: no bias, and no correlation of strata; for small tau it is 1
     share = (square.mean(2, keepdim=True) / control).clamp(0, 1)
-    share = share.reshape(strata // 2, 2, len(y), 1).flip(1).reshape(share.shape)
-    share = share.where(tau > law.a, 1.0)
+    share = share.roll(-1, 0).where(tau > law.a, 1.0)
     values = square - share * (control - mean) - mean
     edge = values[-max(2, strata // 8) :].mean((0, 2)) * float(math.isfinite(high))
     base = _log_density(reference, y.to(reference.means), sigma)

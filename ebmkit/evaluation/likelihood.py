@@ -29,7 +29,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -183,10 +182,13 @@ def ways_of(context: EvaluationContext, plan: _Plan) -> dict[str, Any]:
     model, options = context.exact_model, context.option(LikelihoodConfig)
     common: dict[str, Any] = {"sigma": plan.sigma}
     drawn = common | {"reference": plan.reference, "seed": context.seed}
-    denoising = partial(denoising_likelihood, model, draws=options.draws, **drawn)
+
+    def denoising(y: Tensor, c: Tensor | None = None) -> Likelihood:
+        return denoising_likelihood(model, y, c, draws=options.draws, **drawn)
+
     ways: dict[str, Any] = {"denoising": lambda y, c: denoising(y)}
     if model.num_classes and context.images.num_classes == model.num_classes:
-        ways["denoising_label"] = lambda y, c: denoising(y, c)
+        ways["denoising_label"] = denoising
     if is_normalized(model):
         ways["energy"] = lambda y, c: energy_likelihood(model, y, **common)
     if model.noise_conditional and options.flow_images:
