@@ -29,9 +29,9 @@ mean, so it is a control variate, with the coefficient that suits each tau.
 
 *Above the highest trained level* the score is that of q: noisy images are taken to be Gaussian
 there. If s is the exact score of p below, the result exceeds the true value by
-:math:`\mathrm{KL}(p_\sigma \| q_\sigma)` at that level, on average over p. For a network it is, on
-average over images, an upper bound on the negative log-likelihood of the generative diffusion that
-starts from q at the highest level (Kingma et al., arXiv 2107.00630). The integrand at the highest
+:math:`\mathrm{KL}(p_\sigma \| q_\sigma)` at that level, on average over p. For a network it is an
+upper bound on the negative log-likelihood of the generative diffusion that starts from q at the
+highest level (Kingma et al., arXiv 2107.00630). The integrand at the highest
 level, divided by 2 for its slowest decay, estimates the size of this error (``range_error``).
 
 **Probability-flow ODE** (`flow_likelihood`; Song et al., arXiv 2011.13456). Along
