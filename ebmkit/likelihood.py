@@ -68,13 +68,13 @@ import itertools
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeGuard
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ebmkit.analytic import Gaussian, GaussianMixture
+from ebmkit.analytic import Gaussian
 from ebmkit.energy import EnergyModel, LogDensity, ScoreModel, per_image, vjp
 from ebmkit.errors import UserError
 from ebmkit.noise import format_sigma, parse_sigma
@@ -312,7 +312,7 @@ def flow_likelihood(
 
     start = torch.cat([y.double().flatten().cpu(), torch.zeros(max(1, probes) * count).double()])
     times = math.asinh(low / law.a), math.asinh(high / law.a)
-    how = {"rtol": tolerance, "atol": tolerance, "t_eval": times[1:]}
+    how: dict[str, Any] = {"rtol": tolerance, "atol": tolerance, "t_eval": times[1:]}
     try:
         found = solve_ivp(slope, times, start.numpy(), **how)
         if not found.success:
@@ -323,7 +323,7 @@ def flow_likelihood(
         return Likelihood(unknown, unknown, low, next(count_of) - 1, 0 * unknown, converged=False)
     end = torch.from_numpy(found.y[:, -1])
     last = end[:size].reshape(y.shape).to(reference.means)
-    base = _log_density(reference, last, high)
+    base = reference.log_density(last, high)
     changes = end[size:].reshape(-1, count).to(base)
     spread = changes.std(0) / math.sqrt(len(changes)) if probes else torch.zeros_like(base)
     zero = torch.zeros_like(base)
@@ -352,17 +352,16 @@ def energy_likelihood(
             "model with the objective tsm, or use the likelihood by denoising "
             "(ebmkit.likelihood.denoising_likelihood)"
         )
-    assert isinstance(model, EnergyModel)
     y, _, labels = model.inputs(y, None, c)
     level = density_level(model, sigma)
-    found = _log_density(model, y, level, labels).double()
+    found = model.normalized_log_density(y, level, labels).double()
     zero = torch.zeros_like(found)
     return Likelihood(found, zero, level, 1, zero)
 
 
-def is_normalized(model: ScoreModel) -> bool:
+def is_normalized(model: ScoreModel) -> TypeGuard[EnergyModel]:
     """Whether the log-density of ``model`` is normalised."""
-    return isinstance(model, GaussianMixture) or bool(getattr(model, "normalized", False))
+    return isinstance(model, EnergyModel) and model.normalized
 
 
 class ClassLikelihoods(NamedTuple):
@@ -617,7 +616,7 @@ def _denoising_errors(
     share = share.roll(-1, 0).where(tau > law.a, 1.0)
     values = square - share * (control - mean) - mean
     edge = values[-max(2, strata // 8) :].mean((0, 2)) * float(math.isfinite(high))
-    base = _log_density(reference, y.to(reference.means), sigma)
+    base = reference.log_density(y.to(reference.means), sigma)
     return _Errors(values * law.total / law.weight(tau), base, sigma, edge)
 
 
@@ -641,20 +640,6 @@ def _own(reference: Gaussian | None, y: Tensor) -> Gaussian:
     if reference is None:
         reference = Gaussian(torch.full(y.shape[1:], 0.5, dtype=torch.float64), 1 / 12)
     return reference.to(y.device)
-
-
-def _log_density(
-    model: EnergyModel, y: Tensor, sigma: float, labels: Tensor | None = None
-) -> Tensor:
-    """Normalised log p(y) or log p(y|c), (B,)."""
-    if not isinstance(model, GaussianMixture):
-        found: Tensor = model.normalized_log_density(y, sigma, labels)  # type: ignore[operator]
-        return found
-    found = model.log_density(y, sigma, labels)
-    if labels is None:
-        return found
-    own = model.labels == labels[:, None]
-    return found - model.log_weights.expand(own.shape).masked_fill(~own, -math.inf).logsumexp(1)
 
 
 def _checked(result: Likelihood, dim: int, advice: str) -> Likelihood:
