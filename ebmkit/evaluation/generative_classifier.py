@@ -112,7 +112,12 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
         one_pass = model.energies(y, level).log_posterior()
         middle = time.perf_counter()
         found = class_likelihoods(
-            model, y, reference=plan.reference, draws=options.draws, seed=context.seed
+            model,
+            y,
+            sigma=plan.sigma,
+            reference=plan.reference,
+            draws=options.draws,
+            seed=context.seed,
         )
         seconds = {"one_pass": middle - began, "generative": time.perf_counter() - middle}
         costs["one_pass"] = {"forward": 1, "gradients": 0}

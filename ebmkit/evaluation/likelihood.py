@@ -1,7 +1,8 @@
 r"""Suite ``likelihood``: log-likelihood in nats and bits per dimension, in up to three ways.
 
-The log-density is :math:`\log p_{\sigma_0}(y)` of dequantised images y at the lowest noise level
-that the model knows, :math:`\sigma_0` (`ebmkit.likelihood`), by
+The log-density is :math:`\log p_{\sigma_0}(y)` of dequantised images y (`ebmkit.likelihood`), with
+:math:`\sigma_0` the lowest noise level that the model knows, or a quarter of the distance of the
+levels of the pixels if that is more. It is computed by
 
 - ``denoising``: denoising errors (pointwise I-MMSE), every model; ``denoising_label``: the same for
   :math:`\log p(y \mid c)` with the true label, if the model has labels;
@@ -97,7 +98,8 @@ class LikelihoodConfig(SuiteConfig):
     draws: Annotated[int, Field(ge=4, multiple_of=4)] = 64
     """number of noisy copies of each image"""
     sigma: Sigma | None = None
-    """noise level of the density, image units; null: the lowest trained one"""
+    """noise level of the density, image units; null: the lowest trained one, and at least a quarter
+    of the distance of the pixels' levels"""
     dequantization: Dequantization = "uniform"
     """uniform or gaussian"""
     flow_images: Annotated[int, Field(ge=0)] = 16
@@ -149,6 +151,8 @@ def make_plan(context: EvaluationContext, sigma: float | None, how: Dequantizati
     spacing = 0.0 if levels is None else 1 / (len(levels) - 1)
     reference = fit_gaussian(x, spacing).to(context.device)
     level = density_level(context.exact_model, sigma)
+    if sigma is None:  # below, a network that has learned the levels has a spike at each of them
+        level = max(level, spacing / 4)
     return _Plan(level, levels, reference, where, context.seed, how)
 
 

@@ -38,7 +38,8 @@ def test_ways_agree_with_the_mixture(mixture, rounded, tmp_path):
     ways = document["ways"]
     assert list(ways) == ["denoising", "denoising_label", "energy", "flow", "gaussian"]
     images = dequantize(rounded.first(24).images, torch.arange(256) / 255)
-    exact = mixture.log_density(images.images)
+    assert document["sigma"] == pytest.approx(1 / 255 / 4)
+    exact = mixture.log_density(images.images, 1 / 255 / 4)
     assert ways["energy"]["nats"]["value"] == pytest.approx(float(exact.mean()), rel=1e-6)
     bits = -float(exact.mean()) / 16 / math.log(2) + math.log2(255)
     assert ways["energy"]["bits"]["value"] == pytest.approx(bits)
@@ -76,7 +77,9 @@ def test_images_of_no_levels_have_no_bits(mixture, mixture_samples, tmp_path):
 def test_blind_network_has_the_ways_that_it_allows(network, random_images, tmp_path):
     """An untrained network does not converge with 4 draws, which the document says."""
     images = replace(random_images, images=(random_images.images * 16).round() / 16)
-    document = evaluate(network, images, tmp_path, images=4, draws=4)["likelihood"].document
+    document = evaluate(network, images, tmp_path, images=4, draws=4)[
+        "likelihood"
+    ].document
     assert list(document["ways"]) == ["denoising", "denoising_label", "gaussian"]
     assert document["sigma"] == pytest.approx(1 / 255)
     assert any("did not converge" in line for line in document["warnings"])
