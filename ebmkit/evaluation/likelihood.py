@@ -102,7 +102,7 @@ class LikelihoodConfig(SuiteConfig):
     of the distance of the pixels' levels"""
     dequantization: Dequantization = "uniform"
     """uniform or gaussian"""
-    flow_images: Annotated[int, Field(ge=0)] = 16
+    flow_images: Annotated[int, Field(ge=0)] = 8
     """number of images for the probability-flow ODE"""
     sets: Unique[str] = ("constant", "interpolations", "shuffled")
     """OOD sets, as in the suite ood"""
@@ -196,7 +196,7 @@ def ways_of(context: EvaluationContext, plan: _Plan) -> dict[str, Any]:
     if is_normalized(model):
         ways["energy"] = lambda y, c: energy_likelihood(model, y, **common)
     if model.noise_conditional and options.flow_images:
-        ways["flow"] = lambda y, c: flow_likelihood(model, y, **drawn)
+        ways["flow"] = lambda y, c: flow_likelihood(model, y, tolerance=1e-4, **drawn)
     gaussian = plan.reference
     ways["gaussian"] = lambda y, c: energy_likelihood(gaussian, y.to(gaussian.means), **common)
     return ways
