@@ -77,9 +77,7 @@ def test_images_of_no_levels_have_no_bits(mixture, mixture_samples, tmp_path):
 def test_blind_network_has_the_ways_that_it_allows(network, random_images, tmp_path):
     """An untrained network does not converge with 4 draws, which the document says."""
     images = replace(random_images, images=(random_images.images * 16).round() / 16)
-    document = evaluate(network, images, tmp_path, images=4, draws=4)[
-        "likelihood"
-    ].document
+    document = evaluate(network, images, tmp_path, images=4, draws=4)["likelihood"].document
     assert list(document["ways"]) == ["denoising", "denoising_label", "gaussian"]
     assert document["sigma"] == pytest.approx(1 / 255)
     assert any("did not converge" in line for line in document["warnings"])
