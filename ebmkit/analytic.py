@@ -209,3 +209,8 @@ class Gaussian(GaussianMixture):
     def __init__(self, mean: Tensor, covariance: Tensor | float = 1.0) -> None:
         matrix = torch.as_tensor(covariance, dtype=mean.dtype)
         super().__init__(mean[None], matrix[None] if matrix.ndim else matrix)
+
+    @property
+    def principal_axes(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues (d,) of the covariance, and its eigenvectors in the columns of (d, d)."""
+        return self._variances[0], self._axes[0]

@@ -20,7 +20,7 @@ LAYERS = [
     ("models.initial",),
     ("sampling", "attacks"),
     ("objectives",),
-    ("inference", "guidance", "plots"),
+    ("inference", "guidance", "likelihood", "plots"),
     ("training",),
     ("evaluation", "export"),
     ("sampling.jobs", "bench"),

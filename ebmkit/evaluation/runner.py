@@ -49,7 +49,9 @@ from ebmkit.evaluation.corruptions import CORRUPTIONS_SUITE
 from ebmkit.evaluation.denoise import DENOISE
 from ebmkit.evaluation.diffusion_path import DIFFUSION_PATH
 from ebmkit.evaluation.generation import GENERATION
+from ebmkit.evaluation.generative_classifier import GENERATIVE_CLASSIFIER
 from ebmkit.evaluation.jacobian import JACOBIAN
+from ebmkit.evaluation.likelihood import LIKELIHOOD
 from ebmkit.evaluation.linearity import LINEARITY
 from ebmkit.evaluation.ood import OOD
 from ebmkit.evaluation.robustness import ROBUSTNESS
@@ -76,6 +78,8 @@ SUITES: dict[str, Suite] = Registry(
         "linearity": LINEARITY,
         "adversarial": ADVERSARIAL,
         "ood": OOD,
+        "likelihood": LIKELIHOOD,
+        "generative-classifier": GENERATIVE_CLASSIFIER,
         "generation": GENERATION,
         "diffusion-path": DIFFUSION_PATH,
     },

@@ -198,6 +198,14 @@ SUITES = {
     "linearity": (JOINT, "--limit 24 linearity.images=6"),
     "adversarial": (JOINT, "--limit 24 adversarial.images=6"),
     "ood": (NEGATIVES, "--limit 24 ood.draws=2"),
+    "likelihood": (
+        JOINT,
+        "--limit 24 likelihood.images=8 likelihood.draws=8 likelihood.sets=[shuffled]",
+    ),
+    "generative-classifier": (
+        JOINT,
+        "--limit 24 generative-classifier.images=4 generative-classifier.draws=8",
+    ),
     "generation": (
         NEGATIVES,
         "generation.samples=drawn/samples.h5 generation.extractor={extractor}",
