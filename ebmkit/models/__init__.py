@@ -22,6 +22,7 @@ from ebmkit.models.mlp import MLP, MLPConfig
 from ebmkit.models.pipelines import import_unet
 from ebmkit.models.saving import load, save_model, weights_digest
 from ebmkit.models.timm import TimmConfig
+from ebmkit.models.unet_energy import UNetEnergy, UNetEnergyConfig
 
 __all__ = [
     "BACKBONES",
@@ -49,6 +50,8 @@ __all__ = [
     "NoiseConditionalBackbone",
     "TimmConfig",
     "UNetConfig",
+    "UNetEnergy",
+    "UNetEnergyConfig",
     "WindowedBackbone",
     "create_denoiser",
     "create_model",

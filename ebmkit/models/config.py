@@ -40,6 +40,7 @@ from ebmkit.models.joint import JointModel, SizeScaling
 from ebmkit.models.mlp import MLPConfig
 from ebmkit.models.resnet import ResNetConfig
 from ebmkit.models.timm import TimmConfig
+from ebmkit.models.unet_energy import UNetEnergyConfig
 from ebmkit.models.wideresnet import WideResNetConfig
 from ebmkit.registry import Preset, Table, find
 
@@ -56,6 +57,7 @@ NETWORKS: tuple[type[NetworkConfig], ...] = (
     GSDRUNetConfig,
     GraDnCNNConfig,
     UNetConfig,
+    UNetEnergyConfig,
 )
 """Configuration classes of all networks. A new network is a file with its presets, and an entry
 here."""
