@@ -15,10 +15,18 @@ from ebmkit.models.diffusion import DiffusionModel, UNetConfig
 from ebmkit.models.dncnn import DnCNN
 from ebmkit.models.drunet import DRUNetConfig
 from ebmkit.models.gradresnet import GradResNet, GradResNetConfig
-from ebmkit.models.heads import HEADS, HeadConfig, HeadEntry, LinearQuadraticHead, LogitHead
+from ebmkit.models.heads import (
+    HEADS,
+    HeadConfig,
+    HeadEntry,
+    LinearHead,
+    LinearQuadraticHead,
+    LogitHead,
+)
 from ebmkit.models.importing import import_checkpoint, load_checkpoint
 from ebmkit.models.joint import JointModel
 from ebmkit.models.mlp import MLP, MLPConfig
+from ebmkit.models.noise_conditional import PreconditionedModel
 from ebmkit.models.pipelines import import_unet
 from ebmkit.models.saving import load, save_model, weights_digest
 from ebmkit.models.timm import TimmConfig
@@ -43,11 +51,13 @@ __all__ = [
     "HeadConfig",
     "HeadEntry",
     "JointModel",
+    "LinearHead",
     "LinearQuadraticHead",
     "LogitHead",
     "MLPConfig",
     "ModelConfig",
     "NoiseConditionalBackbone",
+    "PreconditionedModel",
     "TimmConfig",
     "UNetConfig",
     "UNetEnergy",

@@ -21,6 +21,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from torch import nn
 
 from ebmkit.energy import ScoreModel
 from ebmkit.errors import UserError, unknown_name, validated
@@ -38,6 +39,7 @@ from ebmkit.models.gradresnet import GradResNetConfig
 from ebmkit.models.heads import HeadConfig, find_head
 from ebmkit.models.joint import JointModel, SizeScaling
 from ebmkit.models.mlp import MLPConfig
+from ebmkit.models.noise_conditional import LOWEST, PreconditionedModel
 from ebmkit.models.resnet import ResNetConfig
 from ebmkit.models.timm import TimmConfig
 from ebmkit.models.unet_energy import UNetEnergyConfig
@@ -155,6 +157,16 @@ class ModelConfig(BaseModel):
         description="sigma is an input of the backbone: it gets the variance-preserving image "
         "and a map of the noise level",
     )
+    preconditioned: bool = Field(
+        False,
+        description="the density is a Gaussian and, at low noise, a network: with tsm or "
+        "diffclf it is normalised; needs a backbone that takes sigma, and head linear",
+    )
+    sigma_min: float | None = Field(
+        None,
+        gt=0,
+        description="preconditioned: lowest noise level, image units; null: that of the training",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -175,6 +187,8 @@ class ModelConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
+        if self.preconditioned:
+            self._check_preconditioned()
         if not self.noise_conditional:
             return self
         if isinstance(self.backbone, DenoiserConfig):
@@ -190,6 +204,21 @@ class ModelConfig(BaseModel):
                 "input_mean and input_std"
             )
         return self
+
+    def _check_preconditioned(self) -> None:
+        if self.noise_conditional or not getattr(self.backbone, "noise_conditional", False):
+            raise UserError(
+                f"model.preconditioned needs a backbone that takes sigma, and as it is set "
+                f"{self.backbone.kind!r} is none: take mlp-sigma, or a backbone with a field "
+                "noise_conditional and set that, and leave out model.noise_conditional"
+            )
+        if self.head.kind in ("linear-quadratic", "logit"):
+            raise UserError(
+                f"model.preconditioned needs a density that can be above and below the Gaussian's, "
+                f"which head {self.head.kind!r} is not: take --head linear"
+            )
+        if isinstance(self.input_std, tuple):
+            raise UserError("model.preconditioned needs one number as input_std, as in 0.25")
 
     def without_pretrained(self) -> ModelConfig:
         """This configuration, to be built without downloading weights."""
@@ -209,14 +238,27 @@ class ModelConfig(BaseModel):
         if self.noise_conditional:
             backbone = NoiseConditioned(backbone)
         assert isinstance(backbone, Backbone)
-        return JointModel(
+        own = not self.preconditioned  # else the images are scaled with the noise
+        model = JointModel(
             backbone,
             self.head.build(backbone.num_features, self.num_classes),
             in_channels=self.in_channels,
             reference_size=self.reference_size,
             size_scaling=self.size_scaling,
-            input_mean=self.input_mean,
-            input_std=self.input_std,
+            input_mean=self.input_mean if own else 0.0,
+            input_std=self.input_std if own else 1.0,
+        )
+        if own:
+            return model
+        assert not isinstance(self.input_std, tuple)
+        for p in getattr(model.head, "density", model.head).parameters():
+            nn.init.zeros_(p)  # at the start the density is the Gaussian's
+        return PreconditionedModel(
+            model,
+            self.input_mean,
+            self.input_std,
+            self.sigma_min or LOWEST,
+            math.prod(self.reference_size or (1,)),
         )
 
 

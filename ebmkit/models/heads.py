@@ -10,6 +10,9 @@ r"""Heads: from features :math:`f \in \mathbb R^K` to class logits and a log-den
 
 so that :math:`\log p(y, c) = (W f)_c` up to the constant. The constants are not computed.
 
+``LinearHead`` is linear for both, :math:`\log p(y) = w^\top f`. It is for the
+difference from a Gaussian, which has both signs (`ebmkit.models.noise_conditional`).
+
 **Energies of a classifier.** If the objective trains labels only (``ce``, ``adv``, ``trades``), the
 density of a `LinearQuadraticHead` is untrained. RCG (eq. 2.32-2.38) and JEM define energies by the
 logits instead. `LogitEnergy` is the classifier with these energies:
@@ -94,6 +97,30 @@ class LogitHead(nn.Module):
         return Energies(logits, logits.logsumexp(dim=1))
 
 
+class LinearHead(nn.Module):
+    """Linear logits and a linear log-density.
+
+    Args:
+        num_features: K.
+        num_classes: C; 0: a density without labels.
+        bias: add biases.
+    """
+
+    def __init__(self, num_features: int, num_classes: int, bias: bool = False) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.classifier = nn.Linear(num_features, num_classes, bias) if num_classes else None
+        self.density = nn.Linear(num_features, 1, bias)
+        nn.init.normal_(self.density.weight, std=num_features**-0.5)
+
+    def forward(self, pooled: Tensor) -> Energies:
+        """Energies of features ``pooled`` (B, K)."""
+        logits = pooled.new_zeros(pooled.shape[0], 0)
+        if self.classifier is not None:
+            logits = self.classifier(pooled)
+        return Energies(logits, self.density(pooled).squeeze(1))
+
+
 class HeadConfig(BaseModel):
     """Configuration of a head; a subclass adds settings of its own (`HeadEntry.config`)."""
 
@@ -102,7 +129,7 @@ class HeadConfig(BaseModel):
     kind: str = Field(
         "linear-quadratic",
         description="head, from `ebmkit list heads`: linear-quadratic (the paper), "
-        "logit (logsumexp, JEM)",
+        "logit (logsumexp, JEM), linear (preconditioned models)",
     )
     bias: bool = Field(False, description="biases in the head (the paper removes them)")
 
@@ -155,6 +182,11 @@ HEADS: dict[str, HeadEntry] = Table(
             "log p(y) = logsumexp of the logits, as in JEM",
             HeadConfig,
             lambda k, c, own: LogitHead(k, c, own.bias),
+        ),
+        "linear": HeadEntry(
+            "log p(c|y) and log p(y) linear in the features, for preconditioned models",
+            HeadConfig,
+            lambda k, c, own: LinearHead(k, c, own.bias),
         ),
     },
 )

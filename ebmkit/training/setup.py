@@ -20,6 +20,7 @@ from ebmkit.energy import EnergyModel, ScoreModel
 from ebmkit.errors import UserError, first_line, shown
 from ebmkit.models import Features, JointModel, ModelConfig
 from ebmkit.models.base import PooledBackbone
+from ebmkit.models.noise_conditional import LOWEST
 from ebmkit.objectives import Scale, TrainingLoss, parse_objective
 from ebmkit.objectives.loss import check_labels
 from ebmkit.randomness import keyed_generator
@@ -29,6 +30,9 @@ from ebmkit.training.config import DataConfig, TrainConfig
 CALIBRATION_IMAGES, CALIBRATION_BATCH, CALIBRATION_LEVELS = 100, 25, 16
 """Maximum number of images, their number at a time, and number of noise levels, uniform in
 log(sigma), of `calibrate_sigma`."""
+
+STATISTICS_IMAGES = 2000
+"""Maximum number of images for mean and standard deviation of a preconditioned model."""
 
 Split = Literal["train", "validation", "test"]
 
@@ -157,7 +161,29 @@ def model_config(config: TrainConfig, images: AnyImages) -> ModelConfig:
         "num_classes": images.num_classes,
         "reference_size": config.model.reference_size or training_image_size(config, images),
     }
+    if config.model.preconditioned:
+        facts |= _preconditioning(config, images)
     return ModelConfig.model_validate(config.model.model_dump() | facts)
+
+
+def _preconditioning(config: TrainConfig, images: AnyImages) -> dict[str, Any]:
+    """Mean, standard deviation and lowest noise level of a preconditioned model, if not given."""
+    own, facts = config.model, dict[str, Any]()
+    if own.sigma_min is None:
+        streams = [config.draw_from.get(t.name, t.objective.stream) for t in _matching(config)]
+        levels = [config.stream(name).noise.range[0] for name in streams]
+        facts["sigma_min"] = next((level for level in levels if level > 0), LOWEST)
+    if own.input_std == 1.0 and own.input_mean == 0.0:
+        pixels = torch.cat([x.double().movedim(1, -1).reshape(-1, x.shape[1])
+                            for x, _ in images.spread(STATISTICS_IMAGES).batches(500)])  # fmt: skip
+        facts["input_mean"] = tuple(float(f"{m:.6g}") for m in pixels.mean(0))
+        facts["input_std"] = float(f"{float(pixels.var(0).mean()) ** 0.5:.6g}")
+    return facts
+
+
+def _matching(config: TrainConfig) -> list[Any]:
+    """The terms of ``config`` that train the density at noise levels."""
+    return [t for t in parse_objective(config.objective) if t.objective.needs_score]
 
 
 def make_loss(model: ScoreModel, config: TrainConfig, training: bool = True) -> TrainingLoss:

@@ -1,0 +1,137 @@
+r"""Noise-conditional energies that are normalised at every noise level.
+
+With the mean m of the data, their standard deviation s (image units), d entries, and
+:math:`\tau^2 = \sigma^2 + s^2`, a `PreconditionedModel` is
+
+.. math::
+    \log p_\sigma(y) = \log \mathcal N(y;\, m,\, \tau^2 I) + a(\sigma)\, P\, n(u, \sigma) + b,
+    \qquad u = \frac{y - m}{\tau}, \qquad a(\sigma) = \frac{s}{\sigma},
+
+where n and the class logits are the output of a network whose input u has unit variance at every
+noise level (the input scale of Karras et al. 2022, arXiv 2206.00364), and P is the number of
+positions over which it averages, so that the second term is a sum over positions. The score is
+
+.. math::
+    \sigma\, s(y) = -\frac{\sigma}{\tau}\, u + \frac{s}{\tau}\, P\, \nabla_u n .
+
+The first term is the Gaussian's score. The second is what the data add to it: at low noise, up to
+one standard deviation of the noise; at high noise, up to a share s/sigma of it. So
+:math:`P \nabla_u n` has entries of order 1 at every noise level, and at high noise the density is
+the Gaussian's whatever the network computes, even if normalisation layers remove the scale of u.
+At the start n = 0.
+
+**Constant.** Score matching determines log p up to a constant per noise level. Objectives that
+compare noise levels (`ebmkit.objectives.time_score`) leave one constant b for all levels. It
+follows from one level, sigma_max: the Kullback-Leibler divergence of the noisy data from the Gaussian is
+:math:`E_y[\log p_\sigma(y) - \log \mathcal N(y; m, \tau^2 I)]`, so
+
+.. math::
+    b = \mathrm{KL} - a\,P\,E_y[n], \qquad
+    \mathrm{KL} = \frac{\|\mu - m\|^2}{2\tau^2} + \frac{\|\Sigma - s^2 I\|_F^2}{4\tau^4}
+                  + O(\tau^{-6})
+
+with mean and covariance :math:`\mu, \Sigma` of the data (`PreconditionedModel.anchor`). The mean
+over y is one over training images with noise and has a standard error. The expansion is that of a
+Gaussian; the terms that are left out are of the size
+:math:`(|E\langle x, x'\rangle^3| / 12 + (\mu - m)^\top\Sigma(\mu - m) / 2) / \tau^6` and
+:math:`/\tau^4`, with two independent images x and x', less m. They are computed, too.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ebmkit.compute import upcast, without_autocast
+from ebmkit.energy import Energies, EnergyModel, Noise, per_image
+from ebmkit.errors import UserError
+from ebmkit.models.base import check_images
+
+LOWEST = 0.002
+"""Default of the lowest noise level, image units."""
+
+
+class PreconditionedModel(EnergyModel):
+    """log p_sigma(y, c): a Gaussian, and a network that vanishes at high noise.
+
+    Args:
+        network: noise-conditional `EnergyModel` from ``(u, sigma)`` to class logits and n (B,).
+        mean: mean m of the data, one number or one per channel, image units.
+        std: standard deviation s of the data, image units.
+        sigma_min: lowest noise level, image units. No sigma, and lower levels, mean this one.
+        positions: P, the number of positions over which the network averages n; 1: it is a sum.
+
+    Raises:
+        UserError: if the network takes no sigma, or ``std`` or ``sigma_min`` is not above 0.
+
+    Attributes:
+        constant: b, nats.
+        constant_error: estimated error of b, nats; Inf: it was not fixed (`anchor`).
+    """
+
+    noise_conditional = True
+    constant: Tensor
+    constant_error: Tensor
+    mean: Tensor
+
+    def __init__(
+        self,
+        network: EnergyModel,
+        mean: float | tuple[float, ...] = 0.0,
+        std: float = 1.0,
+        sigma_min: float = LOWEST,
+        positions: int = 1,
+    ) -> None:
+        super().__init__()
+        if not network.noise_conditional:
+            raise UserError(
+                "a preconditioned model needs a network that takes sigma as an input: take a "
+                "noise-conditional backbone, such as mlp-sigma"
+            )
+        if not (0 < std < math.inf and 0 < sigma_min < math.inf):
+            raise UserError(
+                f"std {std:g} and sigma_min {sigma_min:g} must be above 0, as in 0.3 and 0.002"
+            )
+        self.network = network
+        self.std, self.sigma_min, self.positions = std, sigma_min, positions
+        self.in_channels, self.num_classes = network.in_channels, network.num_classes
+        values = torch.tensor(mean).reshape(-1, *[1] * (2 if isinstance(mean, tuple) else 0))
+        self.register_buffer("mean", values, persistent=False)
+        self.register_buffer("constant", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("constant_error", torch.tensor(math.inf, dtype=torch.float64))
+
+    def forward(self, y: Tensor, sigma: Noise | None = None) -> Energies:
+        """Energies of ``y`` (B, C, H, W) at ``sigma``, a float or (B,), image units.
+
+        Raises:
+            UserError: if ``y`` is not a batch of images with C channels.
+        """
+        check_images(y, self.in_channels)
+        with without_autocast(y):
+            level = torch.as_tensor(
+                self.sigma_min if sigma is None else sigma, dtype=y.dtype, device=y.device
+            )
+            level = upcast(level.reshape(-1).expand(len(y))).clamp_min(self.sigma_min)
+            variance = level.square() + self.std**2
+            u = (upcast(y) - self.mean.to(upcast(y))) / per_image(variance.sqrt(), y)
+            log_norm = y[0].numel() / 2 * (2 * math.pi * variance).log()
+            gaussian = -0.5 * u.square().flatten(1).sum(1) - log_norm
+        energies = self.network(u, level)
+        with without_autocast(y):
+            residual = self.scale(level) * upcast(energies.log_density)
+            return Energies(energies.logits, gaussian + residual + self.constant.to(gaussian))
+
+    def scale(self, sigma: Tensor) -> Tensor:
+        """P a(sigma), the factor of n, for noise levels (B,), image units."""
+        return self.positions * self.std / sigma
+
+    @property
+    def normalized(self) -> bool:
+        """Whether the constant was fixed, so that log-densities are normalised."""
+        return math.isfinite(float(self.constant_error))
+
+    def set_recompute(self, on: bool) -> None:
+        """Switch activation checkpointing of the network on or off (`JointModel.set_recompute`)."""
+        self.network.set_recompute(on)  # type: ignore[operator]
