@@ -55,6 +55,10 @@ class GradResNetConfig(BackboneConfig):
             "the same with one block per stage: twice the steps for the same FLOPs",
             {"depth": 10},
         ),
+        "gradresnet18-sigma": (
+            "the paper's network with sigma as an input, for preconditioned models",
+            {"depth": 18, "noise_embedding": 64},
+        ),
         "gradresnet34": ("the same, deeper (3-4-6-3 blocks)", {"depth": 34}),
         "gradresnet18-imagenet": (
             "the paper's network for 224x224 images: 7x7 stem of stride 2, no max-pool",

@@ -20,6 +20,7 @@ at every sigma.
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar, Literal
 
 import torch
@@ -48,6 +49,13 @@ class UNetEnergyConfig(DenoiserConfig):
     )
     levels: int = Field(3, ge=1, description="number of levels; each halves the image")
     blocks: int = Field(1, ge=1, description="blocks per level, on the way down and up")
+    frequencies: int = Field(
+        0,
+        ge=0,
+        le=12,
+        description="number of frequencies 2^k pi of sines and cosines of the pixels, as further "
+        "input channels: fine structure of few gray levels",
+    )
     noise_embedding: int = Field(64, ge=1, description="width of the embedding of log sigma")
     channels_per_group: int = Field(8, ge=1, description="channels per group of the group norm")
 
@@ -100,7 +108,9 @@ class UNetEnergy(EnergyModel):
             return nn.ModuleList([Block(channels, out, stride, of_blocks), *rest])
 
         self.embedding = NoiseEmbedding(config.noise_embedding)
-        self.stem = Conv2d(in_channels, widths[0], 3, padding=1, bias=False)
+        self.frequencies = config.frequencies
+        channels = in_channels * (1 + 2 * config.frequencies)
+        self.stem = Conv2d(channels, widths[0], 3, padding=1, bias=False)
         self.activation = GELU()
         self.down = nn.ModuleList([level(widths[0], widths[0])])
         self.down.extend(level(w, 2 * w, 2) for w in widths[:-1])
@@ -120,7 +130,9 @@ class UNetEnergy(EnergyModel):
         check_images(y, self.in_channels)
         level = torch.as_tensor(0.0 if sigma is None else sigma, dtype=y.dtype, device=y.device)
         embedding = self.embedding(level.reshape(-1).expand(len(y)))
-        h = self.activation(self.stem(to_weights(y, self)))
+        phases = [2**k * math.pi * y for k in range(self.frequencies)]
+        channels = torch.cat([y, *(f(t) for t in phases for f in (torch.sin, torch.cos))], dim=1)
+        h = self.activation(self.stem(to_weights(channels, self)))
         maps = []
         for blocks in self.down:
             h = self._level(blocks, h, embedding)
