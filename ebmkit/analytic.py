@@ -110,6 +110,16 @@ class GaussianMixture(EnergyModel):
         )
         return Energies(per_label, per_component.logsumexp(1))
 
+    @property
+    def normalized(self) -> bool:
+        return True
+
+    @property
+    def log_prior(self) -> Tensor:
+        """log p(c), (C,): the weights of the labels' components."""
+        labels = [self.log_weights[self.labels == c] for c in range(self.num_classes)]
+        return torch.stack([own.logsumexp(0) for own in labels])
+
     def posterior_mean(self, y: Tensor, sigma: Noise, c: Tensor | int | None = None) -> Tensor:
         """E[x|y] or E[x|y, c], by regression on each component; same shape as ``y``."""
         coordinates = self._coordinates(y)  # (B, K, d) of y - mean, along the axes

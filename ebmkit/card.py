@@ -51,6 +51,11 @@ class ModelCard(BaseModel):
         description="(estimate of the noise level, calibrated level) in increasing order, image "
         "units (see ebmkit.blind); empty: estimates are used as they are",
     )
+    log_density_error: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = Field(
+        None,
+        description="estimated error of the constant of log p(y), nats, for a normalised density "
+        "(see ebmkit.models.noise_conditional); None: the constant is unknown",
+    )
     attack: str = ""
     """norm and radius of the attack in training, for example l2 0.5; empty: no attack"""
 

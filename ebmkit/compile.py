@@ -225,6 +225,17 @@ class WrappedEnergyModel(WrappedModel, EnergyModel):
         """Energies of noisy images ``y`` (B, C, H, W) in image units, in float32 at least."""
         return self._run(self._forward, y, sigma)
 
+    @property
+    def normalized(self) -> bool:
+        return self.model.normalized
+
+    @property
+    def log_prior(self) -> Tensor:
+        return self.model.log_prior
+
+    def _time_score(self, y: Tensor, sigma: Noise, c: Tensor | None) -> Tensor:
+        return self._run(self.model._time_score, y, sigma, c)
+
     def value_and_grads(
         self, y: Tensor, sigma: Noise | None, *targets: Target
     ) -> tuple[Energies, list[Tensor]]:

@@ -18,6 +18,14 @@ which give the denoisers by the identity of Tweedie and Miyasawa (CDN eq. 6-7),
 .. math::
     D_u(y) = y + \sigma^2 s(y), \qquad D_c(y, c) = y + \sigma^2 s(y, c) .
 
+At a noise-conditional model's other input, the *time score* (arXiv 2506.05310) follows from the
+derivative of the Gaussian kernel,
+
+.. math::
+    \frac{\partial}{\partial \log\sigma} \log p_\sigma(y)
+        = E\bigl[\|\epsilon\|^2 - d \mid y\bigr]
+        = \sigma^2 \bigl(\|s(y)\|^2 + \operatorname{tr} \nabla s(y)\bigr) .
+
 The difference of the scores is the gradient of the classifier, :math:`\nabla_y \log p(c \mid y) =
 (D_c - D_u)/\sigma^2` (eq. 9). Since :math:`\|\sigma s(y)\|^2` concentrates around the number of
 dimensions d, the noise level can be estimated: :math:`\hat\sigma = \sqrt d / \|s(y)\|`.
@@ -47,7 +55,7 @@ from ebmkit.card import ModelCard
 from ebmkit.compute import in_functional_transform, upcast
 from ebmkit.errors import UserError
 from ebmkit.inputs import class_labels, image_batch, noise_level
-from ebmkit.noise import Schedule
+from ebmkit.noise import Schedule, check_trained, require_sigma
 
 Noise = float | Tensor
 """A noise level in image units: a float for the whole batch, or a tensor (B,)."""
@@ -132,6 +140,7 @@ def value_and_grads(
     *targets: Target,
     record: bool = True,
     use_autograd: bool = True,
+    by_log_sigma: bool = False,
 ) -> tuple[Energies, list[Tensor]]:
     """Compute energies and the gradient of each target with respect to ``y``, in one forward pass.
 
@@ -146,33 +155,50 @@ def value_and_grads(
         record: whether the results can be differentiated, by parameters and by ``y``.
         use_autograd: False: always use `torch.func.vjp`; with activation checkpointing, it
             recomputes only what the gradients need. BatchNorm in training mode does not support it.
+        by_log_sigma: also differentiate by log sigma, in the same pass; needs ``sigma``.
 
     Returns:
-        Energies, and one gradient per target, of the shape of ``y``.
+        Energies, and one gradient per target, of the shape of ``y``; with ``by_log_sigma`` then
+        one derivative by log sigma per target, (B,), which is 0 for a blind model.
     """
     if torch.compiler.is_compiling() or not use_autograd or in_functional_transform():
-        return _by_vjp(model, y, sigma, targets)
+        return _by_vjp(model, y, sigma, targets, by_log_sigma)
     if torch.is_inference_mode_enabled():  # tensors made in that mode can never be differentiated
         with torch.inference_mode(False), torch.no_grad():
             sigma = sigma.clone() if isinstance(sigma, Tensor) else sigma
-            return value_and_grads(model, y.clone(), sigma, *targets, record=False)
+            return value_and_grads(
+                model, y.clone(), sigma, *targets, record=False, by_log_sigma=by_log_sigma
+            )
     record = record and torch.is_grad_enabled()
     with torch.enable_grad():
         leaf = y.view_as(y) if record and y.requires_grad else y.detach().requires_grad_()
+        inputs = [leaf]
+        if by_log_sigma:
+            inputs.append(y.new_zeros(len(y)).requires_grad_())
+            sigma = _shifted(sigma, inputs[1])
         energies = model(leaf, sigma)
         values = [target(energies) for target in targets]
     last = len(values) - 1
     grads = [
         torch.autograd.grad(
             value,
-            leaf,
+            inputs,
             torch.ones_like(value),
             create_graph=record,
             retain_graph=record or i < last,
-        )[0]
+            allow_unused=by_log_sigma,
+            materialize_grads=by_log_sigma,
+        )
         for i, value in enumerate(values)
     ]
-    return energies if record else Energies(*(e.detach() for e in energies)), grads
+    found = [own[k] for k in range(len(inputs)) for own in grads]
+    return energies if record else Energies(*(e.detach() for e in energies)), found
+
+
+def _shifted(sigma: Noise | None, t: Tensor) -> Tensor:
+    """Noise levels sigma e^t (B,), whose derivative by t (B,) at 0 is that by log sigma."""
+    assert sigma is not None
+    return torch.as_tensor(sigma, dtype=t.dtype, device=t.device) * t.exp()
 
 
 def hessian_products(
@@ -244,16 +270,19 @@ def _by_vjp(
     y: Tensor,
     sigma: Noise | None,
     targets: Sequence[Target],
+    by_log_sigma: bool = False,
 ) -> tuple[Energies, list[Tensor]]:
-    def values_of(image: Tensor) -> tuple[tuple[Tensor, ...], Energies]:
-        energies = model(image, sigma)
+    def values_of(image: Tensor, *t: Tensor) -> tuple[tuple[Tensor, ...], Energies]:
+        energies = model(image, _shifted(sigma, t[0]) if t else sigma)
         return tuple(target(energies) for target in targets), energies
 
-    values, vjp, energies = torch.func.vjp(values_of, y, has_aux=True)  # type: ignore[misc]
-    return energies, [
-        vjp(tuple(torch.full_like(v, float(i == k)) for k, v in enumerate(values)))[0]
+    inputs = (y, y.new_zeros(len(y))) if by_log_sigma else (y,)
+    values, vjp, energies = torch.func.vjp(values_of, *inputs, has_aux=True)  # type: ignore[misc]
+    grads = [
+        vjp(tuple(torch.full_like(v, float(i == k)) for k, v in enumerate(values)))
         for i in range(len(targets))
     ]
+    return energies, [own[k] for k in range(len(inputs)) for own in grads]
 
 
 # --- models --------------------------------------------------------------------------------------
@@ -498,6 +527,61 @@ class EnergyModel(DensityModel):
         target = LogDensity(labels)
         energies, (score,) = self.value_and_grads(y, sigma, target)
         return target(upcast_energies(energies)), score
+
+    @property
+    def normalized(self) -> bool:
+        """Whether log-densities are normalised, at every noise level."""
+        return False
+
+    @property
+    def log_prior(self) -> Tensor:
+        """log p(c), (C,), for `normalized_log_density`."""
+        return torch.full((self.num_classes,), -math.log(max(1, self.num_classes)))
+
+    def normalized_log_density(
+        self, y: Tensor, sigma: Noise | None = None, c: Tensor | int | None = None
+    ) -> Tensor:
+        """log p(y) or log p(y|c) in nats, normalised, (B,); no sigma: at the lowest noise level.
+
+        Raises:
+            UserError: also if the model is not normalised, or was not trained for sigma.
+        """
+        if not self.normalized:
+            raise UserError(
+                "this model's density is known up to a constant only: train a noise-conditional "
+                "model with objective tsm, or estimate the likelihood by denoising "
+                "(ebmkit.likelihood.denoising_likelihood)"
+            )
+        y, sigma, labels = self.inputs(y, sigma, c, at_zero=True)
+        if sigma is not None and self.card is not None:
+            for level in torch.as_tensor(sigma).aminmax():
+                check_trained(float(level), self.card.sigma_range)
+        log_density = LogDensity(labels)(upcast_energies(self(y, sigma)))
+        if labels is None:
+            return log_density
+        return log_density - self.log_prior.to(log_density)[labels]
+
+    def time_score(self, y: Tensor, sigma: Noise, c: Tensor | int | None = None) -> Tensor:
+        """d log p(y) / d log sigma or d log p(y|c) / d log sigma, nats, (B,).
+
+        Raises:
+            UserError: also if the model is blind.
+        """
+        if not self.noise_conditional:
+            raise UserError(
+                "this model is blind, so that its density has no derivative by sigma: train a "
+                "noise-conditional model"
+            )
+        y, sigma, labels = self.inputs(y, require_sigma(sigma), c)
+        return self._time_score(y, sigma, labels)
+
+    def _time_score(self, y: Tensor, sigma: Noise, c: Tensor | None) -> Tensor:
+        """`time_score` for checked labels."""
+        record = wants_grad(self, y, sigma)
+        target = LogDensity(c)
+        return value_and_grads(
+            self.forward, y, sigma, target, record=record, by_log_sigma=True
+        )[1][1]  # fmt: skip
 
     def energies(self, y: Tensor, sigma: Noise | None = None) -> Energies:
         """The output of `forward`, in float32 at least."""

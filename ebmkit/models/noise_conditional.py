@@ -22,19 +22,23 @@ At the start n = 0.
 
 **Constant.** Score matching determines log p up to a constant per noise level. Objectives that
 compare noise levels (`ebmkit.objectives.time_score`) leave one constant b for all levels. It
-follows from one level, sigma_max: the Kullback-Leibler divergence of the noisy data from the Gaussian is
-:math:`E_y[\log p_\sigma(y) - \log \mathcal N(y; m, \tau^2 I)]`, so
+follows from one level, sigma_max: the Kullback-Leibler divergence of the noisy data from the
+Gaussian is :math:`E_y[\log p_\sigma(y) - \log \mathcal N(y; m, \tau^2 I)]`, so
 
 .. math::
     b = \mathrm{KL} - a\,P\,E_y[n], \qquad
     \mathrm{KL} = \frac{\|\mu - m\|^2}{2\tau^2} + \frac{\|\Sigma - s^2 I\|_F^2}{4\tau^4}
                   + O(\tau^{-6})
 
-with mean and covariance :math:`\mu, \Sigma` of the data (`PreconditionedModel.anchor`). The mean
-over y is one over training images with noise and has a standard error. The expansion is that of a
-Gaussian; the terms that are left out are of the size
-:math:`(|E\langle x, x'\rangle^3| / 12 + (\mu - m)^\top\Sigma(\mu - m) / 2) / \tau^6` and
-:math:`/\tau^4`, with two independent images x and x', less m. They are computed, too.
+with mean and covariance :math:`\mu, \Sigma` of the data (`PreconditionedModel.anchor`). The
+mean over y is one over training images with noise, which has a standard error. The terms that are
+left out are of the size
+
+.. math::
+    \tau^{-6} \bigl( E\langle x - \mu, x' - \mu \rangle^3 / 12 + \|\Sigma - s^2 I\|_F^3 / 6 \bigr)
+
+with two independent images x and x': the skewness of the data, and the next term of a Gaussian.
+Both are in `constant_error`, which does not include errors of the network at lower noise.
 """
 
 from __future__ import annotations
@@ -51,6 +55,13 @@ from ebmkit.models.base import check_images
 
 LOWEST = 0.002
 """Default of the lowest noise level, image units."""
+
+FAR = 5.0
+"""Lowest ratio of the highest noise level to the standard deviation of the data at which the
+constant is fixed."""
+
+ANCHOR_BATCH, ANCHOR_DRAWS = 100, 4000
+"""Number of images at a time, and of noisy images, for the constant."""
 
 
 class PreconditionedModel(EnergyModel):
@@ -69,11 +80,13 @@ class PreconditionedModel(EnergyModel):
     Attributes:
         constant: b, nats.
         constant_error: estimated error of b, nats; Inf: it was not fixed (`anchor`).
+        label_shares: p(c), (C,).
     """
 
     noise_conditional = True
     constant: Tensor
     constant_error: Tensor
+    label_shares: Tensor
     mean: Tensor
 
     def __init__(
@@ -101,6 +114,8 @@ class PreconditionedModel(EnergyModel):
         self.register_buffer("mean", values, persistent=False)
         self.register_buffer("constant", torch.zeros((), dtype=torch.float64))
         self.register_buffer("constant_error", torch.tensor(math.inf, dtype=torch.float64))
+        shares = torch.full((self.num_classes,), 1 / max(1, self.num_classes))
+        self.register_buffer("label_shares", shares)
 
     def forward(self, y: Tensor, sigma: Noise | None = None) -> Energies:
         """Energies of ``y`` (B, C, H, W) at ``sigma``, a float or (B,), image units.
@@ -109,6 +124,11 @@ class PreconditionedModel(EnergyModel):
             UserError: if ``y`` is not a batch of images with C channels.
         """
         check_images(y, self.in_channels)
+        logits, gaussian, residual = self._parts(y, sigma)
+        return Energies(logits, gaussian + residual + self.constant.to(gaussian))
+
+    def _parts(self, y: Tensor, sigma: Noise | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Class logits, the Gaussian's log-density, (B,), and what the network adds to it, (B,)."""
         with without_autocast(y):
             level = torch.as_tensor(
                 self.sigma_min if sigma is None else sigma, dtype=y.dtype, device=y.device
@@ -120,8 +140,60 @@ class PreconditionedModel(EnergyModel):
             gaussian = -0.5 * u.square().flatten(1).sum(1) - log_norm
         energies = self.network(u, level)
         with without_autocast(y):
-            residual = self.scale(level) * upcast(energies.log_density)
-            return Energies(energies.logits, gaussian + residual + self.constant.to(gaussian))
+            return energies.logits, gaussian, self.scale(level) * upcast(energies.log_density)
+
+    @torch.no_grad()
+    def anchor(
+        self,
+        images: Tensor,
+        sigma: float,
+        labels: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """Fix the constant by training images, so that log-densities are normalised.
+
+        Args:
+            images: at least 2 training images (N, C, H, W) in [0, 1]; about 1000 are enough.
+            sigma: highest noise level of the training, image units.
+            labels: labels (N,) of training images, for p(c); None: each label is equally likely.
+            generator: source of the noise, on the device of the images.
+
+        Raises:
+            UserError: if sigma is not far above the standard deviation of the data.
+        """
+        if sigma < FAR * self.std:
+            raise UserError(
+                f"noise level {sigma:g} is too low to normalise the density: train up to "
+                f"{FAR * self.std:.3g} or more, {FAR:g} standard deviations of the data"
+            )
+        x = (images.double() - self.mean.double()).flatten(1)
+        count, entries, variance = *x.shape, sigma**2 + self.std**2
+        mean = x.mean(0)
+        products = (x - mean) @ (x - mean).T
+        others = ~torch.eye(count, dtype=torch.bool, device=x.device)
+        trace = float(products.diagonal().sum()) / (count - 1)
+        offset = max(0.0, float(mean.square().sum()) - trace / count)
+        spread = float(products[others].square().mean()) - 2 * self.std**2 * trace
+        spread = max(0.0, spread + entries * self.std**4)
+        skewness = max(0.0, float(products[others].pow(3).mean()))
+        divergence = offset / (2 * variance) + spread / (4 * variance**2)
+        residuals = []
+        for part in torch.split(images, ANCHOR_BATCH):
+            for _ in range(max(1, ANCHOR_DRAWS // count)):
+                eps = torch.randn(part.shape, generator=generator, device=part.device)
+                residuals.append(self._parts(part + sigma * eps.to(part), sigma)[2].double())
+        residual = torch.cat(residuals)
+        error = float(residual.std()) / len(residual) ** 0.5
+        self.constant.fill_(divergence - float(residual.mean()))
+        self.constant_error.fill_(error + (skewness / 12 + spread**1.5 / 6) / variance**3)
+        if labels is not None:
+            counts = torch.bincount(labels, minlength=self.num_classes).double() + 1e-9
+            self.label_shares.copy_(counts / counts.sum())
+
+    @property
+    def log_prior(self) -> Tensor:
+        """log p(c), (C,): shares of the labels in training."""
+        return self.label_shares.log()
 
     def scale(self, sigma: Tensor) -> Tensor:
         """P a(sigma), the factor of n, for noise levels (B,), image units."""

@@ -62,6 +62,7 @@ class ModelOutput:
         energies: energies of an energy model; None if no objective of the stream needs them.
         score: score (B, C, H, W), per image unit, for the labels of `Objective.score_labels`; None
             without `Objective.needs_score`.
+        time_score: d log p(y) / d log sigma, (B,), nats; None without `Objective.needs_time_score`.
         hessian_products: Hessian-vector products H v for each of `Objective.hessian_vectors`.
         forward: function from other images (B, C, H, W) and their noise levels (B,) or None to
             energies, differentiable with respect to the parameters.
@@ -70,6 +71,7 @@ class ModelOutput:
     energies: Energies | None
     score: Tensor | None = None
     hessian_products: Sequence[Tensor] = ()
+    time_score: Tensor | None = None
     forward: Callable[[Tensor, Tensor | None], Energies] | None = None
 
     def energies_at(self, images: Tensor, sigma: Tensor | None) -> Energies:
@@ -157,6 +159,9 @@ class Objective:
         needs_energies: whether the loss uses ``output.energies``, at the noisy images;
             ``output.energies_at`` is always available.
         needs_score: whether the loss uses ``output.score``.
+        needs_time_score: whether the loss uses ``output.time_score``.
+        needs_levels: whether it compares noise levels, so that the model must take sigma as an
+            input, and with a preconditioned model the density can be normalised.
         score_labels: function from a batch to the labels (B,) of the conditional score, -1 for the
             score of log p(y); None: the score of log p(y) for all images.
         hessian_vectors: function from a batch to the vectors v of Hessian-vector products; None:
@@ -185,6 +190,8 @@ class Objective:
     needs_hard_labels: bool = False
     needs_energies: bool = True
     needs_score: bool = False
+    needs_time_score: bool = False
+    needs_levels: bool = False
     score_labels: Callable[[Batch], Tensor] | None = None
     hessian_vectors: Callable[[Batch], list[Tensor]] | None = None
     scale: Scale = Scale.PLAIN
@@ -202,7 +209,12 @@ class Objective:
     @property
     def trains_density(self) -> bool:
         """Whether the objective trains log p(y), by score matching or maximum likelihood."""
-        return self.needs_score or self.family == "likelihood"
+        return self.needs_score or self.needs_levels or self.family == "likelihood"
+
+    @property
+    def needs_noise(self) -> bool:
+        """Whether the objective learns from noise of known level."""
+        return self.needs_score or self.needs_levels
 
 
 def mapping_at(values: Any, *path: str) -> Mapping[str, Any]:

@@ -58,6 +58,7 @@ from ebmkit.objectives.classification import CE
 from ebmkit.objectives.diffusion import DDPM
 from ebmkit.objectives.likelihood import CML, ML
 from ebmkit.objectives.score_matching import ISM, denoising
+from ebmkit.objectives.time_score import DIFFCLF, TSM
 from ebmkit.registry import Table, find
 
 __all__ = [
@@ -87,6 +88,8 @@ OBJECTIVES: dict[str, Objective] = Table(
         "ml": ML,
         "cml": CML,
         "ism": ISM,
+        "tsm": TSM,
+        "diffclf": DIFFCLF,
         "ddpm": DDPM,
     },
 )
@@ -271,7 +274,7 @@ class TrainingLoss(nn.Module):
         self.stream_of = {term.name: term.objective.stream for term in terms} | dict(streams or {})
         self.precision: Precision = "fp32"
         self.separate, self.use_autograd = False, True
-        matching = any(term.objective.needs_score for term in terms)
+        matching = any(t.objective.needs_score or t.objective.needs_time_score for t in terms)
         self.needs_input_gradient = matching and model.is_energy_based
         self.balanced = tuple(term.name for term in terms if term.balanced)
         self.register_buffer("running", torch.ones(len(self.balanced)), persistent=False)
@@ -356,7 +359,8 @@ class TrainingLoss(nn.Module):
     def _outputs(self, terms: Sequence[Term], batch: Batch) -> dict[str, ModelOutput]:
         """Model outputs for each of ``terms`` at the images of ``batch``."""
         matching = {term.name: term.objective for term in terms if term.objective.needs_score}
-        if not matching:
+        timed = any(term.objective.needs_time_score for term in terms)
+        if not matching and not timed:
             needed = any(term.objective.needs_energies for term in terms)
             energies = None
             if needed and isinstance(self.model, EnergyModel):
@@ -366,40 +370,55 @@ class TrainingLoss(nn.Module):
         products = [o.hessian_vectors for o in matching.values() if o.hessian_vectors]
         vectors = products[0](batch) if products else []
         y = self._to_memory_format(batch.y, differentiate=True)
-        energies, scores, found = self._scores(y, batch.sigma, labels, vectors)
+        energies, scores, found, time_score = self._scores(y, batch.sigma, labels, vectors, timed)
         by_name = dict(zip(matching, scores, strict=True))
         return {
-            t.name: ModelOutput(energies, by_name.get(t.name), found, self._energies) for t in terms
+            t.name: ModelOutput(energies, by_name.get(t.name), found, time_score, self._energies)
+            for t in terms
         }
 
     def _scores(
-        self, y: Tensor, sigma: Tensor, labels: list[Tensor | None], vectors: list[Tensor]
-    ) -> tuple[Energies | None, list[Tensor], list[Tensor]]:
-        """Energies, score for each of ``labels``, Hessian-vector products with ``vectors``."""
+        self,
+        y: Tensor,
+        sigma: Tensor,
+        labels: list[Tensor | None],
+        vectors: list[Tensor],
+        timed: bool,
+    ) -> tuple[Energies | None, list[Tensor], list[Tensor], Tensor | None]:
+        """Energies, score for each of ``labels``, Hessian-vector products with ``vectors``, and if
+        ``timed`` the time score of log p(y)."""
         model = self.model
         if not isinstance(model, EnergyModel):
             with autocast(y.device, self.precision):
-                return None, [model._score(y, sigma, c) for c in labels], []
+                return None, [model._score(y, sigma, c) for c in labels], [], None
         model.warn_about_layers()
         targets = [LogDensity(c) for c in labels if c is not None]
         marginal: list[Tensor] = []
         products: list[Tensor] = []
         scores: list[Tensor] = []
-        energies = None
+        energies, time_score = None, None
         if vectors:
             energies, score, products = hessian_products(
                 self._forward, y, sigma, vectors, self.use_autograd
             )
             marginal = [score]
-        elif len(targets) < len(labels):
+        if timed or (len(targets) < len(labels) and not vectors):
             targets.append(LogDensity())
         if targets:
             energies, scores = value_and_grads(
-                self._forward, y, sigma, *targets, use_autograd=self.use_autograd
+                self._forward,
+                y,
+                sigma,
+                *targets,
+                use_autograd=self.use_autograd,
+                by_log_sigma=timed,
             )
+            if timed:
+                time_score, scores = scores[-1], scores[: len(targets)]
             marginal = marginal or scores[-1:]
         conditional = iter(scores)
-        return energies, [marginal[0] if c is None else next(conditional) for c in labels], products
+        found = [marginal[0] if c is None else next(conditional) for c in labels]
+        return energies, found, products, time_score
 
     def _energies(self, y: Tensor, sigma: Tensor | None) -> Energies:
         """Energies without a score."""

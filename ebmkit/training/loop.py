@@ -62,6 +62,7 @@ from ebmkit.training.setup import (
     make_card,
     make_loss,
     model_config,
+    normalize,
     shapes,
     steps_of_epochs,
     warn_if_at_chance,
@@ -373,17 +374,20 @@ class Trainer:
         """Write the checkpoint, the model and the best weights so far, all or nothing.
 
         After the last step, or if a callback ``ended`` the run before it, first calibrate the noise
-        levels that the model estimates. ``rolled_back`` is that of `RunFolder.save_checkpoint`.
+        levels that the model estimates, and normalise its density. ``rolled_back`` is that of
+        `RunFolder.save_checkpoint`.
 
         Raises:
             UserError: if they cannot be written; the earlier files stay intact.
         """
         self.card.steps, self.card.sigma_calibration = self.step, []
+        self.card.log_density_error = None
         if ended or self.step == self.config.steps:
             # in all processes alike, as all evaluate with the model
             held_out = self.validation
             images = self.train if held_out is None or not len(held_out) else held_out
             calibrate_sigma(self.trained, images, self.card)
+            normalize(self.loss, self.trained, self.train, self.card)
         if self.run is None:
             return
         best = self.state.best

@@ -20,7 +20,7 @@ from ebmkit.energy import EnergyModel, ScoreModel
 from ebmkit.errors import UserError, first_line, shown
 from ebmkit.models import Features, JointModel, ModelConfig
 from ebmkit.models.base import PooledBackbone
-from ebmkit.models.noise_conditional import LOWEST
+from ebmkit.models.noise_conditional import LOWEST, PreconditionedModel
 from ebmkit.objectives import Scale, TrainingLoss, parse_objective
 from ebmkit.objectives.loss import check_labels
 from ebmkit.randomness import keyed_generator
@@ -31,8 +31,9 @@ CALIBRATION_IMAGES, CALIBRATION_BATCH, CALIBRATION_LEVELS = 100, 25, 16
 """Maximum number of images, their number at a time, and number of noise levels, uniform in
 log(sigma), of `calibrate_sigma`."""
 
-STATISTICS_IMAGES = 2000
-"""Maximum number of images for mean and standard deviation of a preconditioned model."""
+STATISTICS_IMAGES, ANCHOR_IMAGES = 2000, 1000
+"""Maximum numbers of images for mean and standard deviation of a preconditioned model, and for its
+constant."""
 
 Split = Literal["train", "validation", "test"]
 
@@ -183,7 +184,7 @@ def _preconditioning(config: TrainConfig, images: AnyImages) -> dict[str, Any]:
 
 def _matching(config: TrainConfig) -> list[Any]:
     """The terms of ``config`` that train the density at noise levels."""
-    return [t for t in parse_objective(config.objective) if t.objective.needs_score]
+    return [t for t in parse_objective(config.objective) if t.objective.needs_noise]
 
 
 def make_loss(model: ScoreModel, config: TrainConfig, training: bool = True) -> TrainingLoss:
@@ -196,7 +197,7 @@ def make_loss(model: ScoreModel, config: TrainConfig, training: bool = True) -> 
 
 def make_card(loss: TrainingLoss, config: TrainConfig, images: AnyImages) -> ModelCard:
     """The model card of a run."""
-    matching = [term.name for term in loss.terms if term.objective.needs_score]
+    matching = [term.name for term in loss.terms if term.objective.needs_noise]
     denoise = config.stream(loss.stream_of[matching[0]]) if matching else None
     return ModelCard(
         dataset=images.name,
@@ -241,6 +242,33 @@ def calibrate_sigma(model: ScoreModel, images: AnyImages, card: ModelCard) -> No
     card.sigma_calibration = fit_calibration(raw, true)
 
 
+@torch.no_grad()
+def normalize(loss: TrainingLoss, model: ScoreModel, images: AnyImages, card: ModelCard) -> None:
+    """Fix the constant of a preconditioned ``model`` by training ``images``; note it in ``card``.
+
+    Only if the objectives of ``loss`` compare noise levels; else each has a constant of its own.
+    The noise depends on nothing else.
+    """
+    tied = any(term.objective.needs_levels for term in loss.terms)
+    if not isinstance(model, PreconditionedModel) or not tied or card.sigma_range is None:
+        return
+    from torchvision.transforms.functional import center_crop
+
+    place, size = next(model.parameters()).device, list(card.image_size or images.image_size)
+    found = list(images.spread(ANCHOR_IMAGES).batches(CALIBRATION_BATCH))
+    x = torch.cat([center_crop(x, size).to(place) for x, _ in found])
+    labels = [c.to(place) for _, c in found if c is not None]
+    own = torch.cat(labels) if labels and model.num_classes else None
+    training, generator = model.training, keyed_generator(place, 0, "anchor")
+    model.eval()
+    try:
+        model.anchor(x, card.sigma_range[1], own, generator)
+        card.log_density_error = float(model.constant_error)
+    except UserError as error:
+        warnings.warn(f"the density is not normalised: {error}", stacklevel=2)
+    model.train(training)
+
+
 def check_terms(loss: TrainingLoss, config: TrainConfig, images: AnyImages) -> None:
     """Check that model and stream provide what each objective needs.
 
@@ -275,7 +303,17 @@ def check_terms(loss: TrainingLoss, config: TrainConfig, images: AnyImages) -> N
             )
         mixes = stream.augmentation.mix != "none"
         check_labels(term.name, term.objective, images.num_classes, mixes, name)
-        if term.objective.needs_score and stream.noise.range[1] == 0:
+        if term.objective.needs_levels and not isinstance(loss.model, EnergyModel):
+            raise UserError(
+                f"objective {term.name!r} needs a density, and {config.backbone!r} is a denoiser "
+                "without one: take a backbone"
+            )
+        if term.objective.needs_levels and not loss.model.noise_conditional:
+            raise UserError(
+                f"objective {term.name!r} compares noise levels, and this model is blind to them: "
+                "set model.preconditioned=true and take a backbone with sigma as an input"
+            )
+        if term.objective.needs_noise and stream.noise.range[1] == 0:
             raise UserError(
                 f"objective {term.name!r} learns from noise, and stream {name!r} has none: set "
                 f"streams.{name}.noise.kind and max, for example to squared-uniform and 100/255"
@@ -379,7 +417,7 @@ def training_image_size(config: TrainConfig, images: AnyImages) -> tuple[int, in
     crops grow during the run, the largest: up to that size, the log-density is the plain formula.
     """
     terms = parse_objective(config.objective)
-    first = next((t for t in terms if t.objective.needs_score), terms[0])
+    first = next((t for t in terms if t.objective.needs_noise), terms[0])
     name = config.draw_from.get(first.name, first.objective.stream)
     spans = config.stream(name).spans(config.steps)
     sizes = [_seen_size(span.crop_size, images) for span in spans]

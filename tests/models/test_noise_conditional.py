@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ebmkit.analytic import Gaussian
+from ebmkit.analytic import Gaussian, GaussianMixture
+from ebmkit.card import ModelCard
+from ebmkit.energy import Energies, EnergyModel
 from ebmkit.errors import UserError, validated
-from ebmkit.models import MLPConfig, ModelConfig
+from ebmkit.models import MLPConfig, ModelConfig, PreconditionedModel
 
 MEAN, STD = (0.4, 0.5, 0.6), 0.2
 
@@ -65,6 +67,61 @@ def test_without_sigma_it_is_the_lowest_level():
     for sigma in (0.01, 0.0, 0.005):  # lower levels, too
         assert torch.equal(model.log_density(y), model.log_density(y, sigma))
     assert not torch.equal(model.log_density(y), model.log_density(y, 0.02))
+
+
+class Exact(EnergyModel):
+    """The network with which a preconditioned model is ``truth``, up to a factor."""
+
+    noise_conditional, in_channels = True, 3
+
+    def __init__(self, truth, mean, std, log_factor=0.0):
+        super().__init__()
+        self.truth, self.log_factor, self.num_classes = truth, log_factor, truth.num_classes
+        self.gaussian, self.mean, self.std = Gaussian(mean, std**2), mean, std
+
+    def forward(self, u, sigma=None):
+        variance = sigma**2 + self.std**2
+        y = self.mean + variance.sqrt()[:, None, None, None] * u
+        own, reference = self.truth(y, sigma), self.gaussian(y, sigma).log_density
+        n = (own.log_density - reference + self.log_factor) * sigma / self.std
+        return Energies(own.logits, n)
+
+
+@pytest.mark.parametrize(("sigma", "error"), [(40.0, 1e-3), (5.0, 4e-3)])
+def test_the_constant_is_that_of_a_density(sigma, error):
+    """The remaining error is of 2000 random images and their noise. At sigma = 5, the mean of the
+    residual alone would be wrong by KL = 0.011, mostly as the mean is not that of the data."""
+    generator = torch.Generator().manual_seed(3)
+    means = torch.tensor([[0.2, 0.1, 0.4], [0.9, 1.1, 1.3], [1.0, 0.0, 0.5]], dtype=torch.float64)
+    truth = GaussianMixture(means[..., None, None], 0.01, [0.6, 0.3, 0.1], labels=[0, 1, 1])
+    images, labels = truth.sample(2000, generator)
+    mean = torch.zeros(3, 1, 1, dtype=torch.float64)
+    model = PreconditionedModel(Exact(truth, mean, 0.5, 3.0).double(), (0.0, 0.0, 0.0), 0.5)
+    assert not model.normalized
+    with pytest.raises(UserError, match=r"tsm.*denoising_likelihood"):
+        model.normalized_log_density(images[:2], 0.1)
+    model.anchor(images, sigma, labels, generator)
+    assert model.normalized
+    assert 1e-6 < float(model.constant_error) < error
+    for level in (0.01, 0.3, 5.0):
+        found = model.normalized_log_density(images[:9], torch.tensor(level))
+        expected = truth.normalized_log_density(images[:9], torch.tensor(level))
+        torch.testing.assert_close(found, expected, rtol=0, atol=error)
+    found = model.normalized_log_density(images[:9], 0.1, labels[:9])
+    expected = truth.normalized_log_density(images[:9], 0.1, labels[:9])
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.05)  # shares of 2000 labels
+    with pytest.raises(UserError, match="too low to normalise"):
+        model.anchor(images, 2.0)
+
+
+def test_noise_levels_outside_the_training_have_no_normalised_density():
+    model = make_model()
+    model.constant_error.fill_(0.01)
+    model.card = ModelCard(sigma_range=(0.002, 40.0))
+    model.normalized_log_density(points())
+    for sigma in (41.5, 0.001, torch.tensor([0.1, 50.0] * 3)):
+        with pytest.raises(UserError, match="outside the range"):
+            model.normalized_log_density(points(), sigma)
 
 
 @pytest.mark.parametrize(
