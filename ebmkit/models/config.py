@@ -241,13 +241,14 @@ class ModelConfig(BaseModel):
         if head is not None:
             for p in getattr(head, "density", head).parameters():
                 nn.init.zeros_(p)  # at the start the density is the Gaussian's
-        pooled = isinstance(self.backbone, BackboneConfig) and self.reference_size
+        pooled = isinstance(self.backbone, BackboneConfig)  # its features are means over positions
         return PreconditionedModel(
             network,
             self.input_mean,
             self.input_std,
             self.sigma_min or LOWEST,
-            math.prod(pooled or (1,)),
+            math.prod(self.reference_size or (1,)) if pooled else 1,
+            gamma=0.0 if pooled else 1.0,
         )
 
     def _network(

@@ -5,20 +5,28 @@ With the mean m of the data, their standard deviation s (image units), d entries
 
 .. math::
     \log p_\sigma(y) = \log \mathcal N(y;\, m,\, \tau^2 I) + a(\sigma)\, P\, n(u, \sigma) + b,
-    \qquad u = \frac{y - m}{\tau}, \qquad a(\sigma) = \frac{s}{\sigma},
+    \qquad u = \frac{y - m}{\tau}, \qquad
+    a(\sigma) = \frac{s}{\tau} \Bigl(\frac{\tau}{\sigma}\Bigr)^\gamma ,
 
 where n and the class logits are the output of a network whose input u has unit variance at every
 noise level (the input scale of Karras et al. 2022, arXiv 2206.00364), and P is the number of
-positions over which it averages, so that the second term is a sum over positions. The score is
+positions over which it averages, so that the second term is a sum over positions. The scores are
 
 .. math::
-    \sigma\, s(y) = -\frac{\sigma}{\tau}\, u + \frac{s}{\tau}\, P\, \nabla_u n .
+    \sigma\, s(y) = -\frac{\sigma}{\tau}\, u + \frac{\sigma a}{\tau}\, P\, \nabla_u n, \qquad
+    \frac{\partial \log p_\sigma}{\partial \log\sigma}
+        = \frac{\sigma^2}{\tau^2} (\|u\|^2 - d) + P \frac{\partial (a n)}{\partial \log\sigma} .
 
-The first term is the Gaussian's score. The second is what the data add to it: at low noise, up to
-one standard deviation of the noise; at high noise, up to a share s/sigma of it. So
-:math:`P \nabla_u n` has entries of order 1 at every noise level, and at high noise the density is
-the Gaussian's whatever the network computes, even if normalisation layers remove the scale of u.
-At the start n = 0.
+The first terms are the Gaussian's. The second ones are what the data add: at low noise, up to one
+standard deviation of the noise and d nats; at high noise, a share that vanishes as
+:math:`s/\sigma`. So the density is then the Gaussian's whatever the network computes, even if
+normalisation layers remove the scale of u. At the start n = 0.
+
+With :math:`\gamma = 1`, entries of :math:`P \nabla_u n` are of order 1 at every level (the
+output scale of Karras et al.); but an error of n counts :math:`s/\sigma` times in the time score. It
+suits networks whose n is an inner product with u, and data on thin surfaces. With
+:math:`\gamma = 0`, n is in nats at low noise, and does not depend on sigma once p is smooth; a
+network with mean-pooled features learns it faster (docs, "Densities").
 
 **Constant.** Score matching determines log p up to a constant per noise level. Objectives that
 compare noise levels (`ebmkit.objectives.time_score`) leave one constant b for all levels. It
@@ -73,6 +81,7 @@ class PreconditionedModel(EnergyModel):
         std: standard deviation s of the data, image units.
         sigma_min: lowest noise level, image units. No sigma, and lower levels, mean this one.
         positions: P, the number of positions over which the network averages n; 1: it is a sum.
+        gamma: exponent of a(sigma).
 
     Raises:
         UserError: if the network takes no sigma, or ``std`` or ``sigma_min`` is not above 0.
@@ -96,6 +105,7 @@ class PreconditionedModel(EnergyModel):
         std: float = 1.0,
         sigma_min: float = LOWEST,
         positions: int = 1,
+        gamma: float = 1.0,
     ) -> None:
         super().__init__()
         if not network.noise_conditional:
@@ -108,7 +118,7 @@ class PreconditionedModel(EnergyModel):
                 f"std {std:g} and sigma_min {sigma_min:g} must be above 0, as in 0.3 and 0.002"
             )
         self.network = network
-        self.std, self.sigma_min, self.positions = std, sigma_min, positions
+        self.std, self.sigma_min, self.positions, self.gamma = std, sigma_min, positions, gamma
         self.in_channels, self.num_classes = network.in_channels, network.num_classes
         values = torch.tensor(mean).reshape(-1, *[1] * (2 if isinstance(mean, tuple) else 0))
         self.register_buffer("mean", values, persistent=False)
@@ -197,7 +207,8 @@ class PreconditionedModel(EnergyModel):
 
     def scale(self, sigma: Tensor) -> Tensor:
         """P a(sigma), the factor of n, for noise levels (B,), image units."""
-        return self.positions * self.std / sigma
+        tau = (sigma.square() + self.std**2).sqrt()
+        return self.positions * self.std / tau * (tau / sigma) ** self.gamma
 
     @property
     def normalized(self) -> bool:
