@@ -27,7 +27,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from ebmkit.compute import to_weights, upcast, without_autocast
+from ebmkit.compute import subsample_before_1x1, to_weights, upcast, without_autocast
 from ebmkit.energy import Energies, EnergyModel, Noise
 from ebmkit.models.base import DenoiserConfig, check_images, mean_over_windows
 from ebmkit.models.convolution import Conv2d
@@ -61,7 +61,12 @@ class UNetEnergyConfig(DenoiserConfig):
 
     @model_validator(mode="after")
     def _check(self) -> UNetEnergyConfig:
-        self.of_blocks()
+        if self.width % self.channels_per_group:
+            raise ValueError(
+                f"width {self.width} is no multiple of channels_per_group "
+                f"{self.channels_per_group}: choose a multiple, or set "
+                "model.backbone.channels_per_group"
+            )
         return self
 
     @property
@@ -118,6 +123,7 @@ class UNetEnergy(EnergyModel):
         self.out = Conv2d(widths[0], in_channels, 3, padding=1, bias=False)
         nn.init.zeros_(self.out.weight)
         self.classifier = nn.Linear(widths[-1], num_classes, False) if num_classes else None
+        subsample_before_1x1(self)
 
     def forward(self, y: Tensor, sigma: Noise | None = None) -> Energies:
         """Energies of images ``y`` (B, C, H, W), H and W of any size from 1.

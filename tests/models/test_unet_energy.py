@@ -5,6 +5,7 @@ import torch
 
 from ebmkit.analytic import Gaussian
 from ebmkit.energy import LogDensity
+from ebmkit.errors import UserError
 from ebmkit.models import ModelConfig, create_denoiser, create_model
 
 
@@ -111,3 +112,8 @@ def test_preconditioned_it_is_a_gaussian_at_first_and_at_high_noise(levels):
         assert (low - high).std() > 0.1 * high.std()
         low, high = (m.score(y + noise, 40.0) for m in (model, exact))
         assert (low - high).std() < 0.02 * high.std()  # a share s / sigma = 1 % of a network's
+
+
+def test_width_and_groups_must_fit():
+    with pytest.raises(UserError, match=r"width 12 is no multiple of channels_per_group 8"):
+        create_denoiser("unet-energy", width=12)
