@@ -10,6 +10,10 @@ square of a uniform variable, :math:`\sqrt\sigma \sim U[\sqrt{\min}, \sqrt{\max}
 proportional to :math:`1/\sqrt\sigma`, between those of the uniform and the log-uniform law
 (:math:`1/\sigma`).
 
+Over orders of magnitude, ``log-uniform`` draws all levels equally often, and ``log-normal`` (Karras
+et al. 2022) the middle ones more often: :math:`\log\sigma` is normal, its mean is the middle of the
+range, and its standard deviation a quarter of the range, to which it is restricted.
+
 Diffusion models draw a timestep t uniformly from the T = 1000 levels of a schedule (Ho et al. 2020,
 algorithm 1).
 
@@ -380,7 +384,12 @@ def make_schedule(
     return Schedule(find("schedule", SCHEDULES, name)(steps), image_range)
 
 
-NoiseKind = Literal["squared-uniform", "log-uniform", "uniform", "fixed", "diffusion", "none"]
+_NORMAL_SHARE = 0.5 * math.erfc(math.sqrt(2))
+"""Probability of a normal variable beyond 2 standard deviations on one side."""
+
+NoiseKind = Literal[
+    "squared-uniform", "log-uniform", "log-normal", "uniform", "fixed", "diffusion", "none"
+]
 
 
 class NoiseLaw(BaseModel):
@@ -390,8 +399,8 @@ class NoiseLaw(BaseModel):
 
     kind: NoiseKind = Field(
         "none",
-        description="distribution: squared-uniform (the paper), log-uniform, uniform, fixed "
-        "(always max), diffusion (the levels of a diffusion schedule), none",
+        description="distribution: squared-uniform (the paper), log-uniform, log-normal, uniform, "
+        "fixed (always max), diffusion (the levels of a diffusion schedule), none",
     )
     min: SigmaOrZero = Field(
         0.0, description="lowest noise level, image units; kind diffusion: set by the schedule"
@@ -412,8 +421,8 @@ class NoiseLaw(BaseModel):
             raise UserError(f"a {self.kind} noise law needs max above 0, as in 100/255")
         if self.min > self.max:
             raise UserError(f"noise level min {self.min:g} is above max {self.max:g}: swap them")
-        if self.kind == "log-uniform" and self.min == 0:
-            raise UserError("a log-uniform noise law needs min above 0, as in 1/255")
+        if self.kind in ("log-uniform", "log-normal") and self.min == 0:
+            raise UserError(f"a {self.kind} noise law needs min above 0, as in 1/255")
         return self
 
     @property
@@ -443,6 +452,9 @@ class NoiseLaw(BaseModel):
             return (first + (last - first) * u).square()
         if self.kind == "log-uniform":
             return low * torch.pow(high / low, u)
+        if self.kind == "log-normal":
+            z = torch.special.ndtri(_NORMAL_SHARE + (1 - 2 * _NORMAL_SHARE) * u)
+            return math.sqrt(low * high) * torch.pow(high / low, z / 4)
         return low + (high - low) * u
 
 

@@ -16,6 +16,11 @@ LOW, HIGH = 1 / 255, 100 / 255
 LAWS = {
     "squared-uniform": lambda s: (s**0.5 - LOW**0.5) / (HIGH**0.5 - LOW**0.5),
     "log-uniform": lambda s: (s / LOW).log() / math.log(HIGH / LOW),
+    "log-normal": lambda s: (
+        0.5
+        + torch.erf(4 * (s / (LOW * HIGH) ** 0.5).log() / math.log(HIGH / LOW) / 2**0.5)
+        / (2 * math.erf(2**0.5))
+    ),
     "uniform": lambda s: (s - LOW) / (HIGH - LOW),
 }
 
@@ -123,6 +128,7 @@ def test_fixed_law_and_no_noise():
         ({"kind": "uniform"}, "max above 0"),
         ({"kind": "uniform", "min": "50/255", "max": "25/255"}, "swap"),
         ({"kind": "log-uniform", "max": "25/255"}, "min above 0"),
+        ({"kind": "log-normal", "max": "25/255"}, "min above 0"),
         ({"kind": "uniform", "max": "-1/255"}, "0 or more"),
         ({"kind": "uniform", "max": "nan"}, "0 or more"),
         ({"kind": "uniform", "max": "abc"}, "not a noise level"),

@@ -23,8 +23,8 @@ standard deviation of the noise and d nats; at high noise, a share that vanishes
 normalisation layers remove the scale of u. At the start n = 0.
 
 With :math:`\gamma = 1`, entries of :math:`P \nabla_u n` are of order 1 at every level (the
-output scale of Karras et al.); but an error of n counts :math:`s/\sigma` times in the time score. It
-suits networks whose n is an inner product with u, and data on thin surfaces. With
+output scale of Karras et al.), but an error of n counts :math:`s/\sigma` times in the time score.
+It suits networks whose n is an inner product with u, and data on thin surfaces. With
 :math:`\gamma = 0`, n is in nats at low noise, and does not depend on sigma once p is smooth; a
 network with mean-pooled features learns it faster (docs, "Densities").
 

@@ -38,6 +38,10 @@ _UNET = (
 )
 _CHAINS = "negatives.steps=2 negatives.buffer_size=20"
 _ATTACK = "objective.adv.steps=2 objective.trades.steps=2"
+_DENSITY = (
+    "--head linear model.preconditioned=true streams.denoise.noise.kind=log-uniform "
+    "streams.denoise.noise.max=40/1"
+)
 _JEM = f"--backbone wideresnet10-jem --width 4 {_CHAINS}"
 
 _OBJECTIVES = {
@@ -61,6 +65,8 @@ TRAINED |= {
         ("ce+dsm", "wideresnet10-jem", ""),
         ("ce+dsm", "mlp", ""),
         ("ce+dsm", "mlp-sigma", ""),
+        ("ce+dsm+tsm", "mlp-sigma", _DENSITY),
+        ("ce+dsm+diffclf", "mlp-sigma", _DENSITY),
         ("dsm", "dncnn", "model.backbone.depth=4"),
         ("dsm", "dncnn20-bias-free", "model.backbone.depth=4"),
         ("dsm", "drunet", "model.backbone.blocks=1"),

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+import ebmkit
 from ebmkit.analytic import Gaussian, GaussianMixture
 from ebmkit.card import ModelCard
+from ebmkit.data import load_dataset
 from ebmkit.energy import Energies, EnergyModel
 from ebmkit.errors import UserError, validated
 from ebmkit.models import MLPConfig, ModelConfig, PreconditionedModel
@@ -141,3 +143,51 @@ def test_unsuitable_components_are_refused(fields, sentence):
     }
     with pytest.raises(UserError, match=sentence):
         validated(ModelConfig, config | fields, "model")
+
+
+def train(tmp_path, objective, highest="40/1"):
+    """A run of one step; the constant is fixed at its end."""
+    noise = {"kind": "log-uniform", "min": "0.01", "max": highest}
+    options = {
+        "model.preconditioned": True,
+        "model.backbone.kernel": 1,
+        "width": 8,
+        "streams": {"denoise": {"noise": noise, "batch_size": 4}, "classify": {"batch_size": 4}},
+        "validation_images": 4,
+    }
+    ebmkit.train(
+        "mlp-sigma", "digits", objective, head="linear", steps=1, out=tmp_path / "run",
+        progress=False, **options,
+    )  # fmt: skip
+    return ebmkit.load(tmp_path / "run")
+
+
+def test_training_normalises_and_saves_the_constant(tmp_path):
+    model = train(tmp_path, "ce+dsm+tsm")
+    images = load_dataset("digits", split="train")
+    pixels = torch.cat([x for x, _ in images.spread(2000).batches(500)])
+    assert model.normalized
+    assert model.card.log_density_error == pytest.approx(float(model.constant_error))
+    assert model.card.log_density_error < 0.01
+    assert model.sigma_min == pytest.approx(0.01)
+    assert float(model.mean) == pytest.approx(float(pixels.mean()), abs=0.01)
+    assert model.std == pytest.approx(float(pixels.std()), abs=0.01)
+    # after one step the density is nearly the Gaussian's
+    exact = Gaussian(model.mean.reshape(1, 1, 1).expand(1, 8, 8), model.std**2 + 4)
+    y = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    found = model.normalized_log_density(y, 2.0)
+    assert torch.allclose(found, exact.log_density(y), atol=1.0)
+    labels = torch.bincount(torch.cat([c for _, c in images.spread(1000).batches(500)]))
+    torch.testing.assert_close(model.label_shares, labels / labels.sum(), atol=1e-6, rtol=0)
+
+
+def test_without_an_objective_that_ties_the_levels_there_is_no_constant(tmp_path):
+    model = train(tmp_path, "ce+dsm")
+    assert not model.normalized
+    assert model.card.log_density_error is None
+
+
+def test_training_to_low_noise_only_says_that_the_density_is_not_normalised(tmp_path):
+    with pytest.warns(UserWarning, match="not normalised"):
+        model = train(tmp_path, "ce+dsm+diffclf", "1/1")
+    assert not model.normalized
