@@ -234,7 +234,8 @@ class ModelConfig(BaseModel):
 
     def _build(self) -> ScoreModel:
         if not self.preconditioned:
-            return self._network(self.input_mean, self.input_std)
+            model: ScoreModel = self._network(self.input_mean, self.input_std)
+            return model
         assert not isinstance(self.input_std, tuple)
         network = self._network()  # whose images are scaled with the noise
         head = getattr(network, "head", None)
