@@ -14,6 +14,12 @@ factors of the number of pixels, unlike a head on averaged features. F consists 
 product is then homogeneous of degree 1, so the density does depend on the scale. This is the form
 of dual score matching (arXiv 2506.05310) with the joint labels of EGC (arXiv 2304.02012).
 
+With ``frequencies`` K, further input channels are :math:`e^{-(\omega\nu)^2/2} \sin\omega u` and
+the same with cosines, :math:`\omega = 2^k\pi` for k < K, as in Kingma et al. (arXiv 2107.00630).
+With noise of deviation :math:`\nu = \sigma / \sqrt{\sigma^2 + s^2}` in u, the exponential is the
+part of a wave that remains in its mean; without it, high frequencies would be noise at most levels.
+With s = `STD` it fits a `ebmkit.models.PreconditionedModel`.
+
 F is 0 at the start. In a `ebmkit.models.PreconditionedModel` the density then begins as a Gaussian
 at every sigma.
 """
@@ -28,13 +34,16 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ebmkit.compute import subsample_before_1x1, to_weights, upcast, without_autocast
-from ebmkit.energy import Energies, EnergyModel, Noise
+from ebmkit.energy import Energies, EnergyModel, Noise, per_image
 from ebmkit.models.base import DenoiserConfig, check_images, mean_over_windows
 from ebmkit.models.convolution import Conv2d
 from ebmkit.models.gradresnet import Block, GradResNetConfig
 from ebmkit.models.layers import GELU
 from ebmkit.models.noise_embedding import NoiseEmbedding
 from ebmkit.models.recompute import recompute
+
+STD = 0.35
+"""Standard deviation of images, image units, from which the noise in u is estimated."""
 
 
 class UNetEnergyConfig(DenoiserConfig):
@@ -136,9 +145,7 @@ class UNetEnergy(EnergyModel):
         check_images(y, self.in_channels)
         level = torch.as_tensor(0.0 if sigma is None else sigma, dtype=y.dtype, device=y.device)
         embedding = self.embedding(level.reshape(-1).expand(len(y)))
-        phases = [2**k * math.pi * y for k in range(self.frequencies)]
-        channels = torch.cat([y, *(f(t) for t in phases for f in (torch.sin, torch.cos))], dim=1)
-        h = self.activation(self.stem(to_weights(channels, self)))
+        h = self.activation(self.stem(to_weights(self._channels(y, level), self)))
         maps = []
         for blocks in self.down:
             h = self._level(blocks, h, embedding)
@@ -155,6 +162,16 @@ class UNetEnergy(EnergyModel):
                 return Energies(pooled.new_zeros(len(y), 0), log_density)
             logits = nn.functional.linear(pooled, upcast(self.classifier.weight))
             return Energies(logits, log_density)
+
+    def _channels(self, y: Tensor, sigma: Tensor) -> Tensor:
+        """``y``, and its sines and cosines with the amplitude that noise of level sigma leaves."""
+        noise = per_image((1 + (STD / sigma.clamp_min(1e-6)).square()).rsqrt(), y)
+        found = [y]
+        for k in range(self.frequencies):
+            frequency = 2**k * math.pi
+            amplitude = (-0.5 * (frequency * noise).square()).exp()
+            found += [amplitude * (frequency * y).sin(), amplitude * (frequency * y).cos()]
+        return torch.cat(found, dim=1)
 
     def set_recompute(self, on: bool) -> None:
         """Switch activation checkpointing in training on or off."""
