@@ -7,6 +7,7 @@ from ebmkit.analytic import Gaussian
 from ebmkit.energy import LogDensity
 from ebmkit.errors import UserError
 from ebmkit.models import ModelConfig, create_denoiser, create_model
+from ebmkit.models.unet_energy import STD
 
 
 def unet_energy(seed=0, **options):
@@ -117,3 +118,15 @@ def test_preconditioned_it_is_a_gaussian_at_first_and_at_high_noise(levels):
 def test_width_and_groups_must_fit():
     with pytest.raises(UserError, match=r"width 12 is no multiple of channels_per_group 8"):
         create_denoiser("unet-energy", width=12)
+
+
+def test_waves_have_the_amplitude_that_is_left_by_noise():
+    """The mean of sin(w (u + noise)) is the input channel at u, for clean u in unit variance."""
+    model, sigma = unet_energy(frequencies=2), torch.tensor([0.1], dtype=torch.float64)
+    u = torch.randn(1, 1, 4, 4, dtype=torch.float64)
+    noisy = u + sigma / (sigma**2 + STD**2).sqrt() * torch.randn(20_000, 1, 4, 4).double()
+    found = model._channels(u, sigma)[0, 1:]
+    for k, waves in enumerate(found.reshape(2, 2, 4, 4)):
+        for wave, function in zip(waves, (torch.sin, torch.cos), strict=True):
+            mean = function(2**k * torch.pi * noisy).mean(0)[0]
+            torch.testing.assert_close(mean, wave, atol=4 * 0.71 / 20_000**0.5, rtol=0)
