@@ -3,7 +3,7 @@
     uv run python benchmarks/noise_conditioning.py --out benchmarks/results/noise-conditioning.json
 
 Times steps on one batch of the quick start's network and batch sizes (recipe ``digits``), forward
-and backward, interleaved, by the processor time of the process: blind and noise-conditional with
+and backward, interleaved, on one thread, by its processor time: blind and noise-conditional with
 ``ce+dsm``, preconditioned with ``ce+dsm`` and with ``ce+dsm+tsm``.
 """
 
@@ -44,6 +44,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args()
+    torch.set_num_threads(1)  # whose time is that of the process
     steps = {name: partial(step, *make(*case)) for name, case in CASES.items()}
     seconds = interleave(steps, options.rounds, warmup=3, clock=time.process_time)
     blind, _, plain, tsm = seconds.values()
