@@ -25,9 +25,8 @@ is the cross-entropy with the image's own level :math:`\sigma_1`. The K levels a
 of K images of the batch (or of the part of it that is computed at once). Groups are formed by the
 ranks of the levels alone, so within a group each image is equally likely to have each level, and
 the prior is uniform for every noise law. The ranks in a group differ in log2 K of their binary
-digits, spread evenly from the lowest to the highest: it has levels that are close and levels that
-are far apart. diffclf needs K - 1 further forward passes; tsm needs none, as its derivative comes
-from the pass of dsm.
+digits, spread evenly: it has levels that are close and levels that are far apart. diffclf needs
+K - 1 further forward passes; tsm needs none, as its derivative comes from the pass of dsm.
 """
 
 from __future__ import annotations
@@ -75,8 +74,7 @@ def level_groups(sigma: Tensor, levels: int) -> Tensor:
     count = len(sigma)
     bits = max(1, (count - 1).bit_length())
     chosen = min(levels.bit_length() - 1, bits)
-    last = max(1, chosen - 1)
-    digits = sorted({round(i * (bits - 1) / last) for i in range(chosen)})
+    digits = [i * bits // (chosen + 1) for i in range(1, chosen + 1)]
     flips = [sum(1 << b for i, b in enumerate(digits) if n >> i & 1) for n in range(1 << chosen)]
     order = sigma.argsort(stable=True)
     rank = order.argsort()
