@@ -30,6 +30,7 @@ from ebmkit.models.noise_conditional import PreconditionedModel
 from ebmkit.models.pipelines import import_unet
 from ebmkit.models.saving import load, save_model, weights_digest
 from ebmkit.models.timm import TimmConfig
+from ebmkit.models.unet_energy import UNetEnergy, UNetEnergyConfig
 
 __all__ = [
     "BACKBONES",
@@ -59,6 +60,8 @@ __all__ = [
     "PreconditionedModel",
     "TimmConfig",
     "UNetConfig",
+    "UNetEnergy",
+    "UNetEnergyConfig",
     "WindowedBackbone",
     "create_denoiser",
     "create_model",

@@ -42,6 +42,7 @@ from ebmkit.models.mlp import MLPConfig
 from ebmkit.models.noise_conditional import LOWEST, PreconditionedModel
 from ebmkit.models.resnet import ResNetConfig
 from ebmkit.models.timm import TimmConfig
+from ebmkit.models.unet_energy import UNetEnergyConfig
 from ebmkit.models.wideresnet import WideResNetConfig
 from ebmkit.registry import Preset, Table, find
 
@@ -58,6 +59,7 @@ NETWORKS: tuple[type[NetworkConfig], ...] = (
     GSDRUNetConfig,
     GraDnCNNConfig,
     UNetConfig,
+    UNetEnergyConfig,
 )
 """Configuration classes of all networks. A new network is a file with its presets, and an entry
 here."""
@@ -72,6 +74,8 @@ BACKBONES: dict[str, Preset[BackboneConfig]] = _presets("backbone", BackboneConf
 DENOISERS: dict[str, Preset[DenoiserConfig]] = _presets("denoiser", DenoiserConfig)  # type: ignore[type-abstract]
 
 TIMM = "timm:"
+_ONE_SIDED = "linear-quadratic", "logit"
+"""Heads whose log-density is bounded on one side, or is tied to the logits."""
 
 
 def find_network(name: str) -> Preset[NetworkConfig]:
@@ -207,10 +211,10 @@ class ModelConfig(BaseModel):
         if self.noise_conditional or not getattr(self.backbone, "noise_conditional", False):
             raise UserError(
                 f"model.preconditioned needs a backbone that takes sigma, and as it is set "
-                f"{self.backbone.kind!r} is none: take mlp-sigma, or a backbone with a field "
-                "noise_conditional and set that, and leave out model.noise_conditional"
+                f"{self.backbone.kind!r} is none: take unet-energy, gradresnet18-sigma or "
+                "mlp-sigma, and leave out model.noise_conditional"
             )
-        if self.head.kind in ("linear-quadratic", "logit"):
+        if isinstance(self.backbone, BackboneConfig) and self.head.kind in _ONE_SIDED:
             raise UserError(
                 f"model.preconditioned needs a density that can be above and below the Gaussian's, "
                 f"which head {self.head.kind!r} is not: take --head linear"
@@ -229,6 +233,29 @@ class ModelConfig(BaseModel):
         return model
 
     def _build(self) -> ScoreModel:
+        if not self.preconditioned:
+            model: ScoreModel = self._network(self.input_mean, self.input_std)
+            return model
+        assert not isinstance(self.input_std, tuple)
+        network = self._network()  # whose images are scaled with the noise
+        head = getattr(network, "head", None)
+        if head is not None:
+            for p in getattr(head, "density", head).parameters():
+                nn.init.zeros_(p)  # at the start the density is the Gaussian's
+        pooled = isinstance(self.backbone, BackboneConfig)  # its features are means over positions
+        return PreconditionedModel(
+            network,
+            self.input_mean,
+            self.input_std,
+            self.sigma_min or LOWEST,
+            math.prod(self.reference_size or (1,)) if pooled else 1,
+            gamma=0.0 if pooled else 1.0,
+        )
+
+    def _network(
+        self, mean: float | tuple[float, ...] = 0.0, std: float | tuple[float, ...] = 1.0
+    ) -> Any:
+        """A `JointModel` for images with this mean and deviation, or a denoiser."""
         if isinstance(self.backbone, DenoiserConfig):
             return self.backbone.build_model(self.in_channels, self.num_classes)
         assert isinstance(self.backbone, BackboneConfig)
@@ -236,28 +263,14 @@ class ModelConfig(BaseModel):
         if self.noise_conditional:
             backbone = NoiseConditioned(backbone)
         assert isinstance(backbone, Backbone)
-        own = not self.preconditioned  # else the images are scaled with the noise
-        model = JointModel(
+        return JointModel(
             backbone,
             self.head.build(backbone.num_features, self.num_classes),
             in_channels=self.in_channels,
             reference_size=self.reference_size,
             size_scaling=self.size_scaling,
-            input_mean=self.input_mean if own else 0.0,
-            input_std=self.input_std if own else 1.0,
-        )
-        if own:
-            return model
-        assert not isinstance(self.input_std, tuple)
-        for p in getattr(model.head, "density", model.head).parameters():
-            nn.init.zeros_(p)  # at the start the density is the Gaussian's
-        return PreconditionedModel(
-            model,
-            self.input_mean,
-            self.input_std,
-            self.sigma_min or LOWEST,
-            math.prod(self.reference_size or (1,)),
-            gamma=0.0,
+            input_mean=mean,
+            input_std=std,
         )
 
 

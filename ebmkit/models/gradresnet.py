@@ -14,6 +14,17 @@ and the backward pass as decoder. Four changes to ResNet make the decoder a good
 
 A block is :math:`\operatorname{norm}(\operatorname{gelu}(P x + C_2 \operatorname{gelu}(C_1 x)))`,
 where P is the identity or, if the shape changes, a 1x1 convolution followed by a norm.
+
+With the option ``noise_embedding`` sigma is an input: the norm of each block is followed by a scale
+and a shift that depend on sigma (`ebmkit.models.noise_embedding`).
+
+**Scale.** The output of the norms does not depend on the scale of their input, so that of the
+network hardly depends on the scale of y, and its score is nearly orthogonal to y. But at a large
+sigma, p is nearly the Gaussian :math:`N(m, (\sigma^2 + s^2) I)`, whose score points from y to the
+mean m: a blind network, or a noise-conditional one on y itself, cannot represent it. In a
+`ebmkit.models.PreconditionedModel` the Gaussian is a term of its own, and the network only adds the
+difference of log p from it, as a function of :math:`u = (y - m)/\sqrt{\sigma^2 + s^2}`, whose
+entries are of order one at every sigma. At a large sigma this difference vanishes.
 """
 
 from __future__ import annotations
@@ -28,6 +39,7 @@ from ebmkit.compute import to_weights, upcast, without_autocast
 from ebmkit.models.base import BackboneConfig, Features, mean_over_windows
 from ebmkit.models.convolution import Conv2d
 from ebmkit.models.layers import GELU, NormName, make_norm
+from ebmkit.models.noise_embedding import NoiseEmbedding, scale_shift
 from ebmkit.models.recompute import recompute
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": GELU, "relu": nn.ReLU}
@@ -42,6 +54,10 @@ class GradResNetConfig(BackboneConfig):
         "gradresnet10": (
             "the same with one block per stage: twice the steps for the same FLOPs",
             {"depth": 10},
+        ),
+        "gradresnet18-sigma": (
+            "the paper's network with sigma as an input, for preconditioned models",
+            {"depth": 18, "noise_embedding": 64},
         ),
         "gradresnet34": ("the same, deeper (3-4-6-3 blocks)", {"depth": 34}),
         "gradresnet18-imagenet": (
@@ -81,6 +97,12 @@ class GradResNetConfig(BackboneConfig):
         True,
         description="side connections: features of all stages are pooled, not only of the last",
     )
+    noise_embedding: int = Field(
+        0,
+        ge=0,
+        description="width of an embedding of log sigma, for a scale and a shift after the norm "
+        "of each block; 0: blind to sigma",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> GradResNetConfig:
@@ -95,7 +117,17 @@ class GradResNetConfig(BackboneConfig):
             )
         if self.side_connections and self.width % 2:
             raise ValueError(f"width {self.width} must be even for the side connections")
+        if self.noise_embedding and (self.norm_everywhere or not grouped):
+            raise ValueError(
+                f"noise_embedding {self.noise_embedding} needs a group norm at the end of each "
+                "block: leave norm at group or scale, and norm_everywhere at false"
+            )
         return self
+
+    @property
+    def noise_conditional(self) -> bool:
+        """Whether sigma is an input of the network."""
+        return self.noise_embedding > 0
 
     def build(self, in_channels: int) -> GradResNet:
         return GradResNet(in_channels, self)
@@ -121,10 +153,15 @@ class Block(nn.Module):
             project = Conv2d(channels, out, 1, stride, bias=config.bias)
             self.shortcut = nn.Sequential(project, norm(config.shortcut_norm))
         self.norm = norm(not config.norm_everywhere)
+        if config.noise_embedding:
+            self.modulation = scale_shift(config.noise_embedding, out)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
         residual = self.norm2(self.conv2(self.activation(self.norm1(self.conv1(x)))))
-        out: Tensor = self.norm(self.activation(self.shortcut(x) + residual))
+        h = self.activation(self.shortcut(x) + residual)
+        out: Tensor = (
+            self.norm(h) if embedding is None else self.norm(h, self.modulation(embedding))
+        )
         return out
 
 
@@ -136,6 +173,7 @@ class GradResNet(nn.Module):
         config: configuration; see the fields of `GradResNetConfig`.
 
     Attributes:
+        noise_conditional: whether `forward` needs sigma.
         recompute: whether to use activation checkpointing in training mode, with one tensor kept
             per block (`ebmkit.models.recompute`).
     """
@@ -161,15 +199,25 @@ class GradResNet(nn.Module):
         if config.side_connections:
             self.side.extend(nn.Linear(w, w // 2, bias=config.bias) for w in widths[:3])
         self.num_features = widths[3] + sum(w // 2 for w in widths[:3] if config.side_connections)
+        self.noise_conditional = config.noise_conditional
+        if config.noise_embedding:
+            self.embedding = NoiseEmbedding(config.noise_embedding)
 
-    def forward(self, y: Tensor) -> Features:
-        """Features of images ``y`` (B, C, H, W), H and W of any size from 1."""
+    def forward(self, y: Tensor, sigma: Tensor | None = None) -> Features:
+        """Features of images ``y`` (B, C, H, W), H and W of any size from 1.
+
+        ``sigma`` (B,), image units, is ignored by the blind network; None: images are clean.
+        """
+        inputs: tuple[Tensor, ...] = ()
+        if self.noise_conditional:
+            inputs = (self.embedding(y.new_zeros(len(y)) if sigma is None else sigma),)
         h = self.activation(self.stem(y))
         maps = []
         for stage in self.stages:
             assert isinstance(stage, nn.Sequential)
             for block in stage:
-                h = recompute(block, h) if self.recompute and self.training else block(h)
+                again = self.recompute and self.training
+                h = recompute(block, h, *inputs) if again else block(h, *inputs)
             maps.append(h)
         used = tuple(maps) if self.side else (h,)
         return Features(self.pool(used, (1, 1)).squeeze(1), used)

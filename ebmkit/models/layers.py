@@ -98,17 +98,31 @@ class GroupNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(num_channels))
         self.bias = nn.Parameter(torch.zeros(num_channels)) if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise ``x`` (B, C, H, W); same shape and type, statistics in float32 or better."""
+    def forward(self, x: Tensor, modulation: Tensor | None = None) -> Tensor:
+        """Normalise ``x`` (B, C, H, W); same shape and type, statistics in float32 or better.
+
+        ``modulation`` (B, 2C) are scales a and shifts b of each image: the output is
+        :math:`(1 + a)\\operatorname{norm}(x) + b`. It has no effect where it is 0.
+        """
         with without_autocast(x):
             wide = upcast(x)
-            norm = nn.functional.group_norm if self.keep_scale or self.plain else group_norm
+            plain = self.keep_scale or self.plain
+            weight = upcast(self.weight)
             bias = None if self.bias is None else upcast(self.bias)
-            y = norm(wide, self.num_groups, upcast(self.weight), bias, self.eps)
+            if modulation is None or plain:
+                norm = nn.functional.group_norm if plain else group_norm
+                y = norm(wide, self.num_groups, weight, bias, self.eps)
+            else:  # weights of each image: no more operations on maps than without modulation
+                scale, shift = upcast(modulation).chunk(2, dim=1)
+                shift = shift if bias is None else shift + bias * (1 + scale)
+                y = group_norm(wide, self.num_groups, weight * (1 + scale), shift, self.eps)
             if self.keep_scale:
                 groups = wide.reshape(x.shape[0], self.num_groups, -1)
                 deviation = (groups.var(dim=2, unbiased=False) + self.eps).sqrt()
                 y = y * deviation.mean(dim=1).reshape(-1, 1, 1, 1)
+            if modulation is not None and plain:
+                scale, shift = upcast(modulation).chunk(2, dim=1)
+                y = y * _to_channels(1 + scale) + _to_channels(shift)
             return y.to(x.dtype)
 
 
@@ -150,13 +164,19 @@ def group_norm(
     Args:
         x: (B, C, H, W).
         groups: number of channel groups.
-        weight: (C,).
-        bias: (C,) or None.
+        weight: (C,), or (B, C) for weights of each image.
+        bias: same shape, or None.
         eps: added to the variances.
     """
     frozen = isinstance(weight, nn.Parameter) and not weight.requires_grad
     if not _use_custom_derivatives(x) or frozen or not x.is_contiguous():
-        return nn.functional.group_norm(x, groups, weight, bias, eps)
+        if weight.ndim == 1:
+            return nn.functional.group_norm(x, groups, weight, bias, eps)
+        if x.is_contiguous():  # each channel of each image as a channel of one image
+            flat = weight.reshape(-1), None if bias is None else bias.reshape(-1)
+            return nn.functional.group_norm(_rows(x), groups * len(x), *flat, eps).reshape(x.shape)
+        y = _to_channels(weight) * nn.functional.group_norm(x, groups, eps=eps)
+        return y if bias is None else y + _to_channels(bias)
     # one weight per image: autograd computes the sum over images, if it is needed
     weights = weight.expand(x.shape[0], -1)
     biases = None if bias is None else bias.expand(x.shape[0], -1)
@@ -238,8 +258,17 @@ class _Gradient(torch.autograd.Function):
         g, x, weights, *_ = ctx.saved_tensors
         rest = (None, None, None, None)
         of_sums = by_weights is not None or by_biases is not None
-        if v is not None and not of_sums and not torch.is_grad_enabled():
-            return *_group_norm_vjp_backward(v, *ctx.saved_tensors), *rest
+        if not torch.is_grad_enabled():
+            found: tuple[Tensor | None, ...] = (None, None, None)
+            if v is not None:
+                found = _group_norm_vjp_backward(v, *ctx.saved_tensors)
+            if of_sums:
+                own = _sums_vjp(by_weights, by_biases, ctx.groups, ctx.eps, *ctx.saved_tensors)
+                of_g, of_x = (
+                    a if b is None else a + b for a, b in zip(own, found[:2], strict=True)
+                )
+                found = of_g, of_x, found[2]
+            return *found, *rest
         at = _DifferentiableGroupNorm(x, ctx.groups, ctx.eps)
         of_g, of_x, of_weights = torch.zeros_like(x), torch.zeros_like(x), None
         if v is not None:
@@ -290,6 +319,20 @@ def _group_norm_vjp_backward(v: Tensor, *saved: Tensor) -> tuple[Tensor, Tensor,
     out.addcmul_(g.reshape(by_channel), (of_a * w).reshape(by_channel), value=-1)
     of_g = q.reshape(by_channel) * weights.reshape(by_channel)
     return of_g.reshape(x.shape), out.reshape(x.shape), sum_gq.reshape(weights.shape)
+
+
+def _sums_vjp(
+    by_weights: Tensor | None, by_biases: Tensor | None, groups: int, eps: float, *saved: Tensor
+) -> tuple[Tensor, Tensor]:
+    """VJP of the sums of g * xhat and of g, (B, C) each, by g and x, without a graph.
+
+    By g it is a group norm of x with the two cotangents as weights and biases.
+    """
+    g, x, weights, mean, rstd, *_ = saved
+    w, b = (torch.zeros_like(weights) if v is None else v for v in (by_weights, by_biases))
+    of_g = _GroupNormFunction.forward(x, w, b, groups, eps)[0]
+    rows = _rows(g), _rows(x), mean, rstd, w.reshape(-1)
+    return of_g, _group_norm_backward(*rows, [True, False, False])[0].reshape(x.shape)
 
 
 class _DifferentiableGroupNorm:

@@ -43,36 +43,36 @@ Run = Callable[..., Tensor]
 Autocast = Callable[[], AbstractContextManager[object]]
 
 
-def recompute(block: nn.Module, x: Tensor) -> Tensor:
-    """``block(x)`` with activation checkpointing: activations are recomputed when needed, not kept.
+def recompute(block: nn.Module, *x: Tensor) -> Tensor:
+    """``block(*x)`` with activation checkpointing: activations are recomputed, not kept.
 
-    Value and derivatives of every order equal those of ``block(x)``; memory is saved up to second
+    Value and derivatives of every order equal those of ``block(*x)``; memory is saved up to second
     order. Works in `torch.func.vjp`, `torch.autograd.grad` and ``backward``, and under autocast,
     whose state is restored. Forward-mode derivatives are not supported. A parameter that the loss
-    does not depend on gets a zero gradient, where ``block(x)`` leaves None.
+    does not depend on gets a zero gradient, where ``block(*x)`` leaves None.
 
     Args:
-        block: module from one tensor to one tensor, the same function at each call: its forward
+        block: module from tensors to one tensor, the same function at each call: its forward
             must neither draw random numbers nor change buffers. Its hooks run at each call.
-        x: input of the block, of any shape.
+        x: inputs of the block, of any shape.
 
     Raises:
         UserError: if the block updates running statistics or drops activations in training mode.
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        out: Tensor = block(x)
+        out: Tensor = block(*x)
         return out
     _check(block)
     named = dict(block.named_parameters())
-    autocast = _autocast(x.device.type)
+    autocast = _autocast(x[0].device.type)
 
-    def run(x: Tensor, *parameters: Tensor) -> Tensor:
+    def run(*tensors: Tensor) -> Tensor:
         with autocast():
-            values = dict(zip(named, parameters, strict=True))
-            result: Tensor = torch.func.functional_call(block, values, (x,))
+            values = dict(zip(named, tensors[len(x) :], strict=True))
+            result: Tensor = torch.func.functional_call(block, values, tensors[: len(x)])
             return result
 
-    out = _Forward.apply(run, x, *named.values())
+    out = _Forward.apply(run, *x, *named.values())
     return out
 
 

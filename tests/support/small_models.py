@@ -40,6 +40,8 @@ def small_model(backbone: str, head: str) -> JointModel:
     """A narrow preset with a head, in float64, with the plain formula at every size."""
     torch.manual_seed(0)
     made = create_model(backbone, NUM_CLASSES, in_channels=1, head=head, width=8).double().eval()
+    for p in (p for p in made.parameters() if p.ndim > 1 and not p.any()):
+        torch.nn.init.normal_(p, std=0.1)  # layers that begin as 0, such as those of sigma
     made._warned = True  # about ReLU and BatchNorm of some presets: see test_ablations
     return made
 

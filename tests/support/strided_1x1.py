@@ -75,7 +75,7 @@ class OwnEnergy(ebmkit.EnergyModel):
 def narrow(name: str) -> dict[str, object]:
     """Options of the narrowest valid network of a preset."""
     config = (BACKBONES | DENOISERS)[name].config
-    if config.kind == "gradresnet":
+    if config.kind in ("gradresnet", "unet-energy"):
         return {"width": 2, "channels_per_group": 1}  # side connections need an even width
     if config.kind == "unet":
         return {"width": 2, "norm_groups": 1, "dropout": 0.0}  # width 1 has no time embedding
