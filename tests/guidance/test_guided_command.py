@@ -69,7 +69,7 @@ def test_command_of_the_docs(runs):
     (out,) = (runs / "diffusion" / "samples").iterdir()
     document = json.loads((out / "sampling.json").read_text())
     settings = document["settings"]
-    assert settings["sampler"] == "ddim"
+    assert settings["sampler"] == "heun"  # the stand-in takes sigma and has no schedule
     assert settings["guidance"] == {
         "guidance": "energy", "options": {}, "scale": 4.0, "view": "x_t", "backpropagate": False,
         "schedule": "sigmoid:t0=500,y0=0.05,k=0.02", "start": 0.0,
