@@ -64,12 +64,12 @@ def recompute(block: nn.Module, *x: Tensor) -> Tensor:
         return out
     _check(block)
     named = dict(block.named_parameters())
-    autocast = _autocast(x[0].device.type)
+    autocast, count = _autocast(x[0].device.type), len(x)  # `run` must not keep x
 
     def run(*tensors: Tensor) -> Tensor:
         with autocast():
-            values = dict(zip(named, tensors[len(x) :], strict=True))
-            result: Tensor = torch.func.functional_call(block, values, tensors[: len(x)])
+            values = dict(zip(named, tensors[count:], strict=True))
+            result: Tensor = torch.func.functional_call(block, values, tensors[:count])
             return result
 
     out = _Forward.apply(run, *x, *named.values())

@@ -14,7 +14,7 @@ SBATCH = """#!/bin/sh
 cp "$1" script.txt
 case "$PWD" in */runs-jobs) for task in 0 1; do
   SLURM_JOB_ID=472$task SLURM_ARRAY_JOB_ID=4711 SLURM_ARRAY_TASK_ID=$task SLURM_JOB_NUM_NODES=1 \\
-  SLURM_NTASKS=1 SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_NODEID=0 sh "$1" > job-$task.txt 2>&1 &
+  SLURM_NTASKS=1 SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_NODEID=0 sh script.txt > job-$task.txt 2>&1 &
 done;; esac
 echo Submitted batch job 4711
 """

@@ -221,7 +221,7 @@ def test_a_step_stores_less_and_has_a_lower_peak(loss, stored_ratio, peak_ratio)
     Measured: 3.7 and 1.9 for score matching, 3.8 and 2.1 for cross-entropy. The peak includes the
     graph of one block, and the first two of the eight blocks are half of the network.
     """
-    y, labels, eps = batch(8, 32, torch.float32)
+    y, labels, eps = batch(16, 32, torch.float32)
     stored, peak = [], []
     for recomputed in (False, True):
         model = network(recomputed, torch.float32)
