@@ -31,7 +31,8 @@ The difference of the scores is the gradient of the classifier, :math:`\nabla_y 
 dimensions d, the noise level can be estimated: :math:`\hat\sigma = \sqrt d / \|s(y)\|`.
 
 Signs and units: energy = -log_density in nats; score = *plus* the gradient of the log-density, per
-image unit; sigma in image units; log-densities are known up to a constant independent of y.
+image unit; sigma in image units; log-densities are known up to a constant independent of y, unless
+the model is normalised.
 
 CDN stands for "Classification-denoising networks" (arXiv 2410.03505) here and in all docstrings.
 """
@@ -60,6 +61,13 @@ from ebmkit.noise import Schedule, check_trained, require_sigma
 
 Noise = float | Tensor
 """A noise level in image units: a float for the whole batch, or a tensor (B,)."""
+
+NORMALIZED_WAYS = (
+    "train a noise-conditional model with model.preconditioned=true, the objective tsm or diffclf, "
+    "and noise up to 5 standard deviations of the data, or estimate the likelihood by denoising "
+    "(ebmkit.likelihood.denoising_likelihood)"
+)
+"""The two ways to a normalised log-density, for errors."""
 
 V = TypeVar("V", bound=float | Tensor)
 S = TypeVar("S", bound=Noise | None)
@@ -552,9 +560,7 @@ class EnergyModel(DensityModel):
         """
         if not self.normalized:
             raise UserError(
-                "this model's density is known up to a constant only: train a noise-conditional "
-                "model with objective tsm, or estimate the likelihood by denoising "
-                "(ebmkit.likelihood.denoising_likelihood)"
+                f"this model's density is known up to a constant only: {NORMALIZED_WAYS}"
             )
         y, sigma, labels = self.inputs(y, sigma, c, at_zero=True)
         if sigma is not None and self.card is not None:
@@ -577,6 +583,9 @@ class EnergyModel(DensityModel):
                 "noise-conditional model"
             )
         y, sigma, labels = self.inputs(y, require_sigma(sigma), c)
+        if self.card is not None:
+            for level in torch.as_tensor(sigma).aminmax():
+                check_trained(float(level), self.card.sigma_range)
         return self._time_score(y, sigma, labels)
 
     def _time_score(self, y: Tensor, sigma: Noise, c: Tensor | None) -> Tensor:

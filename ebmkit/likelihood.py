@@ -31,8 +31,9 @@ mean, so it is a control variate, with the coefficient that suits each tau.
 there. If s is the exact score of p below, the result exceeds the true value by
 :math:`\mathrm{KL}(p_\sigma \| q_\sigma)` at that level, on average over p. For a network it is an
 upper bound on the negative log-likelihood of the generative diffusion that starts from q at the
-highest level (Kingma et al., arXiv 2107.00630). The integrand at the highest
-level, divided by 2 for its slowest decay, estimates the size of this error (``range_error``).
+highest level (Kingma et al., arXiv 2107.00630). The integrand at the highest level, extrapolated
+by :math:`\tau^{-2}` from those below and divided by 2 for its slowest decay, estimates the size of
+this error (``range_error``).
 
 **Probability-flow ODE** (`flow_likelihood`; Song et al., arXiv 2011.13456). Along
 :math:`dy/d\sigma = -\sigma s_\sigma(y)`, up to the highest level T,
@@ -75,7 +76,7 @@ import torch
 from torch import Tensor
 
 from ebmkit.analytic import Gaussian
-from ebmkit.energy import EnergyModel, LogDensity, ScoreModel, per_image, vjp
+from ebmkit.energy import NORMALIZED_WAYS, EnergyModel, LogDensity, ScoreModel, per_image, vjp
 from ebmkit.errors import UserError
 from ebmkit.noise import format_sigma, parse_sigma
 from ebmkit.randomness import image_generators, image_noise
@@ -83,6 +84,9 @@ from ebmkit.randomness import image_generators, image_noise
 Dequantization = Literal["gaussian", "uniform"]
 
 Progress = Callable[[int, int], None]
+
+LARGEST_DIMENSION = 12_288
+"""Maximum number of values of an image for a covariance matrix, which then takes 1.2 GB."""
 
 TOLERANCE = 0.02
 """Standard error of the mean over images, nats per dimension, above which a result is reported as
@@ -112,10 +116,10 @@ class Likelihood(NamedTuple):
         standard_error: its Monte Carlo standard error, (B,), nats; 0: no random numbers.
         sigma: noise level of the density, image units.
         evaluations: number of network evaluations per image.
-        edge: what the images add to `range_error`, (B,): the integrand at the highest trained
-            level; 0 for other ways and models without a highest level.
+        edge: what the images add to `range_error`, (B,): the integrand extrapolated to the highest
+            trained level; 0 for other ways and models without a highest level.
         converged: whether `mean_error` per dimension is at most `TOLERANCE`, and the integrator
-            succeeded. If not, the log-density is NaN.
+            succeeded. If the integrator did not, the log-density is NaN.
     """
 
     log_density: Tensor
@@ -183,9 +187,17 @@ def fit_gaussian(images: Tensor, spacing: float = 0.0) -> Gaussian:
     Args:
         images: training images, image units.
         spacing: distance of their levels; the variance of uniform dequantisation is added.
+
+    Raises:
+        UserError: if an image has more than `LARGEST_DIMENSION` values.
     """
     from sklearn.covariance import empirical_covariance, ledoit_wolf
 
+    if images[0].numel() > LARGEST_DIMENSION:
+        raise UserError(
+            f"images of {images[0].numel():,} values need a covariance matrix that is too large: "
+            f"use images of up to {LARGEST_DIMENSION:,}, for example 64x64 in colour"
+        )
     x = images.detach().double().cpu()
     flat, dim = x.flatten(1).numpy(), x[0].numel()
     covariance = empirical_covariance(flat) if len(x) >= 10 * dim else ledoit_wolf(flat)[0]
@@ -348,9 +360,7 @@ def energy_likelihood(
     """
     if not is_normalized(model):
         raise UserError(
-            "the log-density of this model is known up to a constant: train a noise-conditional "
-            "model with the objective tsm, or use the likelihood by denoising "
-            "(ebmkit.likelihood.denoising_likelihood)"
+            f"the log-density of this model is known up to a constant: {NORMALIZED_WAYS}"
         )
     y, _, labels = model.inputs(y, None, c)
     level = density_level(model, sigma)
@@ -615,7 +625,10 @@ def _denoising_errors(
     share = (square.mean(2, keepdim=True) / control).clamp(0, 1)
     share = share.roll(-1, 0).where(tau > law.a, 1.0)
     values = square - share * (control - mean) - mean
-    edge = values[-max(2, strata // 8) :].mean((0, 2)) * float(math.isfinite(high))
+    edge = torch.zeros_like(values[0, :, 0])
+    if math.isfinite(high):  # the integrand falls at least as 1 / tau^2 up to the highest level
+        last, top = max(2, strata // 8), math.sqrt(max(high**2 - sigma**2, 0.0))
+        edge = (values[-last:] * (tau[-last:] / top).square()).mean((0, 2))
     base = reference.log_density(y.to(reference.means), sigma)
     return _Errors(values * law.total / law.weight(tau), base, sigma, edge)
 

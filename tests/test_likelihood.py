@@ -131,6 +131,8 @@ def test_range_limit_costs_the_divergence_from_the_reference():
     gap = float((truth - found.log_density).mean())
     assert gap == pytest.approx(divergence, abs=4 * found.mean_error + 0.005)
     assert divergence / 4 < found.range_error < 4 * divergence
+    model.card = ModelCard(sigma_range=(0.01, 40.0))  # noise hides the image: no error is left
+    assert denoising_likelihood(model, y[:500], reference=reference, draws=16).range_error < 1e-3
 
 
 @few_images
@@ -268,7 +270,9 @@ def test_illegal_arguments_are_refused(network):
     x = torch.rand(2, 1, 8, 8)
     with pytest.raises(UserError, match=r"blind: use the likelihood by denoising .* or train"):
         flow_likelihood(network, x)
-    with pytest.raises(UserError, match=r"objective tsm, or use the likelihood by denoising"):
+    with pytest.raises(
+        UserError, match=r"objective tsm or diffclf.*estimate the likelihood by denoising"
+    ):
         energy_likelihood(network, x)
     for sigma in (0.001, 0.5, "101/255"):
         with pytest.raises(UserError, match="outside the range that this model was trained for"):

@@ -114,7 +114,7 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
         found = class_likelihoods(
             model,
             y,
-            sigma=plan.sigma,
+            sigma=max(plan.sigma, level),
             reference=plan.reference,
             draws=options.draws,
             seed=context.seed,
@@ -122,14 +122,16 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
         seconds = {"one_pass": middle - began, "generative": time.perf_counter() - middle}
         costs["one_pass"] = {"forward": 1, "gradients": 0}
         costs["generative"] = {"forward": found.evaluations, "gradients": found.gradients}
+        by_bayes = found.log_posterior(model.log_prior)
         columns: dict[tuple[str, str], Tensor] = {}
-        for name, posterior in (("one_pass", one_pass), ("generative", found.log_posterior())):
+        for name, posterior in (("one_pass", one_pass), ("generative", by_bayes)):
             confidence, predicted = posterior.exp().max(dim=1)
             columns[name, "right"] = predicted == labels
             columns[name, "confidence"] = confidence.double()
             columns[name, "nll"] = -posterior.gather(1, labels[:, None])[:, 0].double()
             columns[name, "seconds"] = y.new_full((len(y),), seconds[name] / len(y))
-        top = found.log_density.topk(min(2, found.log_density.shape[1]), dim=1).values
+        evidence = found.log_density + model.log_prior.to(found.log_density)
+        top = evidence.topk(min(2, evidence.shape[1]), dim=1).values
         columns["generative", "undecided"] = top[:, 0] - top[:, -1] < 2 * found.gap_error
         return columns
 

@@ -152,6 +152,12 @@ class PreconditionedModel(EnergyModel):
         with without_autocast(y):
             return energies.logits, gaussian, self.scale(level) * upcast(energies.log_density)
 
+    def forget_anchor(self) -> None:
+        """Mark the density as not normalised."""
+        self.constant.zero_()
+        self.constant_error.fill_(math.inf)
+        self.label_shares.fill_(1 / max(1, self.num_classes))
+
     @torch.no_grad()
     def anchor(
         self,
@@ -169,8 +175,11 @@ class PreconditionedModel(EnergyModel):
             generator: source of the noise, on the device of the images.
 
         Raises:
-            UserError: if sigma is not far above the standard deviation of the data.
+            UserError: if sigma is not far above the standard deviation of the data, or there is
+                only one image.
         """
+        if len(images) < 2:
+            raise UserError(f"{len(images)} image(s) cannot normalise the density: give 2 or more")
         if sigma < FAR * self.std:
             raise UserError(
                 f"noise level {sigma:g} is too low to normalise the density: train up to "

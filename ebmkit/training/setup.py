@@ -254,8 +254,10 @@ def normalize(loss: TrainingLoss, model: ScoreModel, images: AnyImages, card: Mo
     Only if the objectives of ``loss`` compare noise levels; else each has a constant of its own.
     The noise depends on nothing else.
     """
-    tied = any(term.objective.needs_levels for term in loss.terms)
-    if not isinstance(model, PreconditionedModel) or not tied or card.sigma_range is None:
+    if not isinstance(model, PreconditionedModel):
+        return
+    model.forget_anchor()  # perhaps of the weights that the run began with
+    if card.sigma_range is None or not any(t.objective.needs_levels for t in loss.terms):
         return
     from torchvision.transforms.functional import center_crop
 
@@ -344,6 +346,12 @@ def check_terms(loss: TrainingLoss, config: TrainConfig, images: AnyImages) -> N
             raise UserError(
                 f"objective {term.name!r} compares noise levels, and this model is blind to them: "
                 "set model.preconditioned=true and take a backbone with sigma as an input"
+            )
+        if term.objective.needs_levels and not isinstance(loss.model, PreconditionedModel):
+            warnings.warn(
+                f"{term.name} ties the noise levels, but only a preconditioned model is "
+                "normalised: set model.preconditioned=true for log p in nats",
+                stacklevel=2,
             )
         if term.objective.needs_noise and stream.noise.range[1] == 0:
             raise UserError(

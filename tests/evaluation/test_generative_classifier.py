@@ -19,8 +19,8 @@ def evaluate(model, data, folder, **settings):
 def test_generative_classifier_agrees_with_bayes_where_it_is_decided(
     mixture, mixture_samples, tmp_path
 ):
-    """The exact model is its own Bayes classifier, so both agree but for the undecided images and
-    the prior, which is uniform here and 0.5, 0.3, 0.2 in the mixture."""
+    """The exact model is its own Bayes classifier, so both agree but for the undecided images
+    and 2 of 40, for the Monte Carlo error beyond two standard errors."""
     found = evaluate(mixture, mixture_samples, tmp_path, images=40, draws=64)
     document = found["generative-classifier"].document
     stored = json.loads((tmp_path / "generative-classifier.json").read_text())
@@ -30,7 +30,7 @@ def test_generative_classifier_agrees_with_bayes_where_it_is_decided(
         one, two = (document["conditions"][kind][n] for n in ("one_pass", "generative"))
         undecided = document["conditions"][kind]["undecided"]["value"]
         gap = abs(one["accuracy"]["value"] - two["accuracy"]["value"])
-        assert gap <= undecided + 0.15
+        assert gap <= undecided + 0.06
     clean, attacked = (document["conditions"][k]["one_pass"] for k in ("clean", "attacked"))
     assert attacked["accuracy"]["value"] < clean["accuracy"]["value"]
     assert document["conditions"]["clean"]["generative"]["ece"]["value"] < 0.35

@@ -12,6 +12,8 @@ from ebmkit.data import load_dataset
 from ebmkit.energy import Energies, EnergyModel
 from ebmkit.errors import UserError, validated
 from ebmkit.models import MLPConfig, ModelConfig, PreconditionedModel
+from ebmkit.objectives import TrainingLoss, parse_objective
+from ebmkit.training.setup import normalize
 
 MEAN, STD = (0.4, 0.5, 0.6), 0.2
 
@@ -114,6 +116,11 @@ def test_the_constant_is_that_of_a_density(sigma, error):
     torch.testing.assert_close(found, expected, rtol=0, atol=0.05)  # shares of 2000 labels
     with pytest.raises(UserError, match="too low to normalise"):
         model.anchor(images, 2.0)
+    with pytest.raises(UserError, match="1 image"):
+        model.anchor(images[:1], 40.0)
+    loss = TrainingLoss(model, parse_objective("ce+dsm"))
+    normalize(loss, model, None, ModelCard(sigma_range=(0.01, 40.0)))
+    assert not model.normalized  # dsm alone does not tie the levels, whatever the weights were
 
 
 def test_noise_levels_outside_the_training_have_no_normalised_density():
