@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("runs", type=Path, nargs="+", help="run folders of digits")
     models = [ebmkit.load(run) for run in parser.parse_args().runs]
     (x, labels), (test, test_labels) = split("train"), split("test")
-    judge = SVC(gamma=0.06, C=10).fit(x.flatten(1), labels)
+    classifier = SVC(gamma=0.06, C=10).fit(x.flatten(1), labels)
     c, found = torch.arange(COUNT) % 10, []
 
     def spread(images: Tensor, own: Tensor) -> float:
@@ -111,7 +111,7 @@ def main() -> None:
                     values.append(
                         {
                             "seconds": time.monotonic() - begun,
-                            "recognised": float(judge.score(made.flatten(1), c)),
+                            "recognised": float(classifier.score(made.flatten(1), c)),
                             "nearest": nearest(made),
                             "diversity": spread(made, c) / spread(x, labels),
                             "frechet": frechet(made, test),
@@ -122,7 +122,7 @@ def main() -> None:
             found.append({"row": row, "least_recognised": least} | means)
             progress(at + 1, len(ROWS))
     real = {
-        "recognised": float(judge.score(test.flatten(1), test_labels)),
+        "recognised": float(classifier.score(test.flatten(1), test_labels)),
         "nearest": nearest(test),
     }
     document = {

@@ -56,14 +56,14 @@ def measure(run: Path) -> dict[str, Any]:
     for sigma in LEVELS:
         y = test if sigma == LEVELS[0] else test + sigma * noise
         accuracy[str(sigma)] = float((model.logits(y, sigma).argmax(1) == labels).float().mean())
-    judge = SVC(gamma=0.001, C=10).fit(16 * train.flatten(1).numpy(), train_labels.numpy())
+    classifier = SVC(gamma=0.001, C=10).fit(16 * train.flatten(1).numpy(), train_labels.numpy())
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "samples"
         command = ["ebmkit", "sample", str(run), "--label", "all", "-n", "200", "--steps", "20"]
         subprocess.run([sys.executable, "-m", *command, "--out", str(out)], check=True)
         with h5py.File(out / "samples.h5") as file:
             x, wanted = file["samples"][()], file["labels"][()]
-    found = judge.predict(16 * x.clip(0, 1).reshape(len(x), -1))
+    found = classifier.predict(16 * x.clip(0, 1).reshape(len(x), -1))
     bits: dict[str, dict[str, float]] = {}
     levels = image_levels(train)
     for how in ("uniform", "gaussian"):
@@ -98,7 +98,7 @@ def measure(run: Path) -> dict[str, Any]:
         "accuracy": accuracy,
         "samples": len(x),
         "recognised": float(np.mean(found == wanted)),
-        "judge_accuracy": judge.score(16 * test.flatten(1).numpy(), labels.numpy()),
+        "classifier_accuracy": classifier.score(16 * test.flatten(1).numpy(), labels.numpy()),
         "sigma": SIGMA,
         "bits_per_dimension": bits,
     }

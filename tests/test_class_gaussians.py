@@ -253,12 +253,12 @@ def test_quick_start_samples_digits_that_another_classifier_recognises(tmp_path,
     assert "not images" not in result.output
     train, test = (load_dataset("digits", None, part) for part in ("train", "test"))
     x, t = (part.images.flatten(1).numpy() / 255 for part in (train, test))
-    judge = SVC(gamma=0.06, C=10).fit(x, train.labels)
-    assert judge.score(t, test.labels) > 0.97
+    classifier = SVC(gamma=0.06, C=10).fit(x, train.labels)
+    assert classifier.score(t, test.labels) > 0.97
     made = read_contents(tmp_path / "samples" / "samples.h5")
     pixels = made.read_all().reshape(200, -1).numpy() / 255
     assert made.labels.bincount().tolist() == [20] * 10
-    assert (judge.predict(pixels) == made.labels.numpy()).mean() >= 0.9
+    assert (classifier.predict(pixels) == made.labels.numpy()).mean() >= 0.9
     real = torch.tensor(x)
     own, of_test = (torch.cdist(torch.tensor(a), real).amin(1).median() for a in (pixels, t))
     assert own > 0.8 * of_test

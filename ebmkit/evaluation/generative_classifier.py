@@ -1,11 +1,12 @@
 r"""Suite ``generative-classifier``: Bayes' rule on the likelihood, beside the one-pass classifier.
 
-The generative classifier is :math:`\arg\max_c \log p(x \mid c) + \log p(c)` with a uniform prior
-and :math:`\log p(x \mid c)` from denoising errors, with common noise for all labels
-(`ebmkit.likelihood.class_likelihoods`). A joint energy model gives :math:`p(c \mid x)` in one
-forward pass, from the same energy whose gradients the denoising errors are made of. CDN section 2.2
-claims that this makes generative classifiers "much more efficient"; the suite compares accuracy,
-calibration (ECE, NLL) and cost of the two, on images that are
+The generative classifier is :math:`\arg\max_c \log p(x \mid c) + \log p(c)` with the model's prior
+(`EnergyModel.log_prior`; uniform if it has none) and :math:`\log p(x \mid c)` from denoising
+errors, with common noise for all labels (`ebmkit.likelihood.class_likelihoods`), at the noise level
+of the images. A joint energy model gives :math:`p(c \mid x)` in one forward pass, from the same
+energy whose gradients the denoising errors are made of. CDN section 2.2 claims that it "can be
+evaluated much more efficiently than recent approaches"; the suite compares accuracy, calibration
+(ECE, NLL) and cost of the two, on images that are
 
 - ``clean``;
 - ``noisy``: with noise of level ``noise``;

@@ -1,4 +1,4 @@
-r"""Suite ``likelihood``: log-likelihood in nats and bits per dimension, in up to three ways.
+r"""Suite ``likelihood``: log-likelihood in nats and bits per dimension, by up to three methods.
 
 The log-density is :math:`\log p_{\sigma_0}(y)` of dequantised images y (`ebmkit.likelihood`), with
 :math:`\sigma_0` the lowest noise level that the model knows, or a quarter of the distance of the
@@ -9,7 +9,7 @@ levels of the pixels if that is more. It is computed by
 - ``energy``: the log-density of a normalised model;
 - ``flow``: the probability-flow ODE, noise-conditional models; on the first ``flow_images`` only;
 - ``gaussian``: for comparison, a Gaussian of the mean and covariance of the training images. It is
-  the reference of the other ways above the trained noise levels.
+  the reference of the other methods above the trained noise levels.
 
 Bits per dimension bound :math:`-\log_2 P(v)/d` of the quantised images v. Two scores for
 out-of-distribution detection follow from the denoising errors, higher means in distribution:
@@ -78,7 +78,7 @@ from ebmkit.likelihood import (
 )
 from ebmkit.noise import Sigma, format_sigma
 
-WAYS = {
+METHODS = {
     "denoising": "denoising errors",
     "denoising_label": "denoising errors, given the label",
     "energy": "energy",
@@ -164,11 +164,11 @@ def _per_batch() -> Iterator[None]:
         yield
 
 
-def _column(way: Callable[[Tensor, Tensor | None], Likelihood], plan: _Plan) -> Any:
+def _column(method: Callable[[Tensor, Tensor | None], Likelihood], plan: _Plan) -> Any:
     def measured(batch: EvaluationBatch) -> dict[str, Tensor]:
         images = plan.dequantized(batch.x)
         with _per_batch():
-            found = way(images.images, batch.labels)
+            found = method(images.images, batch.labels)
         columns = {
             "nats": found.log_density,
             "bits": images.bits_per_dimension(found.log_density),
@@ -181,8 +181,8 @@ def _column(way: Callable[[Tensor, Tensor | None], Likelihood], plan: _Plan) -> 
     return measured
 
 
-def ways_of(context: EvaluationContext, plan: _Plan) -> dict[str, Any]:
-    """The ways that the model allows: functions of (y, labels)."""
+def methods_of(context: EvaluationContext, plan: _Plan) -> dict[str, Any]:
+    """The methods that the model allows: functions of (y, labels)."""
     model, options = context.exact_model, context.option(LikelihoodConfig)
     common: dict[str, Any] = {"sigma": plan.sigma}
     drawn = common | {"reference": plan.reference, "seed": context.seed}
@@ -190,33 +190,33 @@ def ways_of(context: EvaluationContext, plan: _Plan) -> dict[str, Any]:
     def denoising(y: Tensor, c: Tensor | None = None) -> Likelihood:
         return denoising_likelihood(model, y, c, draws=options.draws, **drawn)
 
-    ways: dict[str, Any] = {"denoising": lambda y, c: denoising(y)}
+    methods: dict[str, Any] = {"denoising": lambda y, c: denoising(y)}
     if model.num_classes and context.images.num_classes == model.num_classes:
-        ways["denoising_label"] = denoising
+        methods["denoising_label"] = denoising
     if is_normalized(model):
-        ways["energy"] = lambda y, c: energy_likelihood(model, y, **common)
+        methods["energy"] = lambda y, c: energy_likelihood(model, y, **common)
     if model.noise_conditional and options.flow_images:
-        ways["flow"] = lambda y, c: flow_likelihood(model, y, tolerance=1e-4, **drawn)
+        methods["flow"] = lambda y, c: flow_likelihood(model, y, tolerance=1e-4, **drawn)
     gaussian = plan.reference
-    ways["gaussian"] = lambda y, c: energy_likelihood(gaussian, y.to(gaussian.means), **common)
-    return ways
+    methods["gaussian"] = lambda y, c: energy_likelihood(gaussian, y.to(gaussian.means), **common)
+    return methods
 
 
 def measure(context: EvaluationContext) -> dict[str, Any]:
-    """Measure the likelihood in every way; return the document."""
+    """Measure the likelihood by every method; return the document."""
     options = context.option(LikelihoodConfig)
     images, found_warnings = context.first(options.images), []
     plan = make_plan(context, options.sigma, options.dequantization)
     dim = images.channels * images.image_size[0] * images.image_size[1]
     columns: dict[str, dict[str, Tensor]] = {}
-    ways: dict[str, Any] = {}
-    for name, way in ways_of(context, plan).items():
+    methods: dict[str, Any] = {}
+    for name, method in methods_of(context, plan).items():
         own = images.first(min(options.flow_images, len(images))) if name == "flow" else images
         passes = 0 if name == "gaussian" else 1
-        columns[name] = found = context.columns(0.0, _column(way, plan), own, passes=passes)
+        columns[name] = found = context.columns(0.0, _column(method, plan), own, passes=passes)
         error = float(found["error"].square().sum().sqrt()) / len(own)
-        ways[name] = {
-            "about": WAYS[name],
+        methods[name] = {
+            "about": METHODS[name],
             "count": len(own),
             "nats": statistics.mean(found["nats"]),
             "bits": None if plan.levels is None else statistics.mean(found["bits"]),
@@ -226,7 +226,7 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
         }
         if not error / dim <= TOLERANCE:
             found_warnings.append(
-                f"{WAYS[name]}: did not converge, the standard error of the mean is "
+                f"{METHODS[name]}: did not converge, the standard error of the mean is "
                 f"{error / dim:.3g} nats per dimension, above {TOLERANCE:g}"
             )
     main = columns["denoising"]
@@ -239,7 +239,7 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
         "levels": None if plan.levels is None else len(plan.levels),
         "dimensions": dim,
         "reference": plan.fitted_to,
-        "ways": ways,
+        "methods": methods,
         "classes": _classes(images, columns["denoising"]),
         "sets": {name: {k: v for k, v in s.items() if k != "nats"} for name, s in sets.items()},
         "histogram": _histogram({"in": main["nats"], **{n: s["nats"] for n, s in sets.items()}}),
@@ -281,8 +281,8 @@ def _ood(
     context: EvaluationContext, plan: _Plan, images: Images, inside: Tensor, name: str
 ) -> dict[str, Any]:
     found = find_set(name, images, context.data_dir, context.seed)
-    way = ways_of(context, plan)["denoising"]
-    outside = context.columns(0.0, _column(way, plan), found.images)["nats"]
+    method = methods_of(context, plan)["denoising"]
+    outside = context.columns(0.0, _column(method, plan), found.images)["nats"]
     typical = [-(column - inside.mean()).abs() for column in (inside, outside)]
     seed = context.seed
     return {
@@ -350,22 +350,22 @@ def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> 
 
 
 def table(document: dict[str, Any]) -> Table:
-    """Nats and bits per dimension in every way, and AUROC of the OOD sets below."""
+    """Nats and bits per dimension by every method, and AUROC of the OOD sets below."""
     heads = ("log p by", "nats", "bits/dim", "95 % interval", "MC error", "images", "evaluations")
     result = new_table(document, heads)
     scale = document["dimensions"] * np.log(2)
-    for name, way in document["ways"].items():
-        bits, error = way["bits"], way["standard_error"]
+    for name, method in document["methods"].items():
+        bits, error = method["bits"], method["standard_error"]
         result.add_row(
             name.replace("_", ", given the "),
-            number(way["nats"], "{:.2f}"),
+            number(method["nats"], "{:.2f}"),
             number(bits, "{:.3f}"),
             "-" if bits is None else interval(bits, "{:.3f}"),
             "-" if not error else f"{error / scale if bits else error:.3f}",
-            str(way["count"]),
-            f"{way['evaluations']:.0f}",
+            str(method["count"]),
+            f"{method['evaluations']:.0f}",
         )
-    edge = document["ways"]["denoising"]["range_error"]
+    edge = document["methods"]["denoising"]["range_error"]
     note = f"density at sigma {format_sigma(document['sigma'])}"
     if edge:
         note += f"; assumption of a Gaussian above the trained range: about {edge:.2g} nats"

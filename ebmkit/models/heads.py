@@ -45,13 +45,13 @@ from ebmkit.registry import Table, find
 EnergySource = Literal["auto", "model", "logits"]
 
 
-class LinearQuadraticHead(nn.Module):
-    """Linear logits and a quadratic log-density (CDN eq. 10-12).
+class LinearHead(nn.Module):
+    """Linear logits and a linear log-density.
 
     Args:
         num_features: K.
         num_classes: C; 0: a density without labels.
-        bias: add biases to the logits and inside the square (the paper's ablation).
+        bias: add biases.
     """
 
     def __init__(self, num_features: int, num_classes: int, bias: bool = False) -> None:
@@ -66,7 +66,22 @@ class LinearQuadraticHead(nn.Module):
         logits = pooled.new_zeros(pooled.shape[0], 0)
         if self.classifier is not None:
             logits = self.classifier(pooled)
-        return Energies(logits, -0.5 * self.density(pooled).squeeze(1).square())
+        return Energies(logits, self.density(pooled).squeeze(1))
+
+
+class LinearQuadraticHead(LinearHead):
+    """Linear logits and a quadratic log-density (CDN eq. 10-12).
+
+    Args:
+        num_features: K.
+        num_classes: C; 0: a density without labels.
+        bias: add biases to the logits and inside the square (the paper's ablation).
+    """
+
+    def forward(self, pooled: Tensor) -> Energies:
+        """Energies of features ``pooled`` (B, K)."""
+        logits, direction = super().forward(pooled)
+        return Energies(logits, -0.5 * direction.square())
 
 
 class LogitHead(nn.Module):
@@ -95,30 +110,6 @@ class LogitHead(nn.Module):
         """Energies of features ``pooled`` (B, K)."""
         logits = self.classifier(pooled)
         return Energies(logits, logits.logsumexp(dim=1))
-
-
-class LinearHead(nn.Module):
-    """Linear logits and a linear log-density.
-
-    Args:
-        num_features: K.
-        num_classes: C; 0: a density without labels.
-        bias: add biases.
-    """
-
-    def __init__(self, num_features: int, num_classes: int, bias: bool = False) -> None:
-        super().__init__()
-        self.num_classes = num_classes
-        self.classifier = nn.Linear(num_features, num_classes, bias) if num_classes else None
-        self.density = nn.Linear(num_features, 1, bias)
-        nn.init.normal_(self.density.weight, std=num_features**-0.5)
-
-    def forward(self, pooled: Tensor) -> Energies:
-        """Energies of features ``pooled`` (B, K)."""
-        logits = pooled.new_zeros(pooled.shape[0], 0)
-        if self.classifier is not None:
-            logits = self.classifier(pooled)
-        return Energies(logits, self.density(pooled).squeeze(1))
 
 
 class HeadConfig(BaseModel):

@@ -1,4 +1,4 @@
-"""Suite ``likelihood``: the three ways against a mixture, bits, OOD scores, files, errors."""
+"""Suite ``likelihood``: the three methods against a mixture, bits, OOD scores, files, errors."""
 
 import io
 import json
@@ -35,22 +35,24 @@ def test_ways_agree_with_the_mixture(mixture, rounded, tmp_path):
     assert document == json.loads((tmp_path / "likelihood.json").read_text())
     assert document["pictures"] == ["likelihood-images.png", "likelihood.png"]
     assert (document["levels"], document["dimensions"], document["images"]) == (256, 16, 24)
-    ways = document["ways"]
-    assert list(ways) == ["denoising", "denoising_label", "energy", "flow", "gaussian"]
+    methods = document["methods"]
+    assert list(methods) == ["denoising", "denoising_label", "energy", "flow", "gaussian"]
     images = dequantize(rounded.first(24).images, torch.arange(256) / 255)
     assert document["sigma"] == pytest.approx(1 / 255 / 4)
     exact = mixture.log_density(images.images, 1 / 255 / 4)
-    assert ways["energy"]["nats"]["value"] == pytest.approx(float(exact.mean()), rel=1e-6)
+    assert methods["energy"]["nats"]["value"] == pytest.approx(float(exact.mean()), rel=1e-6)
     bits = -float(exact.mean()) / 16 / math.log(2) + math.log2(255)
-    assert ways["energy"]["bits"]["value"] == pytest.approx(bits)
-    error = ways["denoising"]["standard_error"]
+    assert methods["energy"]["bits"]["value"] == pytest.approx(bits)
+    error = methods["denoising"]["standard_error"]
     assert 0 < error < 0.5
-    assert ways["denoising"]["nats"]["value"] == pytest.approx(float(exact.mean()), abs=4 * error)
-    assert ways["flow"]["count"] == 2
+    assert methods["denoising"]["nats"]["value"] == pytest.approx(
+        float(exact.mean()), abs=4 * error
+    )
+    assert methods["flow"]["count"] == 2
     own = float(exact[:2].mean())
-    assert ways["flow"]["nats"]["value"] == pytest.approx(own, abs=0.05)
+    assert methods["flow"]["nats"]["value"] == pytest.approx(own, abs=0.05)
     # the classes overlap: the label tells less than its entropy
-    gain = ways["denoising_label"]["nats"]["value"] - ways["denoising"]["nats"]["value"]
+    gain = methods["denoising_label"]["nats"]["value"] - methods["denoising"]["nats"]["value"]
     assert -4 * error < gain < math.log(3) + 4 * error
     assert sum(c["count"] for c in document["classes"]) == 24
     assert document["sets"]["shuffled"]["scores"]["log-density"]["auroc"]["value"] > 0.7
@@ -68,9 +70,9 @@ def test_ways_agree_with_the_mixture(mixture, rounded, tmp_path):
 def test_images_of_no_levels_have_no_bits(mixture, mixture_samples, tmp_path):
     document = evaluate(mixture, mixture_samples, tmp_path, sets=[])["likelihood"].document
     assert document["levels"] is None
-    assert document["ways"]["denoising"]["bits"] is None
+    assert document["methods"]["denoising"]["bits"] is None
     exact = mixture.log_density(mixture_samples.first(24).images)
-    assert document["ways"]["energy"]["nats"]["value"] == pytest.approx(float(exact.mean()))
+    assert document["methods"]["energy"]["nats"]["value"] == pytest.approx(float(exact.mean()))
     assert any("not of 8 bits" in line for line in document["warnings"])
 
 
@@ -78,10 +80,10 @@ def test_blind_network_has_the_ways_that_it_allows(network, random_images, tmp_p
     """An untrained network does not converge with 4 draws, which the document says."""
     images = replace(random_images, images=(random_images.images * 16).round() / 16)
     document = evaluate(network, images, tmp_path, images=4, draws=4)["likelihood"].document
-    assert list(document["ways"]) == ["denoising", "denoising_label", "gaussian"]
+    assert list(document["methods"]) == ["denoising", "denoising_label", "gaussian"]
     assert document["sigma"] == pytest.approx(1 / 255)
     assert any("did not converge" in line for line in document["warnings"])
-    assert document["ways"]["denoising"]["range_error"] > 0
+    assert document["methods"]["denoising"]["range_error"] > 0
 
 
 def test_models_and_levels_without_a_likelihood_are_refused(network, random_images, tmp_path):
