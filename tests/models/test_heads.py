@@ -7,7 +7,7 @@ from pydantic import Field
 import ebmkit
 from ebmkit import ModelCard, UserError, create_model
 from ebmkit.errors import validated
-from ebmkit.models import HEADS, HeadConfig, HeadEntry, LinearQuadraticHead, ModelConfig
+from ebmkit.models import HEADS, HeadConfig, HeadEntry, LinearHead, LinearQuadraticHead, ModelConfig
 from ebmkit.models.heads import LogitEnergy, energy_source
 from ebmkit.training import resolve
 
@@ -97,3 +97,12 @@ def test_energy_source_follows_card_and_objective(card, source):
     expected = logits.logsumexp(1) if source == "logits" else model.log_density(y)
     assert torch.equal(wrapped.log_density(y), expected)
     assert torch.equal(wrapped.logits(y), logits)
+
+
+def test_log_density_is_minus_half_the_square_of_one_direction():
+    """CDN equation 11; a linear head has the direction itself."""
+    f = torch.randn(5, 7)
+    head = LinearQuadraticHead(7, 3)
+    along = f @ head.density.weight[0]
+    torch.testing.assert_close(head(f).log_density, -along.square() / 2)
+    torch.testing.assert_close(LinearHead.forward(head, f).log_density, along)

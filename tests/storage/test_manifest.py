@@ -153,13 +153,15 @@ def test_concurrent_readers_see_a_consistent_state(tmp_path):
     ended = threading.Event()
 
     def write():
-        for number in range(20):
+        for number in range(2000):
             text = str(number).encode()
             commit_files(root, {"model.json": text, "model.st": text * 10_000})
+            if number >= 20 and len(seen) > 3:  # until the reader was scheduled between writes
+                break
         ended.set()
 
     commit_files(root, {"model.json": b"x", "model.st": b"x" * 10_000})
-    writer, seen = threading.Thread(target=write), set()
+    writer, seen = threading.Thread(target=write), set[bytes]()
     writer.start()
     while not ended.is_set():
         found = read_together(root, ["model.json", "model.st"])
@@ -189,7 +191,7 @@ def test_verification_during_writes_finds_no_damage(tmp_path):
     ended = threading.Event()
 
     def write():
-        for number in range(2, 14):
+        for number in range(2, 30):
             names = [f"checkpoints/step-{k}.pt" for k in (number, number - 1)]
             commit_files(root, {names[0]: b"state"}, drop=names[1:])
         ended.set()
