@@ -32,6 +32,7 @@ from ebmkit.models.base import (
     NetworkConfig,
     NoiseConditioned,
 )
+from ebmkit.models.class_reference import ClassReference
 from ebmkit.models.diffusion import UNetConfig
 from ebmkit.models.dncnn import DnCNNConfig, GraDnCNNConfig
 from ebmkit.models.drunet import DRUNetConfig, GSDRUNetConfig
@@ -169,6 +170,12 @@ class ModelConfig(BaseModel):
         gt=0,
         description="preconditioned: lowest noise level, image units; null: that of the training",
     )
+    reference_rank: int = Field(
+        0,
+        ge=0,
+        description="preconditioned: rank of the covariances of a Gaussian per class, which the "
+        "density is at high noise, for images of the reference size; 0: one isotropic Gaussian",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -189,6 +196,8 @@ class ModelConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
+        if self.reference_rank and not self.preconditioned:
+            raise UserError("model.reference_rank is for preconditioned models: leave it out")
         if self.preconditioned:
             self._check_preconditioned()
         if not self.noise_conditional:
@@ -242,6 +251,10 @@ class ModelConfig(BaseModel):
         if head is not None:
             for p in getattr(head, "density", head).parameters():
                 nn.init.zeros_(p)  # at the start the density is the Gaussian's
+        reference = None
+        if self.reference_rank:
+            shape = (self.in_channels, *(self.reference_size or (1, 1)))
+            reference = ClassReference(max(1, self.num_classes), shape, self.reference_rank)
         pooled = isinstance(self.backbone, BackboneConfig)  # its features are means over positions
         return PreconditionedModel(
             network,
@@ -250,6 +263,7 @@ class ModelConfig(BaseModel):
             self.sigma_min or LOWEST,
             math.prod(self.reference_size or (1,)) if pooled else 1,
             gamma=0.0 if pooled else 1.0,
+            reference=reference,
         )
 
     def _network(

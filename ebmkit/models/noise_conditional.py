@@ -22,6 +22,18 @@ standard deviation of the noise and d nats; at high noise, a share that vanishes
 :math:`s/\sigma`. So the density is then the Gaussian's whatever the network computes, even if
 normalisation layers remove the scale of u. At the start n = 0.
 
+**Gaussians of the classes.** With a `ebmkit.models.class_reference.ClassReference` q in the place
+of the Gaussian,
+
+.. math::
+    \log p_\sigma(y) = \log \sum_c q_\sigma(y, c) + a(\sigma)\, P\, n(u, \sigma) + b, \qquad
+    a(\sigma) = \Bigl(\frac{s}{\tau}\Bigr)^3 \Bigl(\frac{\tau}{\sigma}\Bigr)^\gamma, \qquad
+    \text{logits} = \text{network's} + \frac{\sigma^2}{\tau^2} \log q_\sigma(y, c) .
+
+The first two moments of each class are then the data's, so what is left vanishes with the third
+power, and p(c|y) at high noise is exact from the start. At low noise, where the Gaussians are far
+too certain, the network alone classifies.
+
 With :math:`\gamma = 1`, entries of :math:`P \nabla_u n` are of order 1 at every level (the
 output scale of Karras et al.), but an error of n counts :math:`s/\sigma` times in the time score.
 It suits networks whose n is an inner product with u, and data on thin surfaces. With
@@ -38,7 +50,8 @@ Gaussian is :math:`E_y[\log p_\sigma(y) - \log \mathcal N(y; m, \tau^2 I)]`, so
     \mathrm{KL} = \frac{\|\mu - m\|^2}{2\tau^2} + \frac{\|\Sigma - s^2 I\|_F^2}{4\tau^4}
                   + O(\tau^{-6})
 
-with mean and covariance :math:`\mu, \Sigma` of the data (`PreconditionedModel.anchor`). The
+with mean and covariance :math:`\mu, \Sigma` of the data (`PreconditionedModel.anchor`); with
+Gaussians of the classes, their mean and covariance take the place of m and :math:`s^2 I`. The
 mean over y is one over training images with noise, which has a standard error. The terms that are
 left out are of the size
 
@@ -60,6 +73,7 @@ from ebmkit.compute import upcast, without_autocast
 from ebmkit.energy import Energies, EnergyModel, Noise, per_image
 from ebmkit.errors import UserError
 from ebmkit.models.base import check_images
+from ebmkit.models.class_reference import FLOOR, ClassReference
 
 LOWEST = 0.002
 """Default of the lowest noise level, image units."""
@@ -82,6 +96,8 @@ class PreconditionedModel(EnergyModel):
         sigma_min: lowest noise level, image units. No sigma, and lower levels, mean this one.
         positions: P, the number of positions over which the network averages n; 1: it is a sum.
         gamma: exponent of a(sigma).
+        reference: Gaussians of the classes, as many as the network has (one if it has none); None:
+            one isotropic Gaussian.
 
     Raises:
         UserError: if the network takes no sigma, or ``std`` or ``sigma_min`` is not above 0.
@@ -106,6 +122,7 @@ class PreconditionedModel(EnergyModel):
         sigma_min: float = LOWEST,
         positions: int = 1,
         gamma: float = 1.0,
+        reference: ClassReference | None = None,
     ) -> None:
         super().__init__()
         if not network.noise_conditional:
@@ -117,7 +134,7 @@ class PreconditionedModel(EnergyModel):
             raise UserError(
                 f"std {std:g} and sigma_min {sigma_min:g} must be above 0, as in 0.3 and 0.002"
             )
-        self.network = network
+        self.network, self.reference = network, reference
         self.std, self.sigma_min, self.positions, self.gamma = std, sigma_min, positions, gamma
         self.in_channels, self.num_classes = network.in_channels, network.num_classes
         values = torch.tensor(mean).reshape(-1, *[1] * (2 if isinstance(mean, tuple) else 0))
@@ -144,13 +161,32 @@ class PreconditionedModel(EnergyModel):
                 self.sigma_min if sigma is None else sigma, dtype=y.dtype, device=y.device
             )
             level = upcast(level.reshape(-1).expand(len(y))).clamp_min(self.sigma_min)
+            y = upcast(y)
             variance = level.square() + self.std**2
-            u = (upcast(y) - self.mean.to(upcast(y))) / per_image(variance.sqrt(), y)
-            log_norm = y[0].numel() / 2 * (2 * math.pi * variance).log()
-            gaussian = -0.5 * u.square().flatten(1).sum(1) - log_norm
+            u = (y - self.mean.to(y)) / per_image(variance.sqrt(), y)
+            joint = None
+            if self.reference is None:
+                log_norm = y[0].numel() / 2 * (2 * math.pi * variance).log()
+                gaussian = -0.5 * u.square().flatten(1).sum(1) - log_norm
+            else:
+                joint = self.reference.log_joint(y, level)
+                gaussian = joint.logsumexp(1)
         energies = self.network(u, level)
         with without_autocast(y):
-            return energies.logits, gaussian, self.scale(level) * upcast(energies.log_density)
+            logits = energies.logits
+            if joint is not None and self.num_classes:
+                logits = upcast(logits) + (level.square() / variance)[:, None] * joint
+            return logits, gaussian, self.scale(level) * upcast(energies.log_density)
+
+    @torch.no_grad()
+    def fit_reference(self, images: Tensor, labels: Tensor | None = None) -> None:
+        """Fit the Gaussians of the classes to training images (N, C, H, W), labels (N,).
+
+        Raises:
+            UserError: if a class has fewer than two images.
+        """
+        assert self.reference is not None
+        self.reference.fit(images, labels if self.num_classes else None, FLOOR * self.std)
 
     def forget_anchor(self) -> None:
         """Mark the density as not normalised."""
@@ -185,15 +221,23 @@ class PreconditionedModel(EnergyModel):
                 f"noise level {sigma:g} is too low to normalise the density: train up to "
                 f"{FAR * self.std:.3g} or more, {FAR:g} standard deviations of the data"
             )
-        x = (images.double() - self.mean.double()).flatten(1)
-        count, entries, variance = *x.shape, sigma**2 + self.std**2
+        x, variance = images.double().flatten(1), sigma**2 + self.std**2
+        if self.reference is None:
+            center = self.mean.double().expand(images.shape[1:]).flatten()
+            rows, share = x.new_zeros(0, x.shape[1]), self.std**2
+        else:
+            center, rows, share = self.reference.moments()
+        x, count, entries = x - center, *x.shape
         mean = x.mean(0)
         products = (x - mean) @ (x - mean).T
         others = ~torch.eye(count, dtype=torch.bool, device=x.device)
         trace = float(products.diagonal().sum()) / (count - 1)
         offset = max(0.0, float(mean.square().sum()) - trace / count)
-        spread = float(products[others].square().mean()) - 2 * self.std**2 * trace
-        spread = max(0.0, spread + entries * self.std**4)
+        # || S - A^T A - r I ||^2 for the covariances S of the data, A^T A + r I of the Gaussians
+        total, gram = float(rows.square().sum()), rows @ rows.T
+        common = float(((x - mean) @ rows.T).square().sum()) / (count - 1) + share * trace
+        own = float(gram.square().sum()) + 2 * share * total + entries * share**2
+        spread = max(0.0, float(products[others].square().mean()) - 2 * common + own)
         skewness = max(0.0, float(products[others].pow(3).mean()))
         divergence = offset / (2 * variance) + spread / (4 * variance**2)
         residuals = []
@@ -217,7 +261,8 @@ class PreconditionedModel(EnergyModel):
     def scale(self, sigma: Tensor) -> Tensor:
         """P a(sigma), the factor of n, for noise levels (B,), image units."""
         tau = (sigma.square() + self.std**2).sqrt()
-        return self.positions * self.std / tau * (tau / sigma) ** self.gamma
+        power = 1 if self.reference is None else 3
+        return self.positions * (self.std / tau) ** power * (tau / sigma) ** self.gamma
 
     @property
     def normalized(self) -> bool:

@@ -59,6 +59,7 @@ from ebmkit.training.setup import (
     check_terms,
     config_of,
     fit_class_gaussians,
+    fit_reference,
     images_of,
     make_card,
     make_loss,
@@ -66,6 +67,7 @@ from ebmkit.training.setup import (
     normalize,
     shapes,
     steps_of_epochs,
+    training_image_size,
     warn_if_at_chance,
 )
 from ebmkit.training.state import SkippedSamples, TrainingState
@@ -154,6 +156,7 @@ class Trainer:
             options = {"image_size": size, "like": self.train}
             self.validation = as_images(self.validation, "validation", **options)
         self.device = device = device_of_rank(pick_device(config.device))
+        fit_reference(model, self.train, training_image_size(config, self.train))
         model.to(device)
         self.loss = make_loss(model, config).to(device)
         check_terms(self.loss, config, self.train)

@@ -247,6 +247,24 @@ def calibrate_sigma(model: ScoreModel, images: AnyImages, card: ModelCard) -> No
     card.sigma_calibration = fit_calibration(raw, true)
 
 
+def fit_reference(model: ScoreModel, images: AnyImages, size: tuple[int, int]) -> None:
+    """Fit the Gaussians of the classes that a preconditioned ``model`` begins with, if it has any
+    and they were not loaded, to training ``images``, cropped to ``size``."""
+    own = model.reference if isinstance(model, PreconditionedModel) else None
+    if own is not None and not own.fitted:
+        model.fit_reference(*_images_to_fit(images, size))
+
+
+def _images_to_fit(images: AnyImages, size: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
+    """Training images to fit Gaussians to, cropped to ``size``, and their labels; on the CPU."""
+    from torchvision.transforms.functional import center_crop
+
+    few = images.spread(min(FIT_IMAGES, FIT_NUMBERS // (images.channels * math.prod(size))))
+    found = [(center_crop(x.cpu(), list(size)), c) for x, c in few.batches(CALIBRATION_BATCH)]
+    labels = [c.cpu() for _, c in found if c is not None]
+    return torch.cat([x for x, _ in found]), torch.cat(labels) if labels else None
+
+
 @torch.no_grad()
 def normalize(loss: TrainingLoss, model: ScoreModel, images: AnyImages, card: ModelCard) -> None:
     """Fix the constant of a preconditioned ``model`` by training ``images``; note it in ``card``.
@@ -292,13 +310,8 @@ def fit_class_gaussians(
     entries = images.channels * math.prod(size)
     if not (rank := storable_rank(images.num_classes, entries)):
         return None
-    from torchvision.transforms.functional import center_crop
-
-    few = images.spread(min(FIT_IMAGES, FIT_NUMBERS // entries))
-    found = [(center_crop(x.cpu(), list(size)), c) for x, c in few.batches(CALIBRATION_BATCH)]
-    labels = torch.cat([c.cpu() for _, c in found if c is not None])
     try:
-        return ClassGaussians(torch.cat([x for x, _ in found]), labels).compressed(rank)
+        return ClassGaussians(*_images_to_fit(images, size)).compressed(rank)
     except UserError:  # a class has too few images
         return None
 

@@ -67,6 +67,14 @@ def test_ways_agree_with_the_mixture(mixture, rounded, tmp_path):
     assert f"{bits:.3f}" in text
 
 
+def test_the_reason_of_a_failed_integration_is_recorded(mixture, rounded, tmp_path, monkeypatch):
+    monkeypatch.setattr("ebmkit.likelihood.MAX_EVALUATIONS", 5)
+    document = evaluate(mixture, rounded.first(4), tmp_path, sets=[])["likelihood"].document
+    assert document["methods"]["flow"]["nats"]["value"] is None
+    reasons = [line for line in document["warnings"] if "ODE" in line]
+    assert reasons == ["the probability-flow ODE did not converge: more than 5 evaluations"]
+
+
 def test_images_of_no_levels_have_no_bits(mixture, mixture_samples, tmp_path):
     document = evaluate(mixture, mixture_samples, tmp_path, sets=[])["likelihood"].document
     assert document["levels"] is None
