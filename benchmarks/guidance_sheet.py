@@ -4,8 +4,8 @@
 
 The drawn images themselves are not stored. This script reads them back from the committed sheet
 ``docs/images/guidance-cifar10-all.png``, whose cells show the 32x32 pixels without interpolation,
-and descriptions and results from ``docs/results/guidance-cifar10.json``. `ebmkit reproduce guidance`
-writes both plots from the images.
+and descriptions and results from ``docs/results/guidance-cifar10.json``. The command
+``ebmkit reproduce guidance`` writes both plots from the images.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from torch import Tensor
 from ebmkit.experiments.guidance_report import SUMMARY, samples_of_methods
 
 DOCS = Path(__file__).parents[1] / "docs"
-NAMES = "airplane automobile bird cat deer dog frog horse ship truck".split()
+NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse"]
+NAMES += ["ship", "truck"]
 DPI, LEFT, CELL, HEAD, SHARE = 130, 4.0, 0.42, 0.3, 0.94  # of the sheet, in inches
 SIDE = 32
 

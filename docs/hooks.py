@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import re
+import tomllib
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -35,7 +36,8 @@ def on_page_content(content: str, **_: Any) -> str:
 def _mathml(match: re.Match[str]) -> str:
     tag, bracket, latex = match.groups()
     display = "block" if bracket == "[" else "inline"
-    return f"<{tag}>{convert(html.unescape(latex).strip(), display=display)}</{tag}>"
+    spaced = re.sub(r"\\log ?(?=[A-Za-z]|\\(?!big|left|\|))", r"\\log\\, ", html.unescape(latex))
+    return f"<{tag}>{convert(spaced.strip(), display=display)}</{tag}>"
 
 
 def balance_table() -> str:
@@ -147,6 +149,52 @@ def _help_cells(text: str, kind: str = "") -> tuple[str, str, str]:
     default = "required" if "required" in items else "; ".join(values)
     shown = ", ".join([kind, *(f"`{bound}`" for bound in ranges)]) if kind else ""
     return meaning, shown, default
+
+
+def command_summary() -> str:
+    """Every command and the first line of its help."""
+    from ebmkit.cli.app import COMMANDS
+
+    rows = []
+    for group in COMMANDS.values():
+        for name, function in group.items():
+            summary = (function.__doc__ or "").partition("\n")[0].replace("|", "\\|")
+            rows.append((f"[`ebmkit {name}`](cli.md#ebmkit-{name.replace(' ', '-')})", summary))
+    return "\n".join(_table(("command", "what it does"), rows))
+
+
+def objectives() -> str:
+    """The table of `ebmkit list objectives`."""
+    from ebmkit.cli.tools import described
+
+    rows = [(f"`{name}`", text) for name, text in described("objectives").items()]
+    return "\n".join(_table(("objective", "what it trains"), rows))
+
+
+def architecture() -> str:
+    """The drawing, inline, so that it has the colours of the page."""
+    return (Path(__file__).parent / "images/architecture.svg").read_text()
+
+
+def strip_caption() -> str:
+    """What `docs/images/strip.png` shows, from `benchmarks/results/strip.json`."""
+    found = json.loads((RESULTS / "strip.json").read_text())
+    model, count = found["model"], len(found["labels"])
+    right = sum(a == b for a, b in zip(found["predicted"], found["labels"], strict=True))
+    before, after = (sum(found[key]) / count for key in ("psnr_noisy", "psnr"))
+    return (
+        f"The first test image of each class, not chosen: classified ({right} of {count} right), "
+        f"with noise of {255 * found['sigma']:.0f}/255 ({before:.1f} dB on average), and denoised "
+        f"without the noise level ({after:.1f} dB) by the same network: `{model['objective']}`, "
+        f"{model['parameters']:,} parameters, {model['steps']} steps on {model['dataset']}. "
+        "`benchmarks/strip.py RUN --data-dir DIR` draws it."
+    )
+
+
+def repository() -> str:
+    """`REPOSITORY=URL`, from `[project.urls]`; a placeholder until the project is published."""
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    return f"REPOSITORY={project.get('urls', {}).get('Repository', 'path/or/url')}"
 
 
 def component_tables() -> str:
@@ -496,6 +544,11 @@ def circumstances(environment: dict[str, Any]) -> str:
 
 MARKERS = {
     "<!-- commands -->": command_reference,
+    "<!-- command summary -->": command_summary,
+    "<!-- objectives -->": objectives,
+    "<!-- architecture -->": architecture,
+    "<!-- strip -->": strip_caption,
+    "<!-- repository -->": repository,
     "<!-- tables -->": component_tables,
     "<!-- fields -->": config_fields,
     "<!-- balance -->": balance_table,
