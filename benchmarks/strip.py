@@ -68,9 +68,9 @@ def main() -> None:
         ROOT / "docs/images/strip.png",
         names=("image, predicted class", f"noise {SIGMA * 255:.0f}/255", "denoised"),
         title="One network classifies and denoises",
-        note=f"{model.card.objective}, {model.card.steps} steps on {model.card.dataset}; first test "
-        "image of each class. The first row is classified, the second denoised, without the noise "
-        "level.",
+        note=f"{model.card.objective}, {model.card.steps} steps on {model.card.dataset}; first "
+        "test image of each class. The first row is classified, the second denoised, without the "
+        "noise level.",
     )
     text = json.dumps(document, indent=1) + "\n"
     write_atomically(ROOT / "benchmarks/results/strip.json", text.encode())
