@@ -1,14 +1,18 @@
-"""Fill documentation pages from the program itself: the command-line reference and the tables."""
+"""Fill documentation pages from the program itself, and convert formulas to MathML."""
 
 from __future__ import annotations
 
+import html
 import json
 import re
+import tomllib
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import typer
+from latex2mathml.converter import convert
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 
@@ -19,6 +23,21 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
         if marker in markdown:
             markdown = markdown.replace(marker, make())
     return re.sub("<!-- report: (.+) -->", report, markdown)
+
+
+FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
+
+
+def on_page_content(content: str, **_: Any) -> str:
+    """Replace LaTeX by MathML, which browsers render without a script."""
+    return FORMULA.sub(_mathml, content)
+
+
+def _mathml(match: re.Match[str]) -> str:
+    tag, bracket, latex = match.groups()
+    display = "block" if bracket == "[" else "inline"
+    spaced = re.sub(r"\\log ?(?=[A-Za-z]|\\(?!big|left|\|))", r"\\log\\, ", html.unescape(latex))
+    return f"<{tag}>{convert(spaced.strip(), display=display)}</{tag}>"
 
 
 def balance_table() -> str:
@@ -102,15 +121,80 @@ def _describe(command: Any, name: str, lines: list[str]) -> None:
             _describe(child, f"{name} {child.name}", lines)
         return
     paragraphs = (command.help or "").replace("\n\n", "\0").replace("\n", " ").split("\0")
-    arguments = [p for p in command.params if p.param_type_name == "argument"]
-    options = [p for p in command.params if p.param_type_name == "option" and p.name != "help"]
-    usage = " ".join([name, *map(argument_name, arguments), "[OPTIONS]"])
+    usage = " ".join([name, *map(argument_name, command.arguments), "[OPTIONS]"])
     lines += [f"## {name}", "", "```", usage, "```", "", *paragraphs, ""]
     if command.epilog:
         lines += ["For example:", "", "```", command.epilog, "```", ""]
-    rows = [(f"`{argument_name(a)}`", getattr(a, "help", "") or "") for a in arguments]
-    rows += [(f"`{' / '.join([*o.opts, *o.secondary_opts])}`", o.help or "") for o in options]
-    lines += _table(("argument or option", "meaning"), rows)
+    context = command.make_context(name, [], resilient_parsing=True)
+    arguments, options = command.help_rows(context)
+    rows = [(f"`{names}`", *_help_cells(text)) for names, text in arguments]
+    for names, text in options:
+        flags, _, kind = names.partition(" ") if " / " not in names else (names, "", "flag")
+        while kind.startswith("-"):  # -n, --count INTEGER
+            second, _, kind = kind.partition(" ")
+            flags += f" {second}"
+        meaning, kind_range, default = _help_cells(text, kind or "flag")
+        if flags != "--help":
+            rows.append((f"`{flags}`", meaning, kind_range, default))
+    lines += _table(("argument or option", "meaning", "type", "default"), rows)
+
+
+def _help_cells(text: str, kind: str = "") -> tuple[str, str, str]:
+    """Meaning, type with its range, and default, of a help text that ends in ``[...]``."""
+    meaning, extra = re.fullmatch(r"(.*?)((?:\s+\[[^\[\]]*\])*)", text, re.DOTALL).groups()
+    groups = re.findall(r"\[([^\[\]]*)\]", extra)
+    items = [item for group in groups for item in re.split(r"; (?=\S+[<>]|required)", group)]
+    values = [item.removeprefix("default: ") for item in items if item.startswith("default: ")]
+    ranges = [item for item in items if re.match(r"\S+[<>]", item)]
+    default = "required" if "required" in items else "; ".join(values)
+    shown = ", ".join([kind, *(f"`{bound}`" for bound in ranges)]) if kind else ""
+    return meaning, shown, default
+
+
+def command_summary() -> str:
+    """Every command and the first line of its help."""
+    from ebmkit.cli.app import COMMANDS
+
+    rows = []
+    for group in COMMANDS.values():
+        for name, function in group.items():
+            summary = (function.__doc__ or "").partition("\n")[0].replace("|", "\\|")
+            rows.append((f"[`ebmkit {name}`](cli.md#ebmkit-{name.replace(' ', '-')})", summary))
+    return "\n".join(_table(("command", "what it does"), rows))
+
+
+def objectives() -> str:
+    """The table of `ebmkit list objectives`."""
+    from ebmkit.cli.tools import described
+
+    rows = [(f"`{name}`", text) for name, text in described("objectives").items()]
+    return "\n".join(_table(("objective", "what it trains"), rows))
+
+
+def architecture() -> str:
+    """The drawing, inline, so that it has the colours of the page."""
+    return (Path(__file__).parent / "images/architecture.svg").read_text()
+
+
+def strip_caption() -> str:
+    """What `docs/images/strip.png` shows, from `benchmarks/results/strip.json`."""
+    found = json.loads((RESULTS / "strip.json").read_text())
+    model, count = found["model"], len(found["labels"])
+    right = sum(a == b for a, b in zip(found["predicted"], found["labels"], strict=True))
+    before, after = (sum(found[key]) / count for key in ("psnr_noisy", "psnr"))
+    return (
+        f"The first test image of each class, not chosen: classified ({right} of {count} right), "
+        f"with noise of {255 * found['sigma']:.0f}/255 ({before:.1f} dB on average), and denoised "
+        f"without the noise level ({after:.1f} dB) by the same network: `{model['objective']}`, "
+        f"{model['parameters']:,} parameters, {model['steps']} steps on {model['dataset']}. "
+        "`benchmarks/strip.py RUN --data-dir DIR` draws it."
+    )
+
+
+def repository() -> str:
+    """`REPOSITORY=URL`, from `[project.urls]`; a placeholder until the project is published."""
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    return f"REPOSITORY={project.get('urls', {}).get('Repository', 'path/or/url')}"
 
 
 def component_tables() -> str:
@@ -142,9 +226,9 @@ def _fields(model: Any, prefix: str) -> Any:
             yield f"`{prefix}{name}`", (field.description or "") + default
 
 
-def _table(head: tuple[str, str], rows: list[tuple[str, str]]) -> list[str]:
-    body = [f"| {a} | {b.replace('|', chr(92) + '|')} |" for a, b in rows]
-    return [f"| {head[0]} | {head[1]} |", "|---|---|", *body, ""]
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    lines = [head, ["---"] * len(head), *([c.replace("|", "\\|") for c in row] for row in rows)]
+    return [*(f"| {' | '.join(cells)} |" for cells in lines), ""]
 
 
 def speed_table(kind: str) -> str:
@@ -460,6 +544,11 @@ def circumstances(environment: dict[str, Any]) -> str:
 
 MARKERS = {
     "<!-- commands -->": command_reference,
+    "<!-- command summary -->": command_summary,
+    "<!-- objectives -->": objectives,
+    "<!-- architecture -->": architecture,
+    "<!-- strip -->": strip_caption,
+    "<!-- repository -->": repository,
     "<!-- tables -->": component_tables,
     "<!-- fields -->": config_fields,
     "<!-- balance -->": balance_table,

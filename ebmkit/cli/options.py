@@ -98,20 +98,24 @@ class Command(TyperCommand):
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write the tables of arguments and options."""
+        for title, rows in zip(("Arguments", "Options"), self.help_rows(ctx), strict=True):
+            if rows:
+                with formatter.section(title):
+                    formatter.write_dl([(n, text.replace("-", _HYPHEN)) for n, text in rows])
+
+    def help_rows(self, ctx: Any) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+        """Name and help of each argument and of each option, with standard metavars."""
         arguments, options = [], []
         for param in self.get_params(ctx):
             names, meaning = param.get_help_record(ctx) or ("", "")
-            meaning = meaning.replace("<=x<=9223372036854775807", "<=x").replace("-", _HYPHEN)
+            meaning = meaning.replace("<=x<=9223372036854775807", "<=x")
             if param in self.arguments:
                 arguments.append((argument_name(param), meaning))
             else:
                 names = _CHOICES.sub(r"[\1]", names)
                 names = _TYPE.sub(lambda found: VALUES.get(found[1].lower(), found[0]), names)
                 options.append((names, meaning))
-        for title, rows in (("Arguments", arguments), ("Options", options)):
-            if rows:
-                with formatter.section(title):
-                    formatter.write_dl(rows)
+        return arguments, options
 
 
 def _hint(command: Command, option: str, given: list[str]) -> str:

@@ -64,6 +64,7 @@ from ebmkit.evaluation import evaluate
 from ebmkit.evaluation.features import Extractor, classifier, measure_guided
 from ebmkit.evaluation.suite import Images
 from ebmkit.experiments.guidance_report import (
+    SUMMARY,
     compare_methods,
     energies_by_class,
     figures_of,
@@ -222,8 +223,10 @@ def run_guidance(
     report["notes"] += dict.fromkeys(notes)
     done = [method for method in report["ways"] if "stopped" not in method]
     shown = [(method["name"], method["about"], study.shown[method["name"]]) for method in done]
+    few, names = [own for own in shown if own[0] in SUMMARY], study.test.class_names
     plots = {
-        "guidance-samples.png": partial(samples_of_methods, shown),
+        "guidance-samples.png": partial(samples_of_methods, few or shown, names=names),
+        "guidance-all-samples.png": partial(samples_of_methods, shown, names=names),
         "guidance-ways.png": partial(compare_methods, done),
     }
     plots = plots if done else {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -41,6 +42,8 @@ COLUMNS = (
 )  # fmt: skip
 STATED = tuple(method["name"] for method in _DATA["methods"] if "figure" in method)
 """Methods of which the thesis shows images, in the order of its figures."""
+SUMMARY = ("unguided", "by plain", "energy", "step", "sees clean (joint)", "free 3")
+"""Methods in the short plot of samples, one of each kind."""
 SHOWN = ("recognised", "distance", "diversity", "saturated", "gap")
 """Figures of a method in the plot."""
 FIGURE_4_15 = ("sigmoid 500", "dual")
@@ -243,31 +246,37 @@ def _value(estimate: Any) -> Any:
     return estimate["value"] if isinstance(estimate, Mapping) else estimate
 
 
-def samples_of_methods(methods: Sequence[tuple[str, str, Tensor]], path: Path) -> None:
-    """One row of images per method, one column per label, as the PNG file ``path``.
+def samples_of_methods(
+    methods: Sequence[tuple[str, str, Tensor]], path: Path, names: Sequence[str], note: str = ""
+) -> None:
+    """One row of images per method, one column per class, as the PNG file ``path``.
 
     Args:
         methods: name, description, and images uint8 (n, C, H, W), in the order of labels.
         path: the PNG file.
+        names: class names in label order.
+        note: text below the images.
     """
     columns = max(len(images) for _, _, images in methods)
-    cell, left = 0.42, 4.0
-    figure = new_figure(left + cell * columns + 0.1, cell * len(methods) + 0.35)
+    cell, left, head, foot = 0.6, 3.0, 0.3, 0.3 if note else 0.05  # inches
+    figure = new_figure(left + cell * columns + 0.1, cell * len(methods) + head + foot)
     width, height = figure.get_size_inches()
     for row, (name, description, images) in enumerate(methods):
-        top = height - 0.3 - cell * (row + 1)
+        top = height - head - cell * (row + 1)
         figure.text(
             (left - 0.08) / width,
             (top + cell / 2) / height,
-            f"{name}: {description}" if len(description) < 64 else f"{name}: {description[:62]}...",
+            textwrap.fill(f"{name}: {description}", 46),
             ha="right",
             va="center",
-            fontsize=6.5,
+            fontsize=7,
         )
         for column, image in enumerate(images):
             place = (left + cell * column) / width, top / height
             axes = figure.add_axes((*place, 0.94 * cell / width, 0.94 * cell / height))
-            show_image(axes, image.float() / 255, "", str(column) if row == 0 else "")
+            show_image(axes, image.float() / 255, "", names[column] if row == 0 else "")
+            axes.title.set_fontsize(7)
+    figure.text(0.1 / width, 0.1 / height, note, fontsize=7)
     save_figure(figure, path)
 
 

@@ -9,6 +9,7 @@ import torch
 from ebmkit.data import ImageSet
 from ebmkit.experiments.guidance_report import (
     STATED,
+    SUMMARY,
     _pooled,
     compare_methods,
     energies_by_class,
@@ -16,6 +17,7 @@ from ebmkit.experiments.guidance_report import (
     guidance_text,
     overview,
 )
+from ebmkit.experiments.runs import read_data
 from ebmkit.guidance import class_energies
 from ebmkit.models import create_model
 
@@ -135,3 +137,9 @@ def test_energies_of_all_classes_are_pooled_and_plotted(tmp_path):
     ways = [{"name": "dual", "energies_by_class": found}, {"name": "energy", "stopped": "NaN"}]
     energies_by_class({"classes": classes, "ways": ways}, tmp_path / "classes.png")
     assert (tmp_path / "classes.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_short_plot_shows_methods_of_the_committed_results_and_of_the_study():
+    """The names also select rows of ``benchmarks/guidance_sheet.py``."""
+    names = [method["name"] for method in read_data("guidance.yaml")["methods"]]
+    assert {*SUMMARY} <= {way["name"] for way in committed("cifar10")["ways"]} & {*names}
