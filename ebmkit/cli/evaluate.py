@@ -37,9 +37,9 @@ def evaluate(
 ) -> None:
     """Evaluate a trained model: tables, JSON and plots.
 
-    Writes to RUN/evaluation, and the report RUN/report.html. PSNR is the mean of the per-image PSNR, for images in [0, 1] and
-    clipped output, with noise from a fixed seed. Intervals are 95 %. With `torchrun -m ebmkit
-    evaluate ...` the processes share the images.
+    Writes to RUN/evaluation, and the report RUN/report.html. PSNR is the mean of the per-image
+    PSNR, for images in [0, 1] and clipped output, with noise from a fixed seed. Intervals are 95 %.
+    With `torchrun -m ebmkit evaluate ...` the processes share the images.
 
     Example:
         ebmkit evaluate runs/digits --suite classify,denoise

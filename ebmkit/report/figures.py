@@ -1,8 +1,8 @@
 """Line plots as inline SVG, whose colours follow the page.
 
-matplotlib draws axes and lines; its colours are replaced by CSS variables (``--ink``, ``--c0``, ...)
-and its fonts by the font of the page, so that a plot has the colours of a light and of a dark page,
-and prints. Title and legend are HTML. `Panel.data` holds the values for display under the pointer.
+matplotlib draws axes and lines. Its colours are replaced by CSS variables (``--muted``, ``--c0``)
+and its fonts by that of the page, so a plot fits a light, a dark and a printed page. Title and
+legend are HTML. The values of the lines come beside the SVG, to be shown under the pointer.
 """
 
 from __future__ import annotations

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import io
-import itertools
 import json
 import math
 import re
@@ -58,6 +57,10 @@ LOSSLESS_BYTES = 60_000
 """Plots of more bytes are compressed with loss (WebP), which is invisible at the usual size."""
 
 
+WIDE = 1200
+"""Width in pixels above which a plot takes the width of the page, and is scrolled on a phone."""
+
+
 @dataclass(frozen=True)
 class Block:
     """Result of a suite for one run: its table, plots and how it was measured."""
@@ -99,9 +102,7 @@ def write_report(paths: Sequence[Path], out: Path | None = None) -> Path:
     if target.exists() and not is_report(target):
         raise UserError(f"{str(target)!r} exists and is no report of ebmkit: give another --out")
     if not target.parent.is_dir():
-        raise UserError(
-            f"cannot write {str(target)!r}: there is no folder {str(target.parent)!r}"
-        )
+        raise UserError(f"cannot write {str(target)!r}: there is no folder {str(target.parent)!r}")
     page = render([read_run(path) for path in paths])
     write_atomically(target, page.encode())
     return target
@@ -130,16 +131,22 @@ def render(runs: Sequence[Run]) -> str:
     budget = _Budget()
     sections = [own for group in _by_suite(runs) if (own := _section(runs, group, budget))]
     several = len(runs) > 1
-    text: str = _environment().get_template("report.html").render(
-        title=" and ".join(run.name for run in runs) if len(runs) < 3 else f"{len(runs)} runs",
-        generator=GENERATOR,
-        version=__version__,
-        several=several,
-        runs=[_head(run, number) for number, run in enumerate(runs)],
-        comparison=_comparison(runs) if several else None,
-        differences=[(n, [_value(v) for v in vs]) for n, vs in differences(runs)] if several else [],
-        curves=_figures(_curves(runs)),
-        sections=sections,
+    text: str = (
+        _environment()
+        .get_template("report.html")
+        .render(
+            title=" and ".join(run.name for run in runs) if len(runs) < 3 else f"{len(runs)} runs",
+            generator=GENERATOR,
+            version=__version__,
+            several=several,
+            runs=[_head(run, number) for number, run in enumerate(runs)],
+            comparison=_comparison(runs) if several else None,
+            differences=[(n, [_value(v) for v in vs]) for n, vs in differences(runs)]
+            if several
+            else [],
+            curves=_figures(_curves(runs)),
+            sections=sections,
+        )
     )
     return text
 
@@ -332,6 +339,7 @@ def _comparison(runs: Sequence[Run]) -> list[tuple[str, str, list[Metric | None]
             for found in _tried(lambda d: _view(d["suite"]).metrics(d), own.document) or []:
                 row = rows.setdefault((found.name, _data(own)), [None] * len(runs))
                 row[i] = row[i] or found
+    for i, run in enumerate(runs):
         for found in (*_costs(run), *_size(run)):
             rows.setdefault((found.name, ""), [None] * len(runs))[i] = found
     return [(name, data, cells) for (name, data), cells in rows.items()]
@@ -415,8 +423,8 @@ def _how(own: Evaluation) -> str:
     seconds = d.get("seconds")
     time = format_seconds(seconds) if isinstance(seconds, (int, float)) else ""
     return (
-        f"{_data(own)}; weights {d.get('weights')}, seed {d.get('seed')}; {torch}{d.get('device')}, "
-        f"{d.get('precision')}{f', {time}' if time else ''}"
+        f"{_data(own)}; weights {d.get('weights')}, seed {d.get('seed')}; {torch}"
+        f"{d.get('device')}, {d.get('precision')}{f', {time}' if time else ''}"
     )
 
 
@@ -460,9 +468,16 @@ class _Budget:
                 omitted.append(name)
                 continue
             self.left -= len(text)
-            size = {"width": str(math.ceil(width / 2)), "height": str(math.ceil(height / 2))}
-            alt = name.removesuffix(".png").replace("-", " ")
-            images.append({"src": f"data:image/{kind};base64,{text}", "alt": alt, **size})
+            alt, scale = name.removesuffix(".png").replace("-", " "), 1.6 if width > WIDE else 2
+            images.append(
+                {
+                    "src": f"data:image/{kind};base64,{text}",
+                    "alt": alt,
+                    "width": str(math.ceil(width / scale)),
+                    "height": str(math.ceil(height / scale)),
+                    "kind": "wide" if width > WIDE else "",
+                }
+            )
         return images, omitted
 
 
@@ -476,4 +491,8 @@ def _compressed(content: bytes) -> tuple[str, bytes, tuple[int, int]]:
         file = io.BytesIO()
         image.convert("RGB").save(file, "WEBP", quality=88, method=3)
         small = file.getvalue()
-        return ("webp", small, image.size) if len(small) < len(content) else ("png", content, image.size)
+        return (
+            ("webp", small, image.size)
+            if len(small) < len(content)
+            else ("png", content, image.size)
+        )

@@ -99,56 +99,66 @@ def read_run(path: Path) -> Run:
     imported = (path / "model.json").is_file() and not (path / "config.yaml").exists()
     config = None if imported else resolve(RunFolder.open(path).config())
     check_links(path)
-    notices: list[str] = []
-
-    def content(name: str) -> bytes | None:
-        if not (path / name).exists():
-            return None
-        try:
-            return read_together(path, [name])[name]
-        except UserError as error:
-            notices.append(f"{name} is left out: {_reason(error)}")
-            return None
-
-    def document(name: str) -> dict[str, Any]:
-        found = content(name)
-        try:
-            values = parse_json(found, name) if found is not None else {}
-        except UserError as error:
-            notices.append(f"{name} is left out: {_reason(error)}")
-            return {}
-        return values if isinstance(values, dict) else {}
-
-    environment, cost = document("environment.json"), None
-    if values := document("cost.json"):
+    reader = _Reader(path)
+    environment, cost = reader.document("environment.json"), None
+    if values := reader.document("cost.json"):
         try:
             cost = TypeAdapter(RunStats).validate_python(values)
         except ValidationError:
-            notices.append("cost.json is left out: it has other fields")
+            reader.notices.append("cost.json is left out: it has other fields")
     card = None
     if (path / "model.json").is_file():
         try:
             card = read_card(path)
         except DamagedFile as error:
-            notices.append(f"model.json is left out: {_reason(error)}")
-    recipe, changes = _changes(config, environment) if config else (None, [])
+            if imported:  # nothing is left
+                raise
+            reader.notices.append(f"model.json is left out: {_reason(error)}")
+    recipe, changes = recipe_changes(config, environment) if config else (None, [])
     run = Run(
         name=path.resolve().name,
         config=config,
         card=card,
         recipe=recipe,
         changes=changes,
-        rows=[row for row, _ in whole_rows(content("metrics.jsonl") or b"")],
+        rows=[row for row, _ in whole_rows(reader.content("metrics.jsonl") or b"")],
         cost=cost,
         environment=environment,
         parameters=_parameters(path / "model.safetensors"),
-        evaluations=_evaluations(path, document, content),
-        notices=notices,
+        evaluations=_evaluations(reader),
+        notices=reader.notices,
     )
-    state = _state(path, run)
-    if state:
-        notices.insert(0, state)
+    if state := _state(path, run):
+        run.notices.insert(0, state)
     return run
+
+
+class _Reader:
+    """Reads files of the run at ``path``; ``notices`` names those that cannot be read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.notices: list[str] = []
+
+    def content(self, name: str) -> bytes | None:
+        """The bytes of a file, compared with its checksum; None if it is missing or damaged."""
+        if not (self.path / name).exists():
+            return None
+        try:
+            return read_together(self.path, [name])[name]
+        except UserError as error:
+            self.notices.append(f"{name} is left out: {_reason(error)}")
+            return None
+
+    def document(self, name: str) -> dict[str, Any]:
+        """A JSON object; an empty one if the file is missing or damaged."""
+        content = self.content(name)
+        try:
+            values = {} if content is None else parse_json(content, name)
+        except UserError as error:
+            self.notices.append(f"{name} is left out: {_reason(error)}")
+            return {}
+        return values if isinstance(values, dict) else {}
 
 
 def _reason(error: UserError) -> str:
@@ -189,19 +199,19 @@ def _parameters(path: Path) -> int | None:
     return total
 
 
-def _evaluations(path: Path, document: Any, content: Any) -> list[Evaluation]:
-    """All results in ``path/evaluation`` and its subfolders."""
-    home, found = path / "evaluation", []
+def _evaluations(reader: _Reader) -> list[Evaluation]:
+    """All results in the folder ``evaluation`` of the run and its subfolders."""
+    home, found = reader.path / "evaluation", []
     for file in sorted([*home.glob("*.json"), *home.glob("*/*.json")]):
-        folder = file.parent.relative_to(path)
-        values = document((folder / file.name).as_posix())
+        folder = file.parent.relative_to(reader.path)
+        values = reader.document((folder / file.name).as_posix())
         if not isinstance(values.get("suite"), str):
             continue
         names = values.get("pictures")
         plots = {}
         for name in names if isinstance(names, list) else []:
             own = isinstance(name, str) and Path(name).name == name and name.endswith(".png")
-            plot = content((folder / name).as_posix()) if own else None
+            plot = reader.content((folder / name).as_posix()) if own else None
             if plot is not None and plot.startswith(b"\x89PNG"):
                 plots[name] = plot
         found.append(Evaluation(folder.as_posix(), values, plots))
@@ -210,7 +220,7 @@ def _evaluations(path: Path, document: Any, content: Any) -> list[Evaluation]:
     return sorted(found, key=lambda own: (own.folder, rank.get(own.suite, len(order))))
 
 
-def _changes(
+def recipe_changes(
     config: TrainConfig, environment: Mapping[str, Any]
 ) -> tuple[str | None, list[tuple[str, Any, Any]]]:
     """Name of the recipe of a run, and the fields of ``config`` that differ from it."""
@@ -220,11 +230,12 @@ def _changes(
     if "--recipe" in words[:-1]:
         named = words[words.index("--recipe") + 1]
     dataset, objective = config.dataset.name, config.objective
-    base = RECIPES[named].config if named in RECIPES else recipe_for(dataset, objective)
-    name = named if named in RECIPES else _name_of(base)
+    named = named if named in RECIPES else None
+    base = RECIPES[named].config if named else recipe_for(dataset, objective)
+    name = named or _name_of(base)
     chosen = {"dataset": {"name": dataset}, "objective": objective, "backbone": config.backbone}
     try:
-        recipe = resolve(base, chosen | {"head": config.head})
+        recipe = resolve(chosen | {"head": config.head}, recipe=named)
     except UserError:  # a combination that needs further settings
         return name, []
     before, after = flat(recipe), flat(config)

@@ -49,7 +49,11 @@ def metric(name: str, estimate: Mapping[str, Any], form: str, note: str = "") ->
 
 
 def curve(
-    label: str, x: Sequence[float], estimates: Sequence[Mapping[str, Any]], scale: float = 1, **look: Any
+    label: str,
+    x: Sequence[float],
+    estimates: Sequence[Mapping[str, Any]],
+    scale: float = 1,
+    **look: Any,
 ) -> Line:
     """A `Line` of ``estimates`` at ``x`` with their intervals; missing estimates are skipped."""
     known = [(at, e) for at, e in zip(x, estimates, strict=True) if e["value"] is not None]
@@ -98,9 +102,13 @@ def _reliability(documents: Documents) -> list[Panel]:
                 bins = [own for own in document["levels"][k]["bins"] if own["count"]]
                 x = [100 * own["confidence"] for own in bins]
                 label = _joined(run, "accuracy", documents)
-                lines.append(curve(label, x, [own["accuracy"] for own in bins], 100, colour=i, style=""))
+                lines.append(
+                    curve(label, x, [own["accuracy"] for own in bins], 100, colour=i, style="")
+                )
         where = f"sigma {in_255ths(level['sigma'])}/255" if level["sigma"] else "clean images"
-        panels.append(Panel(f"Reliability, {where}: accuracy (%)", "confidence (%)", lines, y_range=(-2, 102)))
+        panels.append(
+            Panel(f"Reliability, {where}: accuracy (%)", "confidence (%)", lines, y_range=(-2, 102))
+        )
     return panels
 
 
@@ -123,7 +131,11 @@ def _psnr(documents: Documents) -> list[Panel]:
         denoisers = document["denoisers"]
         names = DENOISERS if len(documents) == 1 else DENOISERS[:1]
         for k, name in enumerate(name for name in names if name in denoisers):
-            lines.append(_psnr_line(_joined(run, denoisers[name]["about"], documents), denoisers[name], i + k))
+            lines.append(
+                _psnr_line(
+                    _joined(run, denoisers[name]["about"], documents), denoisers[name], i + k
+                )
+            )
     noisy = documents[0][1]["denoisers"].get("noisy")
     if noisy:
         lines.append(_psnr_line("noisy image", noisy, None))
@@ -178,12 +190,15 @@ def _corruptions(document: Document) -> list[Metric]:
 
 
 def _ood(document: Document) -> list[Metric]:
-    found = []
-    for name, own in document["sets"].items():
-        score, measures = next(iter(own["scores"].items()))
-        if measures:
-            found.append(metric(f"AUROC, {name}", measures["auroc"], "{:.3f}", f"score: {score}"))
-    return found
+    """Of the first score: its AUROC against the set that is hardest to detect."""
+    score = next(iter(document["scores"]))
+    areas = {name: own["scores"][score] for name, own in document["sets"].items()}
+    known = {name: own["auroc"] for name, own in areas.items() if own}
+    if not known:
+        return []
+    worst = min(known, key=lambda name: float(known[name]["value"]))
+    note = f"score {score}; hardest set of {len(known)}"
+    return [metric(f"AUROC, {worst}", known[worst], "{:.3f}", note)]
 
 
 def _likelihood(document: Document) -> list[Metric]:
