@@ -98,13 +98,13 @@ def write_report(paths: Sequence[Path], out: Path | None = None) -> Path:
     Raises:
         UserError: if ``out`` is another file, a run cannot be read, or ``out`` cannot be written.
     """
+    runs = [read_run(path) for path in paths]
     target = out or (paths[0] / NAME if len(paths) == 1 else Path(NAME))
     if target.exists() and not is_report(target):
         raise UserError(f"{str(target)!r} exists and is no report of ebmkit: give another --out")
     if not target.parent.is_dir():
         raise UserError(f"cannot write {str(target)!r}: there is no folder {str(target.parent)!r}")
-    page = render([read_run(path) for path in paths])
-    write_atomically(target, page.encode())
+    write_atomically(target, render_report(runs).encode())
     return target
 
 
@@ -125,7 +125,7 @@ def is_report(path: Path) -> bool:
         return False
 
 
-def render(runs: Sequence[Run]) -> str:
+def render_report(runs: Sequence[Run]) -> str:
     """The report of ``runs`` as HTML; several runs are compared."""
     runs = _distinct(runs)
     budget = _Budget()

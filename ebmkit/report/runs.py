@@ -233,9 +233,11 @@ def recipe_changes(
     named = named if named in RECIPES else None
     base = RECIPES[named].config if named else recipe_for(dataset, objective)
     name = named or _name_of(base)
-    chosen = {"dataset": {"name": dataset}, "objective": objective, "backbone": config.backbone}
+    chosen: dict[str, Any] = {"dataset": {"name": dataset}, "objective": objective}
+    parts = {"backbone": config.backbone, "head": config.head}
+    chosen |= {key: part for key, part in parts.items() if part != base.get(key)}
     try:
-        recipe = resolve(chosen | {"head": config.head}, recipe=named)
+        recipe = resolve(chosen, recipe=named)
     except UserError:  # a combination that needs further settings
         return name, []
     before, after = flat(recipe), flat(config)

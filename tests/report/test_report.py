@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from ebmkit.cli import app
 from ebmkit.errors import UserError
-from ebmkit.report import read_run, render, write_report
+from ebmkit.report import read_run, render_report, write_report
 from ebmkit.report.figures import POINTS, Line, Panel
 from ebmkit.report.render import refresh_report
 from ebmkit.report.runs import recipe_changes
@@ -19,6 +19,18 @@ from ebmkit.training import RunFolder, resolve
 from ebmkit.training.config import RECIPES
 
 EXTERNAL = r"""(?:src|href|url|@import|fetch|action)\s*[=(]\s*["']?(?!data:|\#)\w"""
+
+
+@pytest.fixture(autouse=True)
+def no_plots(request, monkeypatch):
+    """Plots take a second: they are drawn only where a test asks for ``plots``."""
+    if "plots" not in request.fixturenames:
+        monkeypatch.setattr("ebmkit.report.render._figures", lambda panels: [])
+
+
+@pytest.fixture
+def plots():
+    pass
 
 
 def text_of(page):
@@ -44,7 +56,7 @@ def text_of(page):
 
 
 def test_a_report_has_the_numbers_of_the_json_files(make_run, documents):
-    text = text_of(render([read_run(make_run())]))
+    text = text_of(render_report([read_run(make_run())]))
     clean = documents["classify.json"]["against_noise"][0]["accuracy"]
     assert f"Accuracy {clean['value']:.2%} {clean['low']:.2%} to {clean['high']:.2%}" in text
     psnr = documents["denoise.json"]["denoisers"]["unconditional"]["psnr"]["25"]
@@ -58,8 +70,8 @@ def test_a_report_has_the_numbers_of_the_json_files(make_run, documents):
     assert "Training cost 40 GFLOP" in text  # 40 steps of 1 GFLOP
 
 
-def test_a_report_refers_to_nothing_outside(make_run):
-    page = render([read_run(make_run())])
+def test_a_report_refers_to_nothing_outside(make_run, plots):
+    page = render_report([read_run(make_run())])
     assert not re.search(EXTERNAL, page.replace('href="#', ""))
     assert re.search(EXTERNAL, page + '<img src="x.png">')
     names = set(re.findall(r"https?://[\w./]+", page))
@@ -76,7 +88,7 @@ def test_names_and_warnings_are_escaped(make_run):
     )
     file.write_text(json.dumps(document))
     for runs in ([path], [path, make_run("other")]):
-        page = render([read_run(run) for run in runs])
+        page = render_report([read_run(run) for run in runs])
         assert "<script>alert" not in page
         assert "<img src=x" not in page
         assert "\u202e" not in page
@@ -95,14 +107,14 @@ def test_changed_settings_are_listed_with_both_values(make_run):
     run = read_run(make_run(optimizer={"lr": 0.003}))
     assert run.recipe == "digits"
     assert run.changes == [("optimizer.lr", 0.01, 0.003), ("steps", 360, 40)]
-    assert "2 settings differ from recipe digits" in text_of(render([run]))
+    assert "2 settings differ from recipe digits" in text_of(render_report([run]))
 
 
 def test_runs_are_compared_by_number_and_data(make_run, documents):
     first, second = make_run("first"), make_run("second", backbone="gradresnet10")
     file = second / "evaluation" / "denoise.json"
     file.write_text(json.dumps(documents["denoise.json"] | {"images": 20}))
-    page = render([read_run(first), read_run(second)])
+    page = render_report([read_run(first), read_run(second)])
     text = text_of(page)
     accuracy = f"{documents['classify.json']['accuracy']:.2%}"
     assert re.search(rf"Accuracy [\w ,]*40 images {accuracy} \S+ to \S+ {accuracy}", text)
@@ -114,45 +126,45 @@ def test_runs_are_compared_by_number_and_data(make_run, documents):
 
 def test_runs_of_different_kinds_have_dashes(make_run):
     bare = make_run("bare", evaluated=False)
-    text = text_of(render([read_run(make_run("whole")), read_run(bare)]))
+    text = text_of(render_report([read_run(make_run("whole")), read_run(bare)]))
     assert re.search(r"Accuracy [^-]*% -", text)
     assert "bare The model is not evaluated yet" in text
 
 
 def test_equal_names_are_distinguished(make_run, tmp_path):
     runs = [read_run(make_run(f"{group}/run", evaluated=False)) for group in ("a", "b")]
-    assert "run-2" in text_of(render(runs))
+    assert "run-2" in text_of(render_report(runs))
 
 
 def test_an_unfinished_run_says_so(make_run):
     path = make_run(steps=20, evaluated=False)
-    text = text_of(render([read_run(path)]))
+    text = text_of(render_report([read_run(path)]))
     assert "The run is unfinished: 20 of 40 steps are done" in text
     holder = {"host": "elsewhere", "process": 7, "what": "training", "since": "today"}
     (path / ".holder.json").write_text(json.dumps(holder))
-    text = text_of(render([read_run(path)]))
+    text = text_of(render_report([read_run(path)]))
     assert "The run is being written: 20 of 40 steps are done. process 7 on 'elsewhere'" in text
 
 
 def test_a_run_that_has_just_begun_has_a_report(tmp_path):
     run = RunFolder.create(tmp_path / "run", resolve({}))
-    assert "0 of 360 steps are done" in text_of(render([read_run(run.path)]))
+    assert "0 of 360 steps are done" in text_of(render_report([read_run(run.path)]))
 
 
 def test_an_imported_model_has_a_report(tmp_path):
-    text = text_of(render([read_run(save_run(tmp_path / "imported"))]))
+    text = text_of(render_report([read_run(save_run(tmp_path / "imported"))]))
     assert "An imported model for digits." in text
 
 
 def test_damaged_results_are_left_out_and_named(make_run, documents):
     path = make_run()
     (path / "evaluation" / "denoise.json").write_text('{"suite": "denoise"')
-    page = text_of(render([read_run(path)]))
+    page = text_of(render_report([read_run(path)]))
     assert "evaluation/denoise.json is left out: it is not JSON" in page
     assert f"Accuracy {documents['classify.json']['accuracy']:.2%}" in page
     metrics = path / "metrics.jsonl"
     metrics.write_bytes(metrics.read_bytes().replace(b"0.01", b"0.02", 1))
-    assert "metrics.jsonl is left out" in text_of(render([read_run(path)]))
+    assert "metrics.jsonl is left out" in text_of(render_report([read_run(path)]))
     config = path / "config.yaml"
     config.write_bytes(config.read_bytes()[:-20])
     with pytest.raises(DamagedFile, match=r"config\.yaml.* is damaged"):
@@ -164,7 +176,7 @@ def test_results_of_another_version_are_shown_without_a_table(make_run, document
     path = make_run()
     document = {k: v for k, v in documents["classify.json"].items() if k != field}
     (path / "evaluation" / "classify.json").write_text(json.dumps(document))
-    assert "another version or incomplete" in text_of(render([read_run(path)]))
+    assert "another version or incomplete" in text_of(render_report([read_run(path)]))
 
 
 def test_only_a_report_is_replaced(make_run, tmp_path):

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from ebmkit.report import read_run, render
+from ebmkit.report import read_run, render_report
 
 pytestmark = pytest.mark.slow
 
@@ -37,7 +37,7 @@ def page_of(browser, tmp_path):
 
     def open_page(runs, width=1400, scheme="light"):
         file = tmp_path / "report.html"
-        file.write_text(render([read_run(run) for run in runs]))
+        file.write_text(render_report([read_run(run) for run in runs]))
         context = browser.new_context(
             viewport={"width": width, "height": 900}, color_scheme=scheme, offline=True
         )
