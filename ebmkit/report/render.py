@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from ebmkit import __version__
+from ebmkit.compute import environment
 from ebmkit.errors import UserError
 from ebmkit.evaluation.runner import FORMER_NAMES, SUITES
 from ebmkit.evaluation.suite import unique_name
@@ -137,7 +137,7 @@ def render_report(runs: Sequence[Run]) -> str:
         .render(
             title=" and ".join(run.name for run in runs) if len(runs) < 3 else f"{len(runs)} runs",
             generator=GENERATOR,
-            version=__version__,
+            version=environment()["ebmkit"],
             several=several,
             runs=[_head(run, number) for number, run in enumerate(runs)],
             comparison=_comparison(runs) if several else None,
