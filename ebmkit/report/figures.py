@@ -36,7 +36,7 @@ VARIABLES = {INK: "var(--ink)", MUTED: "var(--muted)"} | {
     colour: f"var(--c{number})" for number, colour in enumerate(COLOURS)
 }
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "ebmkit",
     "path.simplify": True,

@@ -83,7 +83,7 @@ class Run:
     @property
     def steps(self) -> int:
         """Number of optimiser steps done, by the metrics or the saved model."""
-        last = [row["step"] for row in self.rows[-1:]]
+        last = [int(row["step"]) for row in self.rows[-1:]]
         return max([*last, self.card.steps if self.card else 0])
 
 

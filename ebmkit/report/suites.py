@@ -167,7 +167,7 @@ def _robustness(document: Document) -> list[Metric]:
 def _robustness_panels(documents: Documents) -> list[Panel]:
     panels = []
     for norm in documents[0][1]["curves"]:
-        lines = []
+        lines: list[Line] = []
         for run, document in documents:
             if norm not in document["curves"]:
                 continue
