@@ -23,7 +23,7 @@ LAYERS = [
     ("inference", "guidance", "likelihood", "plots"),
     ("training",),
     ("evaluation", "export"),
-    ("sampling.jobs", "bench"),
+    ("sampling.jobs", "bench", "report"),
     ("experiments",),
     ("cli", "__main__"),
 ]

@@ -27,13 +27,20 @@ from ebmkit.cli.console import warn
 from ebmkit.cli.evaluate import evaluate
 from ebmkit.cli.images import classify, denoise, restore, sample
 from ebmkit.cli.options import Command, declare, example_of, options_of
+from ebmkit.cli.report import report
 from ebmkit.cli.tools import bench, export, import_, list_, pack, verify
 from ebmkit.cli.train import cost, reproduce, train
 from ebmkit.errors import UserError
 from ebmkit.terminal import console, errors, replace_unencodable
 
 COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
-    "Train and evaluate": {"train": train, "evaluate": evaluate, "cost": cost, "bench": bench},
+    "Train and evaluate": {
+        "train": train,
+        "evaluate": evaluate,
+        "report": report,
+        "cost": cost,
+        "bench": bench,
+    },
     "Use a model": {
         "classify": classify,
         "denoise": denoise,
@@ -48,7 +55,7 @@ COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
 
 LONGEST_NAME = max(len(name) for group in COMMANDS.values() for name in group)
 
-NOT_COMPUTING = (import_, verify, list_, pack)
+NOT_COMPUTING = (import_, verify, list_, pack, report)
 """Commands that never run a network."""
 
 

@@ -37,9 +37,9 @@ def evaluate(
 ) -> None:
     """Evaluate a trained model: tables, JSON and plots.
 
-    Writes to RUN/evaluation. PSNR is the mean of the per-image PSNR, for images in [0, 1] and
-    clipped output, with noise from a fixed seed. Intervals are 95 %. With `torchrun -m ebmkit
-    evaluate ...` the processes share the images.
+    Writes to RUN/evaluation, and the report RUN/report.html. PSNR is the mean of the per-image
+    PSNR, for images in [0, 1] and clipped output, with noise from a fixed seed. Intervals are 95 %.
+    With `torchrun -m ebmkit evaluate ...` the processes share the images.
 
     Example:
         ebmkit evaluate runs/digits --suite classify,denoise
@@ -58,6 +58,7 @@ def evaluate(
     from ebmkit.distributed import device_of_rank, join
     from ebmkit.errors import validated
     from ebmkit.models import load
+    from ebmkit.report.render import refresh_report
     from ebmkit.training.config import FaultsConfig, parse_assignments
 
     options = parse_assignments(set_ or [])
@@ -83,6 +84,8 @@ def evaluate(
             compile=compile_,
             options=options,
         )
+        if world.first:
+            refresh_report(run)
 
 
 def _where(

@@ -68,7 +68,7 @@ def train(
     wandb: bool = False,
     dry_run: bool = False,
 ) -> None:
-    """Train a model, then evaluate it on the test images.
+    """Train a model, evaluate it on the test images, and write a report.
 
     Without options: GradResNet18 on scikit-learn's digits with ce+dsm, about a minute on two
     cores. Later settings override earlier ones: recipe < --config < named options < --set. With
@@ -175,6 +175,10 @@ def train(
                     f"  ebmkit evaluate {shlex.quote(str(path))}",
                     signal.SIGINT,
                 )
+        if trainer.run is not None:
+            from ebmkit.report.render import refresh_report
+
+            refresh_report(path)
         console.say(f"run folder: {path}")
 
 

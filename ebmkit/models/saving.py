@@ -165,6 +165,16 @@ def load(
     return model.eval().requires_grad_(False).to(place)
 
 
+def read_card(folder: Path) -> ModelCard:
+    """Read the model card in ``folder/model.json``, without the weights.
+
+    Raises:
+        UserError: if the file is missing or damaged, or needs a plugin.
+    """
+    content = read_together(folder, ["model.json"])["model.json"]
+    return _read_document(content, folder / "model.json").card
+
+
 def load_weights(network: nn.Module, state: dict[str, Tensor], path: Path, what: str) -> None:
     """Load the ``state`` from ``path`` into ``network``, which errors call ``what``.
 

@@ -204,6 +204,16 @@ def held(folder: Path, what: str, advice: str = "choose another --out") -> Itera
         lock.release()
 
 
+def other_writer(folder: Path) -> str | None:
+    """A sentence about another process that holds the lock of ``folder``; None if there is none."""
+    holder = _read(folder / ".holder.json")
+    own = holder is not None and (holder["process"], holder.get("host")) == (
+        os.getpid(),
+        platform.node(),
+    )
+    return None if holder is None or own or _is_dead(holder) else _sentence(folder, holder)
+
+
 def _acquire(lock: FileLock, path: Path, place: Path, advice: str) -> None:
     until = time.monotonic() + PATIENCE
     while True:

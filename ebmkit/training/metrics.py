@@ -201,6 +201,38 @@ def whole_rows(content: bytes) -> list[tuple[dict[str, Any], int]]:
     return found
 
 
+def metric_names(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Names of the losses and metrics in rows of ``metrics.jsonl``, losses first."""
+    names = [k for row in rows for k, v in row.items() if isinstance(v, (int, float))]
+    names = [k for k in dict.fromkeys(names) if k not in ("step", "images_per_s")]
+    last = ("accuracy", "psnr", "grad_norm", "lr")
+    return sorted(
+        names, key=lambda k: next((i for i, n in enumerate(last, 1) if k.startswith(n)), 0)
+    )
+
+
+def metric_title(name: str) -> str:
+    """Title of the plot of metric ``name``, with its unit."""
+    psnr_title = f"PSNR at sigma {name[5:]}/255 (dB)"
+    return psnr_title if name.startswith("psnr") else TITLES.get(name, f"loss {name}")
+
+
+def metric_series(
+    rows: Sequence[dict[str, Any]], name: str, kind: str
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Steps and values (n,) of metric ``name`` in rows of ``kind`` train or validation, without
+    NaN and Inf; accuracies in %."""
+    own = [(r["step"], r.get(name)) for r in rows if r.get("kind") == kind]
+    found = [(s, v) for s, v in own if isinstance(v, (int, float)) and math.isfinite(v)]
+    step, value = np.array(found, dtype=float).reshape(-1, 2).T
+    return step, value * (100 if name.startswith("accuracy") else 1)
+
+
+def needs_log_scale(name: str, values: Sequence[float]) -> bool:
+    """Whether metric ``name`` is plotted on a logarithmic scale."""
+    return bool(values) and max(values) > 8 * min(values) > 0 and not name.startswith(LINEAR)
+
+
 def learning_curves(metrics: Sequence[dict[str, Any]], path: Path) -> None:
     """Plot each loss and metric in rows of ``metrics.jsonl`` by step, as PNG at ``path``.
 
@@ -208,10 +240,7 @@ def learning_curves(metrics: Sequence[dict[str, Any]], path: Path) -> None:
     """
     from ebmkit.plots import new_figure, save_figure
 
-    names = [k for row in metrics for k, v in row.items() if isinstance(v, (int, float))]
-    names = [k for k in dict.fromkeys(names) if k not in ("step", "images_per_s")]
-    last = ("accuracy", "psnr", "grad_norm", "lr")
-    names.sort(key=lambda k: next((i for i, n in enumerate(last, 1) if k.startswith(n)), 0))
+    names = metric_names(metrics)
     if not names:
         return
     columns = min(3, len(names))
@@ -229,31 +258,26 @@ def _curve(axes: Axes, metrics: Sequence[dict[str, Any]], name: str) -> None:
 
     values: list[float] = []
     for kind, colour in (("train", BLUE), ("validation", ORANGE)):
-        own = [(r["step"], r.get(name)) for r in metrics if r.get("kind") == kind]
-        rows = [(s, v) for s, v in own if isinstance(v, (int, float)) and math.isfinite(v)]
-        if not rows:
+        step, value = metric_series(metrics, name, kind)
+        if not len(step):
             continue
-        step, value = np.array(rows, dtype=float).T
-        value *= 100 if name.startswith("accuracy") else 1
         values += value.tolist()
         if kind == "validation":
             axes.plot(step, value, "o-", color=colour, ms=3, lw=1.2, label="held-out")
-        elif name == "lr" or len(rows) < 20:
+        elif name == "lr" or len(step) < 20:
             axes.plot(step, value, color=colour, lw=1.2, label="training")
         else:
             axes.plot(step, value, color=colour, lw=0.6, alpha=0.3)
-            axes.plot(step, _smooth(value), color=colour, lw=1.4, label="training, smoothed")
-    if values and max(values) > 8 * min(values) > 0 and not name.startswith(LINEAR):
+            axes.plot(step, running_mean(value), color=colour, lw=1.4, label="training, smoothed")
+    if needs_log_scale(name, values):
         axes.set_yscale("log")
-    psnr_title = f"PSNR at sigma {name[5:]}/255 (dB)"
-    title = psnr_title if name.startswith("psnr") else TITLES.get(name, f"loss {name}")
-    axes.set_title(title, fontsize=10)
+    axes.set_title(metric_title(name), fontsize=10)
     axes.set_xlabel("step")
     axes.legend(frameon=False, fontsize=7.5)
     axes.grid(alpha=0.25, lw=0.5)
 
 
-def _smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:
+def running_mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """Running mean over a fifteenth of the values, centred, one-sided at the ends."""
     window = np.ones(2 * max(1, len(values) // 30) + 1)
     counts = np.convolve(np.ones_like(values), window, "same")

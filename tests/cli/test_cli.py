@@ -70,6 +70,7 @@ def test_training_ends_with_a_table_and_plots(home):
         "model.json",
         "model.safetensors",
         "learning_curves.png",
+        "report.html",
         "manifest.json",
         "checkpoints/best.safetensors",
     ):
