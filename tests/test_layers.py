@@ -23,7 +23,7 @@ LAYERS = [
     ("inference", "guidance", "likelihood", "plots"),
     ("training",),
     ("evaluation", "export"),
-    ("sampling.jobs", "bench"),
+    ("sampling.jobs", "bench", "demo"),
     ("experiments",),
     ("cli", "__main__"),
 ]
