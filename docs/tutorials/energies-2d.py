@@ -60,7 +60,8 @@ left.scatter(*x.flatten(1).T, c=c, cmap="coolwarm", s=5, label="clean")
 left.scatter(*y.flatten(1).T, color="gray", s=2, alpha=0.4, label="noisy")
 left.set(title="points of two classes", aspect="equal")
 left.legend()
-show(right, truth, "true energy (dark: high) and score")
+show(right, truth, "true energy (yellow: low) and score")
+plt.show()
 
 # %% [markdown]
 # ## The score denoises
@@ -116,14 +117,15 @@ print(model)
 #   $\sigma^2$.
 #
 # The score is a gradient with respect to the input; `loss.backward()` then differentiates it once more with respect to
-# the weights. ebmkit builds that graph whenever a parameter needs a gradient.
+# the weights. ebmkit builds that graph whenever a parameter needs a gradient. The network does not get the noise level as
+# an input, because here it is always the same.
 
 # %%
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
 schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 800)
 generator = torch.Generator().manual_seed(1)
 history = []
-for step in range(800):
+for _ in range(800):
     clean, labels = truth.sample(256, generator)
     eps = torch.randn(clean.shape, generator=generator)
     noisy = clean + sigma * eps
@@ -140,6 +142,7 @@ figure, axes = plt.subplots(figsize=(6, 3))
 axes.plot(history, lw=0.7, label=["ce", "dsm"])
 axes.set(xlabel="step", ylabel="loss", ylim=(0, 1.2))
 axes.legend()
+plt.show()
 
 # %% [markdown]
 # `dsm` does not fall to 0: the noise in a point cannot be known exactly. What matters is the distance to the truth:
@@ -176,6 +179,7 @@ axes.scatter(*noisy[:1000].flatten(1).T, s=3, color="gray", label="noisy data")
 axes.scatter(*points.flatten(1).T, s=3, color="tab:orange", label="samples of the model")
 axes.set_aspect("equal")
 axes.legend()
+plt.show()
 
 # %% [markdown]
 # ## Exercise

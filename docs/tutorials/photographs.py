@@ -123,8 +123,8 @@ def restore(measurement, image):
     with torch.no_grad():
         restored = Chains(sampler, sampler.init(start)).run(100, generator).x[0]
     simple = measurement.baselines(measured)
-    name, other = max(simple.items(), key=lambda one: psnr(one[1].clamp(0, 1), image[None]).item())
-    return measurement.on_gray(measured)[0], name, other[0], restored
+    name, other = max(simple.items(), key=lambda one: psnr(one[1][None], image[None]).item())
+    return measurement.on_gray(measured), name, other, restored
 
 
 seen, name, other, restored = restore(random_pixels(picture.shape, share=0.3), picture)

@@ -43,6 +43,7 @@ for name in ("ce", "dsm"):
     axes.plot([row["step"] for row in rows], [row[name] for row in rows], label=name)
 axes.set(xlabel="step", ylabel="loss", ylim=(0, None))
 axes.legend()
+plt.show()
 
 # %% [markdown]
 # ## Classify
@@ -132,10 +133,14 @@ for path in sorted(Path("runs/digits").iterdir()):
 #
 # ```
 # ebmkit evaluate runs/digits            # accuracy, denoising, calibration: intervals, JSON, plots
+# ebmkit report runs/digits              # everything about the run on one page, report.html
 # ebmkit sample runs/digits              # draws digits, into runs/digits/samples
 # ebmkit classify runs/digits photo.png  # or denoise, restore
 # ebmkit train --resume runs/digits      # continues an interrupted run
 # ```
+#
+# `ebmkit.load("digits-joint")` loads a model of the whole recipe that comes with the package; `ebmkit models` lists all
+# of these.
 #
 # The measurements of `ebmkit evaluate` come with 95 % intervals. On 360 images the accuracy is known to about one per
 # cent, whatever its decimals say.

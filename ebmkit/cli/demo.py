@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import socket
 from pathlib import Path
 from typing import Annotated
 
@@ -36,6 +37,7 @@ def demo(
     """
     if importlib.util.find_spec("gradio") is None:
         raise UserError('ebmkit demo needs gradio: pip install "ebmkit-vision[demo]"')
+    _check_free(host, port)
     from ebmkit.compute import pick_device
     from ebmkit.demo.page import build, serve
     from ebmkit.guidance import check_guide
@@ -47,3 +49,15 @@ def demo(
     address, wait = serve(build(model, str(run), other), host, port)
     console.print(f"demo of {run}: {address} (Ctrl-C ends it)")
     wait()
+
+
+def _check_free(host: str, port: int) -> None:
+    """Raise a `UserError` if this process cannot serve ``port`` of ``host``."""
+    try:
+        with socket.create_server((host, port)):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"cannot serve port {port} of {host!r} ({error.strerror or error}): give another one, "
+            "by --port or --host"
+        ) from None

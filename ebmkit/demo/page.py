@@ -277,22 +277,14 @@ def build(model: ScoreModel, name: str, other: EnergyModel | None = None) -> Any
 def serve(page: Any, host: str, port: int) -> tuple[str, Callable[[], None]]:
     """Start a server of ``page`` in threads of this process; return its address, and a function
     that waits until the server ends.
-
-    Raises:
-        UserError: if the port is not free, or the host is not one of this machine.
     """
     import gradio as gr
 
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
-    try:
-        _, address, _ = page.launch(
-            server_name=host, server_port=port, share=False, quiet=True, prevent_thread_lock=True,
-            inbrowser=False, theme=theme, css=CSS, footer_links=[],
-        )  # fmt: skip
-    except OSError:
-        raise UserError(
-            f"port {port} of {host} is not free: give another one, such as --port {port + 1}"
-        ) from None
+    _, address, _ = page.launch(
+        server_name=host, server_port=port, share=False, quiet=True, prevent_thread_lock=True,
+        inbrowser=False, theme=theme, css=CSS, footer_links=[],
+    )  # fmt: skip
     return address, page.block_thread
 
 
