@@ -45,8 +45,9 @@ def execute(notebook: nbformat.NotebookNode, folder: Path, timeout: int = 1800) 
     Raises:
         CellExecutionError: if a cell fails.
     """
+    settings = {"timeout": timeout, "kernel_name": "python3", "coalesce_streams": True}
     resources = {"metadata": {"path": str(folder)}}
-    NotebookClient(notebook, timeout=timeout, kernel_name="python3", resources=resources).execute()
+    NotebookClient(notebook, resources=resources, **settings).execute()
 
 
 def page(notebook: nbformat.NotebookNode, name: str) -> tuple[str, dict[str, bytes]]:
@@ -66,7 +67,7 @@ def page(notebook: nbformat.NotebookNode, name: str) -> tuple[str, dict[str, byt
     link = f"[Download this notebook]({name}.ipynb) · made from [{name}.py]({name}.py)"
     title, _, rest = body.strip().partition("\n")
     lines = [line.rstrip() for line in f"{title}\n\n{link}\n{rest}".splitlines()]
-    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)) + "\n", images
+    return "\n".join(lines) + "\n", images
 
 
 def download(notebook: nbformat.NotebookNode) -> str:

@@ -81,17 +81,15 @@ with torch.no_grad():
 # %% [markdown]
 # ## Denoise
 #
-# The denoiser is $D(y) = y + \sigma^2\,\nabla_y \log p(y)$: nothing was added to the network for it. The noise level
-# may be left out, and is then estimated from the length of the score. With a label the denoiser is that of
-# $p(y \mid c)$.
+# The denoiser is $D(y) = y + \sigma^2\,\nabla_y \log p(y)$: nothing was added to the network for it. With a label the
+# denoiser is that of $p(y \mid c)$.
 
 # %%
 sigma = 50 / 255
 some = x[:8]
 y = some + sigma * torch.randn(some.shape, generator=torch.Generator().manual_seed(0))
 with torch.no_grad():
-    plain, by_label = model.denoise(y), model.denoise(y, c=c[:8])
-    print("estimated noise levels, of 255:", (255 * model.estimate_sigma(y)).round().tolist())
+    plain, by_label = model.denoise(y, sigma), model.denoise(y, sigma, c[:8])
 
 
 def show(rows):
@@ -116,6 +114,15 @@ for name, images in (("noisy", y), ("denoised", plain), ("with label", by_label)
     print(f"{name:11} {psnr(images.clamp(0, 1), some).mean():.2f} dB")
 
 # %% [markdown]
+# The noise level may be left out. The network is *blind*: it was trained on noise of all levels up to 100/255 without
+# being told the level, which it knows by the length of its score, about $\sqrt d / \sigma$ for images of d pixels. The
+# estimate is rough after so few steps, and on so few pixels:
+
+# %%
+with torch.no_grad():
+    print("estimated, of 255:", (255 * model.estimate_sigma(y)).round().tolist())
+
+# %% [markdown]
 # ## What is in the run folder
 #
 # A run folder holds all that is needed to use, resume and check a run. `ebmkit.load` reads `model.json` and
@@ -124,7 +131,7 @@ for name, images in (("noisy", y), ("denoised", plain), ("with label", by_label)
 # %%
 from pathlib import Path
 
-for path in sorted(Path("runs/digits").iterdir()):
+for path in sorted(Path("runs/digits").glob("[!.]*")):
     size = f"{path.stat().st_size:,} bytes" if path.is_file() else "folder"
     print(f"{path.name:32} {size}")
 
