@@ -47,7 +47,7 @@ def demo(
     model = load(run, device=place, weights=weights)
     other = None if guide is None else check_guide(load(guide, device=place))
     address, wait = serve(build(model, str(run), other), host, port)
-    console.print(f"demo of {run}: {address} (Ctrl-C ends it)")
+    console.say(f"{address} shows {run}; Ctrl-C ends it")
     wait()
 
 
