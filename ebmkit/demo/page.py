@@ -98,10 +98,11 @@ def signed(gradient: Tensor) -> Tensor:
 def example_images(model: ScoreModel) -> list[Any]:
     """Images to begin with, from data that scikit-learn contains: digits or photographs."""
     if model.card is not None and model.card.dataset == "digits":
-        from ebmkit.data import load_dataset
+        from ebmkit.data import ImageSet, load_dataset
 
-        images = load_dataset("digits", None, "test").images[:5, 0].numpy()
-        return [Image.fromarray(image) for image in images]
+        digits = load_dataset("digits", None, "test")
+        assert isinstance(digits, ImageSet)
+        return [Image.fromarray(image) for image in digits.images[:5, 0].numpy()]
     from sklearn.datasets import load_sample_images
 
     return [Image.fromarray(image) for image in load_sample_images().images]
@@ -183,7 +184,7 @@ def build(model: ScoreModel, name: str, other: EnergyModel | None = None) -> Any
         probability = float(after.log_posterior[best].exp())
         return row(pictures, f"Now classified as {clean(names[best])} ({probability:.0%}).")
 
-    def show_samples(c: int, count: float, scale: float, seed: float, bar: Any) -> str:
+    def show_samples(bar: Any, c: int, count: float, scale: float, seed: float) -> str:
         guided = shown(compute.guide, model, other, scale)
         images = shown(
             partial(compute.sample, progress=lambda done, total: bar((done, total))),
@@ -259,7 +260,7 @@ def build(model: ScoreModel, name: str, other: EnergyModel | None = None) -> Any
             if labelled:
                 event(show_classes, image, [classes, target], **quick)
         if compute.denoises(model):
-            own = [image, level, given]
+            own: list[Any] = [image, level, given]
             gr.on([page.load, *(o.change for o in own)], show_denoising, own, denoised, **quick)
         if labelled:
             own = [image, epsilon, target]
@@ -268,7 +269,7 @@ def build(model: ScoreModel, name: str, other: EnergyModel | None = None) -> Any
             inputs = [label, count, scale, seed]
 
             def draw(*values: Any, bar: Any = gr.Progress()) -> str:  # noqa: B008
-                return show_samples(*values, bar)
+                return show_samples(bar, *values)
 
             button.click(draw, inputs, samples)
     return page
