@@ -23,7 +23,7 @@ LAYERS = [
     ("inference", "guidance", "likelihood", "plots"),
     ("training",),
     ("evaluation", "export"),
-    ("sampling.jobs", "bench", "report"),
+    ("sampling.jobs", "bench", "report", "demo"),
     ("experiments",),
     ("cli", "__main__"),
 ]

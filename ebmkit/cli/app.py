@@ -24,6 +24,7 @@ from typer.core import TyperGroup
 
 from ebmkit import __version__
 from ebmkit.cli.console import warn
+from ebmkit.cli.demo import demo
 from ebmkit.cli.evaluate import evaluate
 from ebmkit.cli.images import classify, denoise, restore, sample
 from ebmkit.cli.options import Command, declare, example_of, options_of
@@ -46,6 +47,7 @@ COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
         "denoise": denoise,
         "sample": sample,
         "restore": restore,
+        "demo": demo,
         "export": export,
     },
     "The papers": {"reproduce": reproduce},
