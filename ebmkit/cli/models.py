@@ -13,6 +13,9 @@ from typer import Option
 from ebmkit.errors import UserError
 from ebmkit.terminal import console, errors
 
+KEY_FIGURES = 3
+"""Number of figures of a card in the list."""
+
 RUN_FILES = ("model.json", "config.yaml", "manifest.json")
 """A folder with one of these files is a run."""
 
@@ -51,7 +54,7 @@ def models(name: str | None = None) -> None:
     table = Table("name", "description", "MB", "key figures", "default of")
     for known in list_models():
         card = read_card(known)
-        figures = "\n".join(f"{figure.name}: {figure}" for figure in card.figures[:3])
+        figures = "\n".join(f"{figure.name}: {figure}" for figure in card.figures[:KEY_FIGURES])
         uses = ", ".join(command for command, default in DEFAULTS.items() if default == known)
         table.add_row(known, card.description, f"{size_of(known) / 1e6:.1f}", figures, uses)
     console.print(table)

@@ -1,4 +1,4 @@
-"""A stand-in for the Hugging Face hub: the part of its API that models are up- and downloaded by."""
+"""A stand-in for the Hugging Face hub: the part of its API that uploads and downloads models."""
 
 import base64
 import contextlib
