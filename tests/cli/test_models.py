@@ -80,6 +80,7 @@ def test_evaluation_of_a_pretrained_model_is_written_to_the_current_folder(home)
         ("three.png", ["colour.png"], "digits-joint", ["three.png", "colour.png"]),
         ("photos", [], "digits-joint", ["photos"]),
         ("photos/*.png", [], "digits-joint", ["photos/*.png"]),
+        ("photos/*", [], "digits-joint", ["photos/*"]),
         ("absent.png", [], "digits-joint", ["absent.png"]),
         ("digits-joint", ["three.png"], "digits-joint", ["three.png"]),
         ("run", ["photos"], "run", ["photos"]),
