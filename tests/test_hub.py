@@ -63,6 +63,7 @@ def test_only_files_of_a_model_are_downloaded_and_read_as_data(server, tmp_path)
     assert fetched == {"model.json", "model.safetensors"} <= set(MODEL_FILES)
 
 
+@pytest.mark.slow
 def test_commands_take_a_model_of_the_hub_and_write_nothing_to_its_cache(server, tmp_path):
     small_model().push_to_hub("user/net")
     Image.new("L", (8, 8), 99).save(tmp_path / "gray.png")

@@ -55,6 +55,7 @@ def test_images_alone_are_denoised_into_a_new_folder(home):
     assert "exists: choose another --out" in again.stderr
 
 
+@pytest.mark.slow
 def test_samples_of_a_pretrained_model_are_written_to_the_current_folder(home):
     package = sorted(pretrained.WEIGHTS.rglob("*"))
     done = ebmkit_command("sample", "--label", "3", "--count", "2", cwd=home)
