@@ -534,6 +534,23 @@ def report(match: re.Match[str]) -> str:
     return EXPERIMENTS[target].text(json.loads(path.read_text()))
 
 
+def pretrained_models() -> str:
+    """The pretrained models: a table, and the card of each."""
+    from ebmkit.cli.models import KEY_FIGURES
+    from ebmkit.pretrained import DEFAULTS, as_markdown, list_models, read_card, size_of
+
+    cards = {name: read_card(name) for name in list_models()}
+    lines = ["| name | description | MB | key figures | default of |", "|---|---|---:|---|---|"]
+    for name, card in cards.items():
+        figures = "; ".join(f"{figure.name}: {figure}" for figure in card.figures[:KEY_FIGURES])
+        uses = ", ".join(f"`{command}`" for command, model in DEFAULTS.items() if model == name)
+        size = f"{size_of(name) / 1e6:.1f}"
+        lines.append(f"| [{name}](#{name}) | {card.description} | {size} | {figures} | {uses} |")
+    return "\n".join(
+        [*lines, "", *(as_markdown(name, card) + "\n" for name, card in cards.items())]
+    )
+
+
 def circumstances(environment: dict[str, Any]) -> str:
     """Hardware, versions and commit, in a sentence."""
     return (
@@ -567,4 +584,5 @@ MARKERS = {
     "<!-- jem: digits -->": partial(jem_table, "digits"),
     "<!-- mixture -->": mixture_table,
     "<!-- blind -->": blind_table,
+    "<!-- pretrained -->": pretrained_models,
 }

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ebmkit.energy import Denoiser, Energies, EnergyModel, ScoreModel
     from ebmkit.errors import UserError
     from ebmkit.models import JointModel, create_model, load, save_model
+    from ebmkit.pretrained import list_models
     from ebmkit.training.train import train
 
 __version__ = "0.1.0"
@@ -33,13 +34,16 @@ __all__ = [
     "UserError",
     "__version__",
     "create_model",
+    "list_models",
     "load",
     "optimize",
     "save_model",
     "train",
 ]
 
-_PUBLIC_MODULES = ("errors", "card", "energy", "compile", "analytic", "models", "training.train")
+_PUBLIC_MODULES = (
+    "errors", "card", "pretrained", "energy", "compile", "analytic", "models", "training.train"
+)  # fmt: skip
 """Modules that define the names in `__all__`."""
 
 

@@ -56,6 +56,7 @@ from ebmkit.card import ModelCard
 from ebmkit.class_gaussians import ClassGaussians
 from ebmkit.compute import in_functional_transform, upcast
 from ebmkit.errors import UserError
+from ebmkit.hub import HubMixin
 from ebmkit.inputs import class_labels, image_batch, noise_level
 from ebmkit.noise import Schedule, check_trained, require_sigma
 
@@ -315,7 +316,7 @@ KINKED = (
 """Activations whose derivative is discontinuous."""
 
 
-class ScoreModel(nn.Module, ABC):
+class ScoreModel(HubMixin, nn.Module, ABC):
     """Base class of models that compute the score of noisy images, and denoise with it.
 
     The score of an `EnergyModel` is the gradient of its log-density; that of a plain denoiser

@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
     ("errors", "registry", "randomness", "synonyms", "terminal", "__init__"),
     ("noise", "storage", "metrics"),
-    ("distributed", "compute", "card", "blind", "class_gaussians"),
+    ("distributed", "compute", "card", "blind", "class_gaussians", "hub", "pretrained"),
     ("inputs",),
     ("energy", "analytic"),
     ("compile",),

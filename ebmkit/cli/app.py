@@ -27,6 +27,7 @@ from ebmkit.cli.console import warn
 from ebmkit.cli.demo import demo
 from ebmkit.cli.evaluate import evaluate
 from ebmkit.cli.images import classify, denoise, restore, sample
+from ebmkit.cli.models import choose, models, optional
 from ebmkit.cli.options import Command, declare, example_of, options_of
 from ebmkit.cli.report import report
 from ebmkit.cli.tools import bench, export, import_, list_, pack, verify
@@ -49,6 +50,7 @@ COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
         "restore": restore,
         "demo": demo,
         "export": export,
+        "models": models,
     },
     "The papers": {"reproduce": reproduce},
     "Data and files": {"list": list_, "data pack": pack, "import": import_, "verify": verify},
@@ -57,7 +59,7 @@ COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
 
 LONGEST_NAME = max(len(name) for group in COMMANDS.values() for name in group)
 
-NOT_COMPUTING = (import_, verify, list_, pack, report)
+NOT_COMPUTING = (import_, verify, list_, pack, report, models)
 """Commands that never run a network."""
 
 
@@ -120,9 +122,13 @@ def _with_common(function: Callable[..., None]) -> Callable[..., None]:
             from ebmkit.compute import flush_denormals
 
             flush_denormals()  # before PyTorch starts its threads
+        if "run" in options:
+            choose(function.__name__, options, options.pop("pretrained"))
         function(**options)
 
     command.__doc__, own = options_of(function)
+    if any(p.name == "run" for p in own):
+        own = optional(own)
     kind = inspect.Parameter.KEYWORD_ONLY
     declare(command, [*(p.replace(kind=kind) for p in own), *COMMON])
     return command

@@ -41,6 +41,8 @@ def classify(
     Log-densities are in nats, up to a constant of the model. Compare them only between images of
     the same size. Images that cannot be classified are reported, and the exit code is then 2.
 
+    Without RUN, a pretrained model classifies.
+
     Example:
         ebmkit classify runs/digits photos 'scans/*.png' --csv classes.csv
 
@@ -54,13 +56,16 @@ def classify(
     from ebmkit.data import read_image
     from ebmkit.energy import classifies
     from ebmkit.models import load
+    from ebmkit.pretrained import name_of
 
     paths = [path for path, _ in _expand(images)]
     write = _row_writer(json_, csv_)
     place = pick_device(device)
     model = load(run, device=str(place), weights=weights)
     if not classifies(model):
-        raise UserError(f"the model in {str(run)!r} was trained without labels: it cannot classify")
+        raise UserError(
+            f"the model {name_of(run)!r} was trained without labels: it cannot classify"
+        )
     names = model.card.class_names if model.card else []
     table, rows = Table("image", "class", "probability", "log-density (nats)"), list[_Row]()
 
@@ -90,7 +95,7 @@ def denoise(
     run: Path,
     images: list[Path],
     *,
-    out: Path,
+    out: Path = Path("denoised"),
     sigma: str | None = None,
     label: str | None = None,
     json_: Annotated[Path | None, Option()] = None,
@@ -107,7 +112,8 @@ def denoise(
 
     Writes each image under its own name to --out, images of a folder under their names in it, and
     never overwrites a file. If the model is for colour, the output for a gray image is the mean
-    over channels. Images that cannot be denoised are reported, and the exit code is then 2.
+    over channels. Images that cannot be denoised are reported, and the exit code is then 2. Without
+    RUN, a pretrained model denoises.
 
     Example:
         ebmkit denoise runs/photos noisy --sigma 25/255 --out denoised
@@ -181,7 +187,8 @@ def _expand(named: list[Path]) -> list[tuple[Path, Path]]:
         else:
             own = {path: Path(path.name)}
         if not own:
-            raise UserError(f"there are no images in {str(path)!r}: name image files")
+            what = "no images and no model" if path.is_dir() else "no images"
+            raise UserError(f"there are {what} in {str(path)!r}: name image files")
         found |= own
     return list(found.items())
 
@@ -271,7 +278,7 @@ def restore(
         ebmkit restore runs/photos photo.png --task superres --out restored
 
     Args:
-        run: run folder of a blind denoiser
+        run: run folder or name of a blind denoiser
         out: output folder
         task: inpaint, random-pixels, superres, deblur, compressed
         mask: for inpaint: image that is white where pixels are missing [default: a hole in the
@@ -289,6 +296,7 @@ def restore(
     from ebmkit.data import read_image
     from ebmkit.errors import validated
     from ebmkit.models import load
+    from ebmkit.pretrained import name_of
     from ebmkit.sampling.ascent import KADKHODAIE_SIMONCELLI_ENTRY as SAMPLER
     from ebmkit.sampling.inverse import TaskOptions, find_task
     from ebmkit.sampling.jobs.restore import DivergedError, RestoreJob, read_mask
@@ -306,7 +314,8 @@ def restore(
     SAMPLER.check(model, c)
     options = TaskOptions(None if mask is None else read_mask(mask), share, factor, seed)
     computed = f"{place.type}, {inference.precision}, compile {inference.mode}"
-    job = RestoreJob(model, chosen, options, config, measured, samples, seed, c, str(run), computed)
+    name = name_of(run)
+    job = RestoreJob(model, chosen, options, config, measured, samples, seed, c, name, computed)
     named, images = [path for path, _ in _expand(images)], []
 
     def check(path: Path) -> None:
@@ -373,8 +382,9 @@ def sample(
 ) -> None:
     """Sample images from p(x), or with --label from p(x|c).
 
-    With --guide a classifier guides another model, for example a diffusion model, to the label:
-    --guidance energy --scale 4 --schedule sigmoid:t0=500,y0=0.05,k=0.02.
+    Without RUN, a pretrained model is sampled. With --guide a classifier guides another model, for
+    example a diffusion model, to the label: --guidance energy --scale 4
+    --schedule sigmoid:t0=500,y0=0.05,k=0.02.
 
     Writes samples.h5 (samples and their energies; also a data set of kind hdf5), samples.png,
     path.png, path.gif and sampling.json (settings, traces, diagnostics). After Ctrl-C or a kill,
@@ -384,8 +394,9 @@ def sample(
         ebmkit sample runs/digits --label 3 --count 16 --out samples
 
     Args:
-        out: folder for the samples: new, or an interrupted job to resume [default: a folder in
-            RUN/samples/ named after the settings]
+        out: folder for the samples: new, or an interrupted job to resume [default: a folder named
+            after the settings, in RUN/samples/, of a pretrained model in
+            runs/pretrained/NAME/samples/]
         sampler: sampler, from `ebmkit list samplers`; buffer: export the replay buffer [default:
             ddim if the run stores class Gaussians, else kadkhodaie_simoncelli for blind denoisers;
             if the noise level is an input, heun if training noise hides an image, else ddim; sgld
@@ -398,7 +409,7 @@ def sample(
             (draws from the Gaussian of a class's images), mean (noise around the mean image),
             buffer [default: set by the sampler]
         set_: setting of the sampler, for example step_size=1e-4; repeatable
-        guide: run folder of the guide: a classifier or joint model
+        guide: the guide, as RUN: a classifier or joint model
         guidance: guidance method, from `ebmkit list guidance`; classifier-free needs no --guide
             [default: energy]
         scale: guidance scale [default: 1]
@@ -417,6 +428,7 @@ def sample(
     from ebmkit.compile import make_inference, wrap_channels_last
     from ebmkit.compute import pick_device
     from ebmkit.models import load
+    from ebmkit.pretrained import locate, name_of
     from ebmkit.sampling.jobs.arrival import forecast
     from ebmkit.sampling.jobs.chains import JobFolder
     from ebmkit.sampling.jobs.job import SamplingJob, write_results
@@ -432,6 +444,7 @@ def sample(
     from ebmkit.training.cost import format_seconds
 
     place = pick_device(device)
+    guide = None if guide is None else locate(guide)
     how = parse_guidance(
         guide, guidance, scale, schedule, view, guide_start, parse_assignments(guide_set or [])
     )
@@ -485,14 +498,16 @@ def sample(
         console.say(f"{what}: about {duration}")
     with job.folder.alone():
         _draw(job)
-        document = write_results(job, str(run))
+        document = write_results(job, name_of(run))
     _report(document, out, len(job.cautions))
 
 
 def _check_numbers(run: Path, path: Path, found: Tensor) -> None:
+    from ebmkit.pretrained import name_of
+
     if not bool(found.isfinite().all()):
         raise UserError(
-            f"the model in {str(run)!r} gives NaN or Inf for {path.name!r}: its training "
+            f"the model {name_of(run)!r} gives NaN or Inf for {path.name!r}: its training "
             "diverged, or its weights are damaged; try `--weights best`"
         )
 

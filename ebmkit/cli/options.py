@@ -25,7 +25,9 @@ from typer.core import TyperCommand
 from ebmkit.synonyms import field_keys, meant
 
 SHARED = {
-    "run": Argument(help="run folder"),
+    "run": Argument(
+        help="run folder, pretrained model from `ebmkit models`, or hub:OWNER/NAME (Hugging Face)"
+    ),
     "images": Argument(
         metavar="IMAGE", help="images (PNG, JPEG, TIFF), folders, or patterns such as 'in/*.png'"
     ),
@@ -196,6 +198,7 @@ def declare(function: Any, parameters: Iterable[inspect.Parameter]) -> None:
 
 
 def argument_name(argument: Any) -> str:
-    """Format an argument for the usage line: ``RUN``, ``IMAGE...``, ``[ROW]...``."""
-    name = argument.metavar if argument.required else f"[{argument.metavar}]"
+    """Format an argument for the usage line: ``[RUN]``, ``IMAGE...``, ``[ROW]...``."""
+    needed = argument.required or argument.name == "images"  # which may begin in place of the RUN
+    name = argument.metavar if needed else f"[{argument.metavar}]"
     return name if argument.nargs == 1 else f"{name}..."

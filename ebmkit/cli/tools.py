@@ -190,10 +190,11 @@ def verify(
         accept: accept the current content of this file, changed on purpose; repeatable
         as_json: print JSON instead of a table
     """
+    from ebmkit.pretrained import name_of, results_folder
     from ebmkit.storage.verify import accept_files, verify_run
 
-    if not run.is_dir():
-        raise UserError(f"there is no run folder {str(run)!r}")
+    if accept and results_folder(run) != run:
+        raise UserError(f"--accept is for runs of your own: {name_of(run)!r} is not one")
     if accept:
         accept_files(run, accept)
     found = verify_run(run)

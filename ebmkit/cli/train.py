@@ -99,8 +99,8 @@ def train(
         precision: precision of training: auto, fp32, tf32, bf16 [default: set by the configuration,
             auto]
         compile_: compile the step: auto, on, off [default: auto]
-        init: start from the weights of this run, file, or OWNER/NAME:FILE on the Hugging Face hub;
-            the head may have another size
+        init: start from the weights of this run, pretrained model, file, or OWNER/NAME:FILE on the
+            Hugging Face hub; the head may have another size
         resume: run folder to resume
         evaluate: evaluate on the test images and write plots at the end
         log: also log to these, joined by commas: tensorboard, wandb (Weights & Biases; offline

@@ -57,6 +57,7 @@ from ebmkit.evaluation.ood import OOD
 from ebmkit.evaluation.robustness import ROBUSTNESS
 from ebmkit.evaluation.robustness_grid import ROBUSTNESS_GRID
 from ebmkit.evaluation.suite import NOISE_LEVELS, SIGMAS, EvaluationContext, Images, Suite
+from ebmkit.pretrained import results_folder
 from ebmkit.registry import Table as Registry
 from ebmkit.registry import find
 from ebmkit.storage import make_folder, remove_file, write_atomically
@@ -368,7 +369,7 @@ def evaluation_folder(
         weights: ``last`` or ``best``.
         options: settings of suites by class, from `parse_options`.
     """
-    home = run / "evaluation"
+    home = results_folder(run) / "evaluation"
     used = len(images) if limit is None else min(limit, len(images))
     words = [images.name, images.split, *([weights] if weights != "last" else [])]
     name = re.sub(r"[^\w.-]+", "_", "-".join(words)).lstrip(".")

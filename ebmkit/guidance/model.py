@@ -49,6 +49,7 @@ from ebmkit.guidance.score import (
 )
 from ebmkit.models.heads import LogitEnergy
 from ebmkit.noise import make_schedule, require_sigma
+from ebmkit.pretrained import results_folder
 from ebmkit.sampling.base import clean_level, label_density_of, root_mean_square
 from ebmkit.storage import make_folder, write_atomically
 from ebmkit.storage.reading import read_json
@@ -404,7 +405,7 @@ def stored_energies(
         UserError: if ``compute`` raises it, or the file cannot be written.
     """
     name = re.sub(r"[^\w.-]", "_", f"{dataset}-{fingerprint}")
-    path = run / "energies" / f"{name}.json"
+    path = results_folder(run) / "energies" / f"{name}.json"
     facts = {"dataset": dataset, "fingerprint": fingerprint, "digest": digest, "sigma": sigma}
     try:
         stored = read_json(path)

@@ -25,10 +25,11 @@ from torch import Tensor
 from ebmkit.card import ModelCard
 from ebmkit.energy import ScoreModel
 from ebmkit.errors import UserError, plain, validated
+from ebmkit.hub import is_hub_name, locate_file
 from ebmkit.models.config import ModelConfig, find_backbone
 from ebmkit.models.dncnn import convert_dncnn
 from ebmkit.models.drunet import convert_drunet
-from ebmkit.models.pipelines import is_hub_name, locate_file, read_unet
+from ebmkit.models.pipelines import read_unet
 from ebmkit.models.resnet import BLOCKS
 from ebmkit.models.saving import save_as_run
 from ebmkit.registry import find

@@ -1,4 +1,4 @@
-"""Initial weights of a training, from a run, a file or the Hugging Face hub."""
+"""Initial weights of a training: of a run, a pretrained model, a file or the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from torch import Tensor
 
 from ebmkit.energy import ScoreModel
 from ebmkit.errors import UserError, plain
+from ebmkit.hub import PREFIX, is_hub_name
 from ebmkit.models.importing import SHOWN, is_recognised, read_checkpoint, read_plain_state
-from ebmkit.models.pipelines import is_hub_name
 from ebmkit.models.saving import digest, load
+from ebmkit.pretrained import list_models
 
 PREFIXES = ("", "backbone.", "network.")
 """Where the weights of a file can belong in a model."""
@@ -21,7 +22,7 @@ class Initialization(NamedTuple):
     """What of a source was loaded into a model.
 
     Attributes:
-        source: run, file or name on the hub.
+        source: run, pretrained model, file or name on the hub.
         sha256: digest of all its tensors.
         loaded: names of the parameters and buffers that were loaded.
         reshaped: names -> (shape in the source, shape in the model), not loaded: of the head.
@@ -51,12 +52,14 @@ class Initialization(NamedTuple):
 
 
 def read_weights(source: str) -> dict[str, Tensor]:
-    """Weights of a run folder, a checkpoint that `read_checkpoint` recognises, or a state dict.
+    """Weights of ``source``: a run folder, the name of a pretrained model, ``hub:owner/name``, a
+    checkpoint that `read_checkpoint` recognises, or a state dict.
 
     Raises:
         UserError: if there are none.
     """
-    if (Path(source) / "model.json").is_file():
+    named = source.startswith(PREFIX) or (source in list_models() and not Path(source).exists())
+    if named or (Path(source) / "model.json").is_file():
         return load(source).state_dict()
     if Path(source).is_dir() or (is_hub_name(source) and ":" not in source):
         return read_checkpoint(source)[0].state_dict()

@@ -9,20 +9,20 @@ or the same files in one folder. Without a scheduler, the linear schedule of DDP
 Weights are read as tensors only; no code is executed. The result is a folder like that of a run,
 for `ebmkit.load` and the command line.
 
-A file on the hub is ``owner/name:file``, a repository ``owner/name``. Downloaded files are reused
-from the hub's cache.
+A repository on the hub is ``owner/name`` (`ebmkit.hub`).
 """
 
 from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ebmkit.card import ModelCard
-from ebmkit.errors import UserError, first_line, validated
+from ebmkit.errors import UserError, validated
+from ebmkit.hub import cache_of, locate_folder
 from ebmkit.models.config import ModelConfig
 from ebmkit.models.diffusion import DiffusionModel, UNetConfig, unet_class
 from ebmkit.models.saving import load_weights, save_as_run
@@ -31,8 +31,6 @@ from ebmkit.storage.tensors import LimitedSize, read_state
 
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 SETTINGS = ("model_index.json", "config.json", "scheduler_config.json")
-SUFFIXES = (".pt", ".pth", ".ckpt", ".tar", ".bin", ".safetensors", ".zip")
-NAME = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)(?::(?P<file>[^:]+))?")
 # names of self-attention before diffusers 0.17, and since
 _ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
@@ -75,8 +73,7 @@ def read_unet(
         [*(f"{place}{file}" for place in places for file in SETTINGS), "scheduler/*.json"],
         [[f"{place}{file}" for place in places] for file in WEIGHTS],
     )
-    in_cache = source.absolute().parent.name == "snapshots"  # the hub's cache: files are links
-    check_links(source, source.absolute().parents[1] if in_cache else None)
+    check_links(source, cache_of(source))
     network = source / "unet" if (source / "unet" / "config.json").is_file() else source
     if not (network / "config.json").is_file():
         raise UserError(
@@ -196,72 +193,3 @@ def _size(sample: Any) -> tuple[int, int] | None:
     if isinstance(sample, int):
         return (sample, sample)
     return (int(sample[0]), int(sample[1])) if isinstance(sample, list) else None
-
-
-# --- the hub ----------------------------------------------------------------------------------
-
-
-def is_hub_name(source: str) -> bool:
-    """Whether ``source``, not a local path, has the form ``owner/name`` or ``owner/name:file``."""
-    match = NAME.fullmatch(source)
-    return match is not None and (bool(match["file"]) or not source.endswith(SUFFIXES))
-
-
-def locate_file(source: str) -> Path:
-    """The local path of ``source``, a path or ``owner/name:file``.
-
-    Raises:
-        UserError: if it is neither, huggingface_hub is not installed, or the download fails.
-    """
-    if Path(source).exists():
-        return Path(source)
-    match = NAME.fullmatch(source)
-    if not is_hub_name(source) or match is None:
-        raise UserError(f"cannot read {source!r}: no such file or folder")
-    if not match["file"]:
-        raise UserError(
-            f"{source!r} is no local path; for a repository on the hub name the file too, as in "
-            f"{source}:model.pt"
-        )
-    return _fetch(source, "hf_hub_download", match["repository"], match["file"])
-
-
-def locate_folder(
-    source: str | Path, patterns: Sequence[str], choices: Sequence[Sequence[str]]
-) -> Path:
-    """The local folder of ``source``, a path or ``owner/name``.
-
-    Args:
-        source: local path or ``owner/name``.
-        patterns: patterns of the files to download from a repository.
-        choices: lists of paths to download as well; each list only if the repository has no file of
-            the lists before it.
-
-    Raises:
-        UserError: as `locate_file`.
-    """
-    folder, name = Path(source), str(source)
-    if folder.is_dir():
-        return folder
-    if (match := NAME.fullmatch(name)) is None or match["file"]:
-        raise UserError(f"there is no folder {name!r}, and a name on the hub is like owner/name")
-    for paths in choices:
-        folder = _fetch(name, "snapshot_download", name, allow_patterns=[*patterns, *paths])
-        if any((folder / path).is_file() for path in paths):
-            break
-    return folder
-
-
-def _fetch(source: str, function: str, *arguments: str, **options: Any) -> Path:
-    try:
-        import huggingface_hub
-    except ImportError:
-        raise UserError(
-            "fetching from the hub needs huggingface_hub: pip install 'ebmkit-vision[hub]'"
-        ) from None
-    try:
-        return Path(getattr(huggingface_hub, function)(*arguments, **options))
-    except Exception as error:  # errors of network, hub and cache have no common class
-        raise UserError(
-            f"cannot fetch {source!r} (no local path): the download failed: {first_line(error)}"
-        ) from None

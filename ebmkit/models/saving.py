@@ -27,7 +27,9 @@ from ebmkit.class_gaussians import ClassGaussians
 from ebmkit.compute import pick_device
 from ebmkit.energy import ScoreModel
 from ebmkit.errors import UserError, validated
+from ebmkit.hub import FileFormat, HubMixin, cache_of
 from ebmkit.models.config import ModelConfig
+from ebmkit.pretrained import locate
 from ebmkit.registry import check_plugins, load_plugins
 from ebmkit.storage import make_folder, read_together, write_atomically
 from ebmkit.storage.reading import check_links, parse_json
@@ -109,10 +111,12 @@ def load(
     weights: str = "last",
     plugins: Sequence[str | os.PathLike[str]] = (),
 ) -> ScoreModel:
-    """Load the trained model in the folder ``run``, frozen and in evaluation mode.
+    """Load the trained model ``run``, frozen and in evaluation mode.
 
     Args:
-        run: a run folder, or any folder with ``model.safetensors`` and ``model.json``.
+        run: a run folder, or any folder with ``model.safetensors`` and ``model.json``; the name of
+            a pretrained model (`ebmkit.list_models`); or ``hub:owner/name``, a model on the Hugging
+            Face hub that `ScoreModel.push_to_hub` uploaded.
         model: the network to load weights into; needed only for a model composed by hand.
         device: device of the model: cpu, cuda, cuda:1, or auto.
         weights: ``last``, or ``best`` by validation.
@@ -122,16 +126,15 @@ def load(
         The model, with its model card as ``card``. A warning names weights that are NaN or Inf.
 
     Raises:
-        UserError: if the folder contains no such model, the files do not fit together, or there is
-            no such device.
+        UserError: if there is no such folder or name, the folder contains no such model, the files
+            are damaged or do not fit together, the download fails, or there is no such device.
 
+    >>> model = load("digits-joint")
     >>> model = load("runs/digits")                                      # doctest: +SKIP
     >>> model.denoise(y, sigma=25 / 255)                                 # doctest: +SKIP
     """
     load_plugins(plugins)
-    folder, place = Path(run), pick_device(str(device))
-    if not folder.is_dir():
-        raise UserError(f"there is no run folder {str(folder)!r}")
+    folder, place = locate(run), pick_device(str(device))
     if weights not in FILES:
         raise UserError(f"weights {weights!r} must be one of {', '.join(FILES)}")
     for name in ("model.json", FILES[weights]):
@@ -140,7 +143,7 @@ def load(
                 f"{str(folder)!r} holds no {name}: it is no run folder, or training never saved a "
                 "model there (`ebmkit train --resume` resumes an interrupted run)"
             )
-    check_links(folder)
+    check_links(folder, cache_of(folder))
     names = ["model.json", FILES[weights], *([GAUSSIANS] if (folder / GAUSSIANS).is_file() else [])]
     content = read_together(folder, names)
     document = _read_document(content["model.json"], folder / "model.json")
@@ -213,6 +216,19 @@ def digest(state: dict[str, Tensor]) -> str:
         found.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
         found.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
+
+
+def _own_files(model: ScoreModel) -> dict[str, bytes]:
+    """`model_files` of a model as it was built or loaded."""
+    if model.card is None:
+        raise UserError(
+            "a model is stored with its model card: set it, as in model.card = ebmkit.ModelCard()"
+        )
+    config = model.built_from
+    return model_files(model, config if isinstance(config, ModelConfig) else None, model.card)
+
+
+HubMixin.file_format = FileFormat(_own_files, load)
 
 
 def _read_document(content: bytes, path: Path) -> _Document:

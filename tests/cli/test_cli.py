@@ -247,7 +247,6 @@ def test_train_refuses_invalid_options_in_one_sentence(home, arguments, message)
     ("arguments", "message"),
     [
         (["classify", "nowhere", "gray.png"], "no run folder"),
-        (["classify", ".", "gray.png"], "holds no model.json"),
         (["classify", "run", "absent.png"], "absent.png"),
         (["classify", "run", "colour.png"], "colour.png"),
         (["classify", "run", "train.txt"], "train.txt"),

@@ -116,7 +116,7 @@ def test_list_imports_only_the_table_asked_for():
 def test_help_uses_standard_metavars():
     names = COMMANDS.keys() - {"data"}
     shown = {name: ebmkit_command(name, "--help", cwd=".").stdout for name in names}
-    assert "Usage: ebmkit denoise [OPTIONS] RUN IMAGE...\n" in shown["denoise"]
+    assert "Usage: ebmkit denoise [OPTIONS] [RUN] IMAGE...\n" in shown["denoise"]
     assert "Usage: ebmkit reproduce [OPTIONS] TARGET [ROW]...\n" in shown["reproduce"]
     for option in ("--steps INTEGER", "--out PATH", "--set KEY=VALUE", "--backbone TEXT"):
         assert f"{option} " in shown["train"]

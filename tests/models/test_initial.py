@@ -46,6 +46,13 @@ def test_weights_of_a_run_or_file_are_loaded(run, tmp_path, kind):
     assert f"loaded from {source}" in found.sentence()
 
 
+def test_weights_of_a_pretrained_model_are_read_by_its_name():
+    state = ebmkit.load("digits-joint").state_dict()
+    own = read_weights("digits-joint")
+    assert own.keys() == state.keys()
+    assert all(torch.equal(own[name], state[name]) for name in own)
+
+
 def test_a_head_of_another_size_keeps_its_random_weights_and_is_reported(run):
     model = network(classes=7)
     before = model.head.classifier.weight.clone()

@@ -17,6 +17,7 @@ from ebmkit.errors import UserError, unknown_name, validated
 from ebmkit.guidance.score import GuidanceConfig
 from ebmkit.noise import format_sigma
 from ebmkit.objectives import parse_objective
+from ebmkit.pretrained import results_folder
 from ebmkit.sampling import SAMPLERS
 from ebmkit.sampling.base import Sampler, hiding_level, highest_level
 from ebmkit.sampling.entry import (
@@ -127,7 +128,11 @@ def default_folder(run: Path, settings: SamplingSettings) -> Path:
         parts.append(settings.guidance.guidance)
     digest = hashlib.sha256(settings.model_dump_json().encode()).hexdigest()[:8]
     name = "-".join([*parts, digest])
-    folder = run / "samples" / "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
+    folder = (
+        results_folder(run)
+        / "samples"
+        / "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
+    )
     if not folder.exists():
         for known in sorted(folder.parent.glob(f"*/{UNFINISHED}/{SETTINGS}")):
             with contextlib.suppress(UserError, ValidationError):

@@ -25,6 +25,7 @@ from ebmkit.guidance import (
     stored_energies,
 )
 from ebmkit.models import load, weights_digest
+from ebmkit.pretrained import results_folder
 from ebmkit.sampling.base import clean_level
 from ebmkit.sampling.entry import ReplayBuffer, gaussians_of
 from ebmkit.sampling.jobs.settings import BUFFER, SamplingSettings, class_names_of
@@ -258,7 +259,7 @@ def guide_by(
     guided = guided_model(base, model, config, means)
     return guided, {
         "guidance": config.model_copy(update={"view": guided.view}),
-        "guide": guide.resolve().name,
+        "guide": results_folder(guide).resolve().name,
         "guide_weights": weights,
         "guide_digest": model.weights_sha256 or "",
         "guide_means": None if guided.means is None else list(guided.means),
