@@ -70,9 +70,10 @@ def train(
 ) -> None:
     """Train a model, then evaluate it on the test images.
 
-    The end writes the page RUN/report.html. Without options: GradResNet18 on scikit-learn's digits with ce+dsm, about a minute on two
-    cores. Later settings override earlier ones: recipe < --config < named options < --set. With
-    `torchrun -m ebmkit train ...` all processes train one model.
+    The end writes the page RUN/report.html. Without options: GradResNet18 on scikit-learn's digits
+    with ce+dsm, about a minute on two cores. Later settings override earlier ones: recipe <
+    --config < named options < --set. With `torchrun -m ebmkit train ...` all processes train one
+    model.
 
     Example:
         ebmkit train --dataset folder --data-dir photos --epochs 20
