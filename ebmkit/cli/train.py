@@ -68,11 +68,12 @@ def train(
     wandb: bool = False,
     dry_run: bool = False,
 ) -> None:
-    """Train a model, evaluate it on the test images, and write a report.
+    """Train a model, then evaluate it on the test images.
 
-    Without options: GradResNet18 on scikit-learn's digits with ce+dsm, about a minute on two
-    cores. Later settings override earlier ones: recipe < --config < named options < --set. With
-    `torchrun -m ebmkit train ...` all processes train one model.
+    The end writes the page RUN/report.html. Without options: GradResNet18 on scikit-learn's digits
+    with ce+dsm, about a minute on two cores. Later settings override earlier ones: recipe <
+    --config < named options < --set. With `torchrun -m ebmkit train ...` all processes train one
+    model.
 
     Example:
         ebmkit train --dataset folder --data-dir photos --epochs 20
