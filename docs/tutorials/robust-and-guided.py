@@ -27,13 +27,13 @@ x, c = test.floats()[:100], test.labels[:100]
 # %%
 joint = ebmkit.train("gradresnet18", "digits", "ce+dsm", steps=120, progress=False).model
 
-attack = {"eps": 0.5, "steps": 3, "warmup_steps": 75}
+attack = {"eps": 0.5, "steps": 3, "warmup_steps": 100}
 robust = ebmkit.train(
     "gradresnet18",
     "digits",
     "adv",
     recipe="digits-robust",
-    steps=150,
+    steps=350,
     terms={"adv": attack},
     progress=False,
 ).model
