@@ -250,8 +250,9 @@ def calibrate_sigma(model: ScoreModel, images: AnyImages, card: ModelCard) -> No
 def fit_reference(model: ScoreModel, images: AnyImages, size: tuple[int, int]) -> None:
     """Fit the Gaussians of the classes that a preconditioned ``model`` begins with, if it has any
     and they were not loaded, to training ``images``, cropped to ``size``."""
-    own = model.reference if isinstance(model, PreconditionedModel) else None
-    if own is not None and not own.fitted:
+    if not isinstance(model, PreconditionedModel) or model.reference is None:
+        return
+    if not model.reference.fitted:
         model.fit_reference(*_images_to_fit(images, size))
 
 
