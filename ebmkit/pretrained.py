@@ -25,7 +25,8 @@ CARD = "card.json"
 
 DEFAULTS = {
     "classify": "digits-joint",
-    "denoise": "digits-joint",
+    "demo": "digits-joint",
+    "denoise": "photos-gray",
     "restore": "digits-joint",
     "sample": "digits-joint",
 }

@@ -112,8 +112,9 @@ def denoise(
 
     Writes each image under its own name to --out, images of a folder under their names in it, and
     never overwrites a file. If the model is for colour, the output for a gray image is the mean
-    over channels. Images that cannot be denoised are reported, and the exit code is then 2. Without
-    RUN, a pretrained model denoises.
+    over channels; a gray model without labels denoises colour images channel by channel. Images
+    that cannot be denoised are reported, and the exit code is then 2. Without RUN, a pretrained
+    model denoises.
 
     Example:
         ebmkit denoise runs/photos noisy --sigma 25/255 --out denoised
@@ -124,6 +125,8 @@ def denoise(
         json_: also write inputs, outputs and noise levels to this new JSON file
         csv_: also write inputs, outputs and noise levels to this new CSV file
     """
+    import torch
+
     from ebmkit.compile import optimize
     from ebmkit.compute import pick_device
     from ebmkit.data import read_image, write_image
@@ -144,25 +147,31 @@ def denoise(
     model = optimize(load(run, device=str(place), weights=weights), precision, compile_)
     c = None if label is None else parse_label(model, label)
     _warn_range(model, level)
+    each_channel = _channels(model) == 1 and not model.num_classes
     rows = list[_Row]()
 
     def denoise_one(path: Path) -> None:
         target = targets[path]
         _check_target(target)
-        loaded = read_image(path, _channels(model))
+        channels = None if each_channel else _channels(model)
+        loaded = read_image(path, channels)
         make_folder(target.parent)
-        with counting(target.name) as progress:
-            found = denoise_image(model, loaded.image.to(place), level, c, progress=progress)
-        image = found.image.cpu()
+        parts = torch.split(loaded.image.to(place), 1 if each_channel else len(loaded.image))
+        found = []
+        for part in parts:
+            with counting(target.name) as progress:
+                found.append(denoise_image(model, part, level, c, progress=progress))
+        image = torch.cat([one.image.cpu() for one in found])
+        estimate = sum(one.sigma for one in found) / len(found)
         _check_numbers(run, path, image)
         image = image.mean(0, keepdim=True) if loaded.was_gray else image
         write_image(image.clamp(0, 1), target, bits=loaded.bits)
-        removed = f"removed noise of level {format_sigma(found.sigma)}"
+        removed = f"removed noise of level {format_sigma(estimate)}"
         how = "given" if level is not None else "estimated"
         console.say(f"{one_line(str(target))}: {removed} ({how})")
-        for sentence in found.warnings:
+        for sentence in dict.fromkeys(sentence for one in found for sentence in one.warnings):
             warn(f"{one_line(path.name)}: {sentence}")
-        rows.append({"image": str(path), "output": str(target), "sigma": found.sigma, "from": how})
+        rows.append({"image": str(path), "output": str(target), "sigma": estimate, "from": how})
 
     failed = _for_each(list(targets), denoise_one, rows, write)
     _check_failed(failed, len(targets), "denoised")

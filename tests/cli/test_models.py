@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from ebmkit_tests.support.command_line import ebmkit_command
 from PIL import Image
 
@@ -48,11 +49,22 @@ def test_images_alone_are_classified_by_the_default_model(home):
 def test_images_alone_are_denoised_into_a_new_folder(home):
     done = ebmkit_command("denoise", "three.png", "--sigma", "25/255", cwd=home)
     assert done.returncode == 0, done.stderr
-    assert "the model is digits-joint" in done.stderr
+    assert "the model is photos-gray" in done.stderr
     assert (home / "denoised" / "three.png").is_file()
     again = ebmkit_command("denoise", "three.png", "--sigma", "25/255", "--quiet", cwd=home)
     assert again.returncode == 2
     assert "exists: choose another --out" in again.stderr
+
+
+def test_the_gray_denoiser_takes_the_channels_of_a_colour_image_one_by_one(home):
+    done = ebmkit_command("denoise", "colour.png", "--sigma", "25/255", "--out", "one", cwd=home)
+    assert done.returncode == 0, done.stderr
+    found = np.asarray(Image.open(home / "one" / "colour.png"))
+    model = ebmkit.load("photos-gray")
+    for k, own in enumerate(np.moveaxis(np.asarray(Image.open(home / "colour.png")), 2, 0)):
+        y = torch.from_numpy(own.copy()).float()[None, None] / 255
+        expected = 255 * model.denoise(y, 25 / 255).clamp(0, 1)[0, 0]
+        assert np.abs(found[..., k] - expected.numpy()).max() <= 0.51  # rounded to 8 bits
 
 
 @pytest.mark.slow
@@ -77,12 +89,12 @@ def test_evaluation_of_a_pretrained_model_is_written_to_the_current_folder(home)
 @pytest.mark.parametrize(
     ("run", "images", "model", "rest"),
     [
-        ("three.png", [], "digits-joint", ["three.png"]),
-        ("three.png", ["colour.png"], "digits-joint", ["three.png", "colour.png"]),
-        ("photos", [], "digits-joint", ["photos"]),
-        ("photos/*.png", [], "digits-joint", ["photos/*.png"]),
-        ("photos/*", [], "digits-joint", ["photos/*"]),
-        ("absent.png", [], "digits-joint", ["absent.png"]),
+        ("three.png", [], "photos-gray", ["three.png"]),
+        ("three.png", ["colour.png"], "photos-gray", ["three.png", "colour.png"]),
+        ("photos", [], "photos-gray", ["photos"]),
+        ("photos/*.png", [], "photos-gray", ["photos/*.png"]),
+        ("photos/*", [], "photos-gray", ["photos/*"]),
+        ("absent.png", [], "photos-gray", ["absent.png"]),
         ("digits-joint", ["three.png"], "digits-joint", ["three.png"]),
         ("run", ["photos"], "run", ["photos"]),
         ("run", ["absent"], "run", ["absent"]),
