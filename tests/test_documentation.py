@@ -3,6 +3,7 @@
 import ast
 import importlib
 import importlib.util
+import json
 import re
 import shutil
 import subprocess
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+
+from ebmkit.experiments.tables import result_table
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -71,6 +74,11 @@ def test_readme_has_the_values_that_the_landing_page_reads():
     hooks, readme = load("hooks"), (ROOT / "README.md").read_text()
     for expected in (hooks.strip_caption(), hooks.repository()):
         assert expected in readme, f"README.md must contain:\n{expected}"
+
+
+def test_readme_has_the_rows_of_table_3():
+    report = json.loads((ROOT / "docs" / "results" / "table3.json").read_text())
+    assert "\n".join(result_table(report)) in (ROOT / "README.md").read_text()
 
 
 def test_formulas_become_mathml():
