@@ -191,6 +191,17 @@ def strip_caption() -> str:
     )
 
 
+def photograph_caption() -> str:
+    """What `docs/images/photograph.jpg` shows, from `benchmarks/results/photograph.json`."""
+    found = json.loads((RESULTS / "photograph.json").read_text())
+    return (
+        f"A photograph with noise of {255 * found['sigma']:.0f}/255 ({found['psnr_noisy']:.1f} dB) "
+        f"and denoised by `ebmkit denoise photo.png` ({found['psnr']:.1f} dB) with the pretrained "
+        f"model `{found['model']}`, which estimates the noise level as "
+        f"{255 * found['sigma_estimated']:.1f}/255. `benchmarks/photograph.py` draws it."
+    )
+
+
 def repository() -> str:
     """`REPOSITORY=URL`, from `[project.urls]`; a placeholder until the project is published."""
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
@@ -565,6 +576,7 @@ MARKERS = {
     "<!-- objectives -->": objectives,
     "<!-- architecture -->": architecture,
     "<!-- strip -->": strip_caption,
+    "<!-- photograph -->": photograph_caption,
     "<!-- repository -->": repository,
     "<!-- tables -->": component_tables,
     "<!-- fields -->": config_fields,

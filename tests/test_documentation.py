@@ -70,9 +70,10 @@ def test_navigation_reaches_every_page():
 
 
 def test_readme_has_the_values_that_the_landing_page_reads():
-    """The caption of the images, and the repository of `[project.urls]`."""
+    """The captions of the images, and the repository of `[project.urls]`."""
     hooks, readme = load("hooks"), (ROOT / "README.md").read_text()
-    for expected in (hooks.strip_caption(), hooks.repository()):
+    captions = hooks.strip_caption(), hooks.photograph_caption()
+    for expected in (*captions, hooks.repository()):
         assert expected in readme, f"README.md must contain:\n{expected}"
 
 
