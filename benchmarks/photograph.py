@@ -3,8 +3,9 @@
     uv run python benchmarks/photograph.py
 
 The photograph is scikit-image's ``astronaut`` (NASA, public domain), with Gaussian noise of 25/255,
-rounded to 8 bits. ``ebmkit denoise`` removes it without being told the level. Writes
-``docs/images/photograph.jpg`` (left noisy, right denoised) and ``benchmarks/results/photograph.json``.
+rounded to 8 bits. ``ebmkit denoise`` removes it without being told the level. Writes the pictures,
+left noisy and right denoised, to ``docs/images/photograph.jpg``, and
+``benchmarks/results/photograph.json``.
 """
 
 import json
