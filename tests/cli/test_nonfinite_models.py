@@ -70,7 +70,7 @@ def test_commands_refuse_nan_outputs(home, command):
         "warning: 'with-nan/model.safetensors' holds weights that are NaN or Inf" in result.stderr
     )
     last = result.stderr.splitlines()[-1]
-    assert "the model in 'with-nan' gives NaN or Inf for 'a.png'" in last
+    assert "the model 'with-nan' gives NaN or Inf for 'a.png'" in last
     assert "nan" not in result.stdout
     assert not (home / "new" / "a.png").exists()
     assert ebmkit_command(name, "intact", *rest, "--device", "cpu", cwd=home).returncode == 0

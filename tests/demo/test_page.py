@@ -64,7 +64,7 @@ def test_port_in_use(tmp_path, monkeypatch):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        ended = ebmkit_command("demo", "no-run", "--port", port, cwd=tmp_path)
+        ended = ebmkit_command("demo", "digits-joint", "--port", port, cwd=tmp_path)
     assert ended.returncode == 2
     assert f"cannot serve port {port}" in ended.stderr
     assert ended.stderr.count("\n") == 1

@@ -253,7 +253,7 @@ def test_two_processes_agree_and_progress_reaches_the_end(network, random_images
         ({"until": 1000}, "until 1000 is out of range: with diffusion-path.steps 1000 it is 0 to"),
         ({"schedule": "sine"}, "schedule"),
         ({"step": 0}, "step"),
-        ({"beside": ["nowhere"]}, "no run folder 'nowhere'"),
+        ({"beside": ["nowhere"]}, "no run folder or pretrained model 'nowhere'"),
         ({"beside": ["four"]}, "'four' has 4 classes and the evaluated model 3"),
         ({"samples": "nowhere.h5"}, "diffusion-path.samples: there is no file 'nowhere.h5'"),
         ({"samples": "fourth.h5"}, "has label 3, and this model has labels 0 to 2"),

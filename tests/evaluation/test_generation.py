@@ -172,7 +172,7 @@ def test_two_processes_agree_and_progress_reaches_the_end(
         ({"samples": "broken.h5"}, "all of 5 samples have NaN or Inf"),
         ({"samples": "anyones.h5"}, "does not say where its samples come from"),
         ({"samples": "few.h5"}, "more than 3 samples"),
-        ({"extractor": "nowhere"}, "no run folder 'nowhere'"),
+        ({"extractor": "nowhere"}, "no run folder or pretrained model 'nowhere'"),
         ({"weights": "w.pth"}, "leave it out for a run"),
     ],
 )

@@ -148,7 +148,7 @@ def test_illegal_runs_and_settings_are_refused_in_prepare(tmp_path):
             EvaluationContext(gray_classifier(), images([60, 200]), options=options)
         )
 
-    with pytest.raises(UserError, match="there is no run folder 'nowhere'"):
+    with pytest.raises(UserError, match="there is no run folder or pretrained model 'nowhere'"):
         prepare("nowhere")
     with pytest.raises(UserError, match=r"beside: .*has 3 classes and the evaluated model 2"):
         prepare(run_folder(tmp_path / "three", num_classes=3))

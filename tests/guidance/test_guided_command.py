@@ -228,7 +228,10 @@ def test_classifier_free_guidance_requires_a_model_with_labels_and_no_guide(runs
         (["--guide", "colour", "--label", "3"], "channels 1 and the guide 3"),
         (["--guide", "unlabelled", "--label", "3"], "was trained without"),
         (["--guide", "diffusion", "--label", "3"], "gives no energies"),
-        (["--guide", "nowhere", "--label", "3"], "there is no run folder 'nowhere'"),
+        (
+            ["--guide", "nowhere", "--label", "3"],
+            "there is no run folder or pretrained model 'nowhere'",
+        ),
     ],
 )
 def test_invalid_options_print_one_line_errors(runs, arguments, message):

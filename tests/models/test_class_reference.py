@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from ebmkit_tests.support.preconditioned import Exact
 
 import ebmkit
 from ebmkit.analytic import GaussianMixture
 from ebmkit.errors import UserError, validated
 from ebmkit.models import MLPConfig, ModelConfig, PreconditionedModel
 from ebmkit.models.class_reference import FLOOR, ClassReference
-from tests.models.test_noise_conditional import Exact
 
 SHAPE, STD = (3, 2, 1), 0.3
 

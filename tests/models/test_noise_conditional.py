@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from ebmkit_tests.support.preconditioned import Exact
 
 import ebmkit
 from ebmkit.analytic import Gaussian, GaussianMixture
 from ebmkit.card import ModelCard
 from ebmkit.data import load_dataset
-from ebmkit.energy import Energies, EnergyModel
 from ebmkit.errors import UserError, validated
 from ebmkit.models import MLPConfig, ModelConfig, PreconditionedModel
 from ebmkit.objectives import TrainingLoss, parse_objective
@@ -71,24 +71,6 @@ def test_without_sigma_it_is_the_lowest_level():
     for sigma in (0.01, 0.0, 0.005):  # lower levels, too
         assert torch.equal(model.log_density(y), model.log_density(y, sigma))
     assert not torch.equal(model.log_density(y), model.log_density(y, 0.02))
-
-
-class Exact(EnergyModel):
-    """The network with which a preconditioned model is ``truth``, up to a factor."""
-
-    noise_conditional, in_channels = True, 3
-
-    def __init__(self, truth, mean, std, log_factor=0.0):
-        super().__init__()
-        self.truth, self.log_factor, self.num_classes = truth, log_factor, truth.num_classes
-        self.gaussian, self.mean, self.std = Gaussian(mean, std**2), mean, std
-
-    def forward(self, u, sigma=None):
-        variance = sigma**2 + self.std**2
-        y = self.mean + variance.sqrt()[:, None, None, None] * u
-        own, reference = self.truth(y, sigma), self.gaussian(y, sigma).log_density
-        n = (own.log_density - reference + self.log_factor) * sigma / self.std
-        return Energies(own.logits, n)
 
 
 @pytest.mark.parametrize(("sigma", "error"), [(40.0, 1e-3), (5.0, 4e-3)])
