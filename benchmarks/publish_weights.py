@@ -34,7 +34,7 @@ LARGEST, LARGEST_SUM = 8_000_000, 20_000_000
 """Maximum bytes of a model, and of all together."""
 
 DENOISERS = {
-    "unconditional": "sigma given",
+    "unconditional": "sigma given",  # if the model takes it
     "blind": "sigma estimated",
     "conditional_true": "label and sigma given",
 }
@@ -64,8 +64,10 @@ def publish(run: Path, name: str, told: argparse.Namespace, weights: Path = WEIG
         data=told.data,
         parameters=parameters,
         training=training_of(run, config, card.steps, card.objective, told.recipe),
-        figures=figures_of(run / "evaluation", told.stored),
-        measured=measured_by(told.stored or run / "evaluation", told.stored is None),
+        figures=figures_of(told.evaluation or run / "evaluation", told.stored),
+        measured=measured_by(
+            told.stored or told.evaluation or run / "evaluation", told.stored is None
+        ),
         limits=told.limit,
         licence=told.licence,
     )
@@ -143,6 +145,8 @@ def _figures(evaluation: Path) -> dict[str, Figure]:
     if (path := evaluation / "denoise.json").is_file():
         own = json.loads(path.read_text())
         for denoiser, how in DENOISERS.items():
+            if own["knows_sigma"].get(denoiser) == "unused":
+                how = "blind"
             levels = own["denoisers"].get(denoiser, {"psnr": {}})["psnr"]
             found += [
                 Figure(
@@ -189,6 +193,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--data", required=True, help="data set, its source and splits")
     made.add_argument("--limit", action="append", default=[], help="a limit; repeatable")
     made.add_argument("--licence", default="Apache-2.0")
+    made.add_argument("--evaluation", type=Path, help="evaluation of the run [RUN/evaluation]")
     made.add_argument("--stored", type=Path, help="evaluation of the float16 weights")
     made.add_argument("--data-dir", type=Path, help="data of an unfinished run")
     return made

@@ -205,7 +205,7 @@ def photograph_caption() -> str:
 def repository() -> str:
     """`REPOSITORY=URL`, from `[project.urls]`; a placeholder until the project is published."""
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
-    return f"REPOSITORY={project.get('urls', {}).get('Repository', 'path/or/url')}"
+    return f"REPOSITORY={project.get('urls', {}).get('Repository', 'https://...')}"
 
 
 def component_tables() -> str:

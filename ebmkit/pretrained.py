@@ -27,7 +27,7 @@ DEFAULTS = {
     "classify": "digits-joint",
     "demo": "digits-joint",
     "denoise": "photos-gray",
-    "restore": "digits-joint",
+    "restore": "photos-gray",
     "sample": "digits-joint",
 }
 """The model of each command that is called without one."""

@@ -186,6 +186,6 @@ plt.show()
 #
 # 1. Train with `dsm` alone: leave `ce` out of the sum. The energy stays about as good. What happens to `logits`?
 # 2. Train at `sigma = 0.02`. Where is the learned score wrong, and why are there few training points to correct it?
-#    ([Objectives on a 2-D mixture](../concepts/objectives-2d.md) measures nine objectives on these data.)
+#    ([Objectives on a 2-D mixture](../concepts/objectives-2d.md) measures eight objectives on these data.)
 #
 # Next: [train a model of images and look at it](train-and-look.md).

@@ -138,7 +138,7 @@ restore(BlockAverage(clean.shape, factor=2))
 # %% [markdown]
 # ## With a network
 #
-# A network sees more than 8 x 8 pixels, and estimates the noise level by itself. `ebmkit models` lists pretrained ones,
+# A network sees more than 8 x 8 pixels, and estimates the noise level by itself. `ebmkit models` lists pretrained ones (`ebmkit.load("photos-gray")`),
 # [DnCNN on Train400](../results/dncnn.md) measures one, and `ebmkit train --dataset patches` trains a small one in
 # minutes. The calls are the same: `denoise_image(model, noisy)`. In a shell, `ebmkit denoise RUN IMAGE` and
 # `ebmkit restore RUN IMAGE --task superres` do it; the latter draws samples of all images that agree with the

@@ -124,9 +124,9 @@ show({"image": some, "joint": towards(joint, some, 3), "robust": towards(robust,
 # ## Guide a sampler
 #
 # A sampler that goes down in noise needs a score at each step. To draw images of a class, add the gradient of a
-# classifier to it, times a scale s:
+# classifier to it, times a scale λ and a weight w of the noise level:
 #
-# $$s(y) + s\,w\,\nabla_y \log p(y, c).$$
+# $$s(y) + \lambda\,w(\sigma)\,\nabla_y \log p(c \mid y).$$
 #
 # The base is the joint model *without* its labels. It starts from the Gaussian of all digits, so that the class can only
 # come from the guide. `guided_model` returns a model like any other, which every sampler takes.

@@ -160,7 +160,7 @@ print(accuracy(correct))
 # %% [markdown]
 # ## Exercise
 #
-# 1. Train with `"ce"` alone, and denoise with that model. Why does `ebmkit.load(...).denoise` warn you?
+# 1. Train with `"ce"` alone, and denoise with that model. Why does `ebmkit denoise RUN IMAGE` warn you?
 # 2. Train with `steps=360`, the recipe's own length. Which improves more, accuracy or PSNR?
 #
 # Next: [denoise and restore photographs](photographs.md).

@@ -42,12 +42,13 @@ def demo(
     from ebmkit.demo.page import build, serve
     from ebmkit.guidance import check_guide
     from ebmkit.models import load
+    from ebmkit.pretrained import name_of
 
     place = str(pick_device(device))
     model = load(run, device=place, weights=weights)
     other = None if guide is None else check_guide(load(guide, device=place))
-    address, wait = serve(build(model, str(run), other), host, port)
-    console.say(f"{address} shows {run}; Ctrl-C ends it")
+    address, wait = serve(build(model, name_of(run), other), host, port)
+    console.say(f"{address} shows {name_of(run)}; Ctrl-C ends it")
     wait()
 
 

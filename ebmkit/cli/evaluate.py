@@ -58,6 +58,7 @@ def evaluate(
     from ebmkit.distributed import device_of_rank, join
     from ebmkit.errors import validated
     from ebmkit.models import load
+    from ebmkit.pretrained import results_folder
     from ebmkit.report.render import refresh_report
     from ebmkit.training.config import FaultsConfig, parse_assignments
 
@@ -84,7 +85,7 @@ def evaluate(
             compile=compile_,
             options=options,
         )
-        if world.first:
+        if world.first and results_folder(run) == run:
             refresh_report(run)
 
 

@@ -30,9 +30,9 @@ of the Gaussian,
     a(\sigma) = \Bigl(\frac{s}{\tau}\Bigr)^3 \Bigl(\frac{\tau}{\sigma}\Bigr)^\gamma, \qquad
     \text{logits} = \text{network's} + \frac{\sigma^2}{\tau^2} \log q_\sigma(y, c) .
 
-The first two moments of each class are then the data's, so what is left vanishes with the third
-power, and p(c|y) at high noise is exact from the start. At low noise, where the Gaussians are far
-too certain, the network alone classifies.
+The first two moments of each class are then nearly the data's, up to a floor and the rank. What
+else is missing vanishes with the third power, so a does, too, and p(c|y) at high noise need not be
+learned. At low noise, where the Gaussians are far too certain, the network alone classifies.
 
 With :math:`\gamma = 1`, entries of :math:`P \nabla_u n` are of order 1 at every level (the
 output scale of Karras et al.), but an error of n counts :math:`s/\sigma` times in the time score.

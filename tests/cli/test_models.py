@@ -84,6 +84,7 @@ def test_evaluation_of_a_pretrained_model_is_written_to_the_current_folder(home)
     )
     assert done.returncode == 0, done.stderr
     assert (home / "runs/pretrained/digits-joint/evaluation/classify.json").is_file()
+    assert not (pretrained.WEIGHTS / "digits-joint" / "report.html").exists()
 
 
 @pytest.mark.parametrize(
