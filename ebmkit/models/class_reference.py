@@ -7,7 +7,7 @@ class of the training images, and a floor f,
     q_\sigma(y, c) = \pi_c\, \mathcal N(y;\, \mu_c,\, \Sigma_c + (f^2 + \sigma^2) I) .
 
 Where noise hides everything but the first two moments of each class, this is nearly the density of
-the data and their labels: with 8x8 digits it classifies as well as the images allow from sigma 0.3 on.
+the data and their labels: 8x8 digits it classifies as well as the images allow from sigma 0.3 on.
 It is what a `ebmkit.models.PreconditionedModel` adds its network to. The covariances are those of
 `ebmkit.class_gaussians`: orthogonal rows :math:`w_k`, and :math:`\rho^2` in all directions,
 
