@@ -36,7 +36,9 @@ def demo(
         port: port of the page
     """
     if importlib.util.find_spec("gradio") is None:
-        raise UserError('ebmkit demo needs gradio: pip install "ebmkit-vision[demo]"')
+        raise UserError(
+            "ebmkit demo needs gradio: in a clone of the repository, uv sync --extra demo"
+        )
     _check_free(host, port)
     from ebmkit.compute import pick_device
     from ebmkit.demo.page import build, serve

@@ -53,7 +53,7 @@ def test_without_gradio_the_error_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
     ended = ebmkit_command("demo", tmp_path, cwd=tmp_path)
     assert ended.returncode == 2
-    assert 'pip install "ebmkit-vision[demo]"' in ended.stderr
+    assert "uv sync --extra demo" in ended.stderr
     assert ended.stderr.count("\n") == 1
 
 
