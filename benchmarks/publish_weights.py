@@ -145,7 +145,7 @@ def _figures(evaluation: Path) -> dict[str, Figure]:
     if (path := evaluation / "denoise.json").is_file():
         own = json.loads(path.read_text())
         for denoiser, how in DENOISERS.items():
-            if own["knows_sigma"].get(denoiser) == "unused":
+            if own.get("knows_sigma", {}).get(denoiser) == "unused":
                 how = "blind"
             levels = own["denoisers"].get(denoiser, {"psnr": {}})["psnr"]
             found += [
