@@ -45,8 +45,8 @@ def main() -> None:
         if way["name"] in SUMMARY:
             images = torch.stack([cell(sheet, row, column) for column in range(len(NAMES))])
             shares = (100 * way["accuracy"][key] for key in ("value", "low", "high"))
-            told = "{} ({:.0f} % recognised, {:.0f} to {:.0f})".format(way["about"], *shares)
-            methods.append((way["name"], told, images))
+            label = "{} ({:.0f} % recognised, {:.0f} to {:.0f})".format(way["about"], *shares)
+            methods.append((way["name"], label, images))
     note = f"CIFAR-10, scale cpu, seed 0, clipped; `{found['command']}`. Recognised: 95 % interval."
     samples_of_methods(methods, DOCS / "images/guidance-cifar10.png", NAMES, note)
 

@@ -3,7 +3,7 @@
     uv run python benchmarks/photograph.py
 
 The photograph is scikit-image's ``astronaut`` (NASA, public domain), with Gaussian noise of 25/255,
-rounded to 8 bits. ``ebmkit denoise`` removes it without being told the level. Writes the pictures,
+rounded to 8 bits. ``ebmkit denoise`` removes it without knowing the level. Writes the pictures,
 left noisy and right denoised, to ``docs/images/photograph.jpg``, and
 ``benchmarks/results/photograph.json``.
 """

@@ -41,7 +41,7 @@ DENOISERS = {
 """Denoisers of the suite ``denoise`` in a model card, with their names there."""
 
 
-def publish(run: Path, name: str, told: argparse.Namespace, weights: Path = WEIGHTS) -> Path:
+def publish(run: Path, name: str, options: argparse.Namespace, weights: Path = WEIGHTS) -> Path:
     """Write the folder of the pretrained model ``name`` from ``run``; return it."""
     config = yaml.safe_load((run / "config.yaml").read_text())
     model = load(run)
@@ -52,24 +52,24 @@ def publish(run: Path, name: str, told: argparse.Namespace, weights: Path = WEIG
         raise UserError(f"{str(run)!r} was trained with plugins, which the package does not have")
     if card.steps < config["steps"]:  # these are computed at the end of training
         data = resolve(config).dataset
-        data = data.model_copy(update={"data_dir": told.data_dir or data.data_dir})
+        data = data.model_copy(update={"data_dir": options.data_dir or data.data_dir})
         train, held_out = images_of(data, "train"), images_of(data, "validation")
         calibrate_sigma(model, held_out if len(held_out) else train, card)
         model.class_gaussians = fit_class_gaussians(model, train, card)
     parameters = sum(p.numel() for p in model.parameters())
     config["dataset"]["data_dir"] = None  # of the machine that trained
     document = PretrainedCard(
-        description=told.description,
-        task=told.task,
-        data=told.data,
+        description=options.description,
+        task=options.task,
+        data=options.data,
         parameters=parameters,
-        training=training_of(run, config, card.steps, card.objective, told.recipe),
-        figures=figures_of(told.evaluation or run / "evaluation", told.stored),
+        training=training_of(run, config, card.steps, card.objective, options.recipe),
+        figures=figures_of(options.evaluation or run / "evaluation", options.stored),
         measured=measured_by(
-            told.stored or told.evaluation or run / "evaluation", told.stored is None
+            options.stored or options.evaluation or run / "evaluation", options.stored is None
         ),
-        limits=told.limit,
-        licence=told.licence,
+        limits=options.limit,
+        licence=options.licence,
     )
     files = model_files(model.half(), built_from, card)
     files["config.yaml"] = yaml.safe_dump(config, sort_keys=False).encode()

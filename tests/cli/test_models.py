@@ -27,7 +27,7 @@ def home(tmp_path_factory):
     three = (x[labels == 3][0, 0] * 255).round().byte().numpy()
     for path in ("three.png", "photos/a.png"):
         Image.fromarray(three).save(folder / path)
-    Image.fromarray(np.stack([three, 255 - three, three], -1)).save(folder / "colour.png")
+    Image.fromarray(np.stack([three, 255 - three, three // 2], -1)).save(folder / "colour.png")
     shutil.copytree(pretrained.find_model("digits-joint"), folder / "run")
     return folder
 
